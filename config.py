@@ -1,0 +1,595 @@
+"""Every setting of nano360: its type, its default and its meaning; and how a config is loaded and checked.
+
+A config is a plain Python file that ends in `config = Config(...)`. One spelling in three places:
+`cfg.optim.lr` in code, `optim=Optim(lr=3e-4)` in a file, `--optim.lr=3e-4` on a command line.
+
+    python train.py configs/demo.py --optim.lr=1e-3 --run=runs/hot     # any setting can be overridden
+    python train.py demo --print-config                                # what would run, nothing runs
+    python train.py --help                                             # every setting, default and meaning
+
+`configs/demo.py`, `config/demo.py` and `demo` name the same file. This module imports no torch, so every
+mistake in a config is reported in well under a second, before a GPU or a process group is touched.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import os
+import re
+import runpy
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, worded for the user: what, which value, what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer. A 0 marked "derived" is filled in when the config is loaded."""
+
+    vocab_size: int = 32000  # rows of the embedding; at least the tokenizer's vocabulary
+    seq_len: int = 2048  # tokens of context, T
+    d_model: int = 4096  # width of the residual stream, D
+    n_layers: int = 32  # blocks
+    n_heads: int = 32  # query heads, H
+    n_kv_heads: int = 0  # key/value heads, K: H/K queries share one; derived: n_heads
+    d_head: int = 0  # width of a head, Dh; derived: d_model / n_heads
+    d_ff: int = 11008  # hidden width of the SwiGLU feed-forward, F
+    norm: Literal["rmsnorm", "nonparametric_layernorm"] = "rmsnorm"  # LLaMA's; OLMo-1's
+    norm_eps: float = 1e-5  # added to the variance
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    tie_embeddings: bool = False  # lm_head shares the embedding's matrix (OLMo-1B)
+    init: Literal["normal", "mitchell"] = "normal"  # Normal(0, init_std), or OLMo-1's
+    init_std: float = 0.02  # for init="normal"
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "d_ff")
+        at_least(self, 0, "n_kv_heads", "d_head", "init_std")
+        above(self, 0, "norm_eps", "rope_theta")
+
+    def resolved(self) -> "Model":
+        """The same model with every derived value filled in and checked."""
+        if not self.d_head and self.d_model % self.n_heads:
+            raise ConfigError(
+                f"model.d_model={self.d_model} does not divide by model.n_heads={self.n_heads}; "
+                f"use a multiple of {self.n_heads}, or set model.d_head"
+            )
+        n_kv_heads = self.n_kv_heads or self.n_heads
+        d_head = self.d_head or self.d_model // self.n_heads
+        if self.n_heads % n_kv_heads:
+            divisors = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
+            raise ConfigError(
+                f"model.n_kv_heads={n_kv_heads} does not divide model.n_heads={self.n_heads}; "
+                f"use one of {divisors}"
+            )
+        if d_head % 2:
+            raise ConfigError(
+                f"model.d_head={d_head} is odd; rotary embedding turns pairs, use an even width"
+            )
+        return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Which tokenizer, and how `python tokenizer.py train CONFIG` makes it."""
+
+    path: str = ""  # folder or file of the tokenizer; derived: tokenizers/<config's name>
+    kind: Literal["bpe", "sentencepiece"] = "bpe"  # byte-level BPE; or LLaMA's kind
+    vocab_size: int = 32000  # entries when trained, special tokens included
+    split: str = "gpt4"  # no merge crosses the pieces it cuts: gpt4, gpt2 or a regular expression
+    eot: str = "<|endoftext|>"  # the special token after every document
+    special_tokens: tuple[str, ...] = ()  # more of them, after eot
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "vocab_size")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from. Every document keeps the name of its source and its id for ever."""
+
+    name: str  # short: it names rows in tables and lines in figures
+    paths: tuple[str, ...]  # files, folders and globs
+    exclude: tuple[str, ...] = ()  # globs, matched against the path below its folder, of files to leave out
+    read: Literal["auto", "text", "docstrings"] = "auto"  # docstrings: English of Python files
+
+    def __post_init__(self):
+        check_types(self)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"data source name {self.name!r}: use letters, digits, '.', '_' and '-' only")
+        if not self.paths:
+            raise ConfigError(
+                f"data source {self.name!r} has no paths; give at least one file, folder or glob"
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training with its own mixture: how often each source is read, or in which proportion."""
+
+    name: str = "main"  # names the stage in the manifest and in figures
+    epochs: dict[str, float] = field(
+        default_factory=dict
+    )  # passes over each source; none named: one over all
+    weights: dict[str, float] = field(default_factory=dict)  # or shares of `tokens`, normalised
+    tokens: int = 0  # with weights: the length of the stage
+    repeats: int = 1  # times the whole stage is trained through, each time in a new order
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "repeats")
+        if self.epochs and self.weights:
+            raise ConfigError(f"stage {self.name!r} sets both epochs and weights; keep one")
+        if bool(self.weights) != bool(self.tokens):
+            raise ConfigError(f"stage {self.name!r}: weights and tokens go together; set both or neither")
+        for name, value in {**self.epochs, **self.weights}.items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(
+                    f"stage {self.name!r}: {name}={value} must be above 0; leave a source out by name"
+                )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Documents to shuffled rows to chunks (data.py)."""
+
+    sources: tuple[Source, ...] = ()  # set in the config file
+    stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))  # set in the config file
+    n_chunks: int = 360  # files of rows; a checkpoint is taken at the end of each (Amber: 360)
+    validation_fraction: float = 0.01  # of each source's documents, held out before chunking
+    seed: int = 1234  # keys the shuffle and the choice of validation documents
+    workers: int = 0  # processes that encode; derived: one a core
+    max_bad_fraction: float = 0.01  # a build stops where more of a source's documents are unreadable
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "n_chunks")
+        at_least(self, 0, "workers")
+        for name in ("validation_fraction", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)} is a share; use 0 <= share < 1")
+        for kind in ("sources", "stages"):
+            names = [item.name for item in getattr(self, kind)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"data.{kind}: the name {name!r} is used {names.count(name)} times")
+        known = [source.name for source in self.sources]
+        for stage in self.stages:
+            for name in {**stage.epochs, **stage.weights}:
+                if name not in known:
+                    raise ConfigError(
+                        f"stage {stage.name!r} names source {name!r}{did_you_mean(name, known)}"
+                    )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, its parameter groups and its schedule (optim.py)."""
+
+    lr: float = 3e-4  # peak learning rate
+    final_lr_fraction: float = 0.1  # of the peak, reached at the last step
+    schedule: Literal["cosine", "linear"] = "cosine"  # from the peak to the end
+    warmup_steps: int = 2000  # linear, up to the peak
+    warmup_start_fraction: float = 0.0  # of the peak, where warm-up begins (OLMo-1: 0.1)
+    beta1: float = 0.9  # decay of the running mean of gradients
+    beta2: float = 0.95  # decay of the running mean of their squares
+    eps: float = 1e-8  # added to the root of the second moment (OLMo-1: 1e-5)
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    decay: Literal["all", "linear"] = "all"  # every parameter (Amber); weights of linear layers (OLMo-1)
+    grad_clip: float = 1.0  # limit of the global L2 norm of the gradient; 0: no limit
+
+    def __post_init__(self):
+        check_types(self)
+        above(self, 0, "lr", "eps")
+        at_least(self, 0, "warmup_steps", "weight_decay", "grad_clip")
+        for name in ("final_lr_fraction", "warmup_start_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1 or (name.startswith("beta") and getattr(self, name) == 1):
+                raise ConfigError(f"optim.{name}={getattr(self, name)} is out of range; use 0 to 1")
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop (train.py)."""
+
+    batch_size: int = 2048  # sequences a step, over all GPUs
+    micro_batch_size: int = 8  # sequences in one forward on one GPU; accumulation is derived
+    steps: int = 0  # stop after this many without changing the schedule; 0: all the data
+    seed: int = 1234  # of the initial weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast, weights FP32; auto: bf16 on CUDA
+    log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
+    checkpoint_chunks: bool = True  # one when the last row of a data chunk has been consumed
+    checkpoint_every: int = 0  # and one every so many steps; 0: none
+    checkpoint_powers_of_two: bool = False  # and at steps 1, 2, 4, 8, ... (Pythia)
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "batch_size", "micro_batch_size", "log_every")
+        at_least(self, 0, "steps", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Loss on held-out text, and the memorization score of Analysis360 (eval.py)."""
+
+    batch_size: int = 16  # rows in one forward when the loss is measured
+    max_rows: int = 0  # validation rows a source, the first ones; 0: all
+    prompt_tokens: int = 32  # memorization: k, tokens of the row that are given
+    continuation_tokens: int = 32  # memorization: l, tokens that are compared with greedy decoding
+    rows_per_chunk: int = 1000  # memorization: rows drawn from every chunk, and from the validation rows
+    generate_batch_size: int = 32  # memorization: rows decoded at once
+    seed: int = 1234  # memorization: keys the draw
+    expect_bits_per_byte: dict[str, float] = field(
+        default_factory=dict
+    )  # by source: eval.py --check fails above
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "batch_size", "prompt_tokens", "continuation_tokens", "rows_per_chunk")
+        at_least(self, 1, "generate_batch_size")
+        at_least(self, 0, "max_rows")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it. Nothing edits a config after it is loaded: what is saved is what ran."""
+
+    model: Model = field(default_factory=Model)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    name: str = ""  # derived: the config file's name
+    run: str = ""  # the run folder; derived: runs/<name>
+    dataset: str = ""  # the dataset folder; derived: datasets/<name>
+
+    def __post_init__(self):
+        check_types(self)
+
+    def resolved(self) -> "Config":
+        """The same config with every derived value filled in, and the checks that look across sections."""
+        model, e = self.model.resolved(), self.eval
+        if e.prompt_tokens + e.continuation_tokens > model.seq_len:
+            raise ConfigError(
+                f"eval.prompt_tokens={e.prompt_tokens} and eval.continuation_tokens={e.continuation_tokens} "
+                f"do not fit into model.seq_len={model.seq_len}; make them shorter"
+            )
+        if not 0 <= self.optim.warmup_start_fraction <= 1:
+            raise ConfigError("optim.warmup_start_fraction is a share of the peak; use 0 to 1")
+        tokenizer = dataclasses.replace(self.tokenizer, path=self.tokenizer.path or f"tokenizers/{self.name}")
+        data = dataclasses.replace(self.data, workers=self.data.workers or os.cpu_count() or 1)
+        run, dataset = self.run or f"runs/{self.name}", self.dataset or f"datasets/{self.name}"
+        return dataclasses.replace(
+            self, model=model, tokenizer=tokenizer, data=data, run=run, dataset=dataset
+        )
+
+
+SECTIONS = {
+    f.name: f.default_factory
+    for f in dataclasses.fields(Config)
+    if f.default_factory is not dataclasses.MISSING
+}
+SETTINGS = [  # every spelling on a command line: "optim.lr", ..., "run"
+    *(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)),
+    "run",
+    "dataset",
+]
+
+
+# ---- checks -----------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """did_you_mean("optim.lrr", SETTINGS) -> ", which is not known; did you mean 'optim.lr'?" """
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}"
+    return f", which is not known; {hint}"
+
+
+def spelled(section: object, name: str) -> str:
+    """The setting as a user writes it: spelled(Optim(), "lr") -> "optim.lr"."""
+    kind = type(section).__name__.lower()
+    return name if kind == "config" else f"{kind}.{name}"
+
+
+def at_least(section: object, low: float, *names: str) -> None:
+    for name in names:
+        if not getattr(section, name) >= low:
+            raise ConfigError(f"{spelled(section, name)}={getattr(section, name)} must be at least {low}")
+
+
+def above(section: object, low: float, *names: str) -> None:
+    for name in names:
+        if not low < getattr(section, name) < float("inf"):
+            raise ConfigError(
+                f"{spelled(section, name)}={getattr(section, name)} must be a number above {low}"
+            )
+
+
+def check_types(section: object) -> None:
+    """Raises ConfigError where a value has not the type its annotation says; an int is welcome as a float."""
+    for name, kind in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if kind is float and type(value) is int:
+            object.__setattr__(
+                section, name, float(value)
+            )  # 1 and 1.0 are then the same config, also in JSON
+        elif not has_type(value, kind):
+            want = (
+                " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is Literal else kind
+            )
+            want = getattr(want, "__name__", want) if not isinstance(kind, types.GenericAlias) else kind
+            raise ConfigError(
+                f"{spelled(section, name)}={value!r} is a {type(value).__name__}; it must be {want}"
+            )
+
+
+def has_type(value: object, kind: object) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(has_type(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            has_type(k, arguments[0]) and has_type(v, arguments[1]) for k, v in value.items()
+        )
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind  # not isinstance: True is an int to Python, but 1 head too many to us
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches that each GPU runs in one step: accumulation_steps(2240, 10, 224) -> 1. Raises
+    ConfigError."""
+    unit = micro_batch_size * world_size
+    if batch_size % unit == 0:
+        return batch_size // unit
+    below = batch_size // unit * unit
+    sizes = " or ".join(str(size) for size in (below, below + unit) if size)
+    micro = [m for m in range(1, batch_size + 1) if batch_size % (m * world_size) == 0]
+    micro = sorted(sorted(micro, key=lambda m: abs(m - micro_batch_size))[:2])
+    other = f", or train.micro_batch_size={' or '.join(map(str, micro))}" if micro else ""
+    raise ConfigError(
+        f"train.batch_size={batch_size} does not divide by train.micro_batch_size={micro_batch_size} x "
+        f"{world_size} process{'es' if world_size > 1 else ''}; use train.batch_size={sizes}{other}"
+    )
+
+
+# ---- loading ----------------------------------------------------------------------------------------------
+
+
+def find(name: str) -> Path:
+    """The file that a name on the command line means: find("demo") -> configs/demo.py."""
+    stem = Path(name).stem if name.endswith(".py") else Path(name).name
+    shipped = Path(__file__).parent / "configs"
+    for path in (Path(name), Path(f"{name}.py"), shipped / f"{stem}.py"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in shipped.glob("*.py"))
+    raise ConfigError(f"no config {name!r}{did_you_mean(stem, known)}")
+
+
+def load(name: str, overrides: list[str] = ()) -> Config:
+    """Config file and overrides -> a checked config with every value resolved. Raises ConfigError.
+
+    load("demo", ["--optim.lr=1e-3"]).optim.lr -> 0.001
+    """
+    path = find(name)
+    sys.path.insert(0, str(Path(__file__).parent))  # so that the file can say `from config import Config`
+    sys.modules.setdefault(
+        "config", sys.modules[__name__]
+    )  # one set of classes, also when this file is the script
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (
+        TypeError
+    ) as error:  # an unknown setting: "Optim.__init__() got an unexpected keyword argument 'lrr'"
+        match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        section = globals().get(match[1]) if match else None
+        if not dataclasses.is_dataclass(section):
+            raise ConfigError(f"{path}: {error}") from None
+        known = [f.name for f in dataclasses.fields(section)]
+        raise ConfigError(f"{path}: {match[1]} has {match[2]!r}{did_you_mean(match[2], known)}") from None
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is about that file
+        line = error.lineno if isinstance(error, SyntaxError) else last_line(error, path)
+        raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path} must end in `config = Config(...)`")
+    config = dataclasses.replace(config, name=config.name or path.stem)
+
+    changes: dict[str, dict] = {}
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not override.startswith("--") or not equals:
+            raise ConfigError(f"{override!r} is not an override; write --section.name=value")
+        if key not in SETTINGS:
+            raise ConfigError(f"--{key}{did_you_mean(key, SETTINGS)}")
+        section, _, setting = key.rpartition(".")
+        kind = typing.get_type_hints(type(getattr(config, section)) if section else Config)[setting]
+        changes.setdefault(section, {})[setting] = parse(key, text, kind)
+    top = changes.pop("", {})
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()
+    }
+    return dataclasses.replace(config, **sections, **top).resolved()
+
+
+def last_line(error: BaseException, path: Path) -> object:
+    """The line of the config file at which its own code failed."""
+    lines = []
+    step = error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == str(path):
+            lines.append(step.tb_lineno)
+        step = step.tb_next
+    return lines[-1] if lines else "?"
+
+
+def parse(key: str, text: str, kind: object) -> object:
+    """One value as written on a command line: parse("train.steps", "1e3", int) -> 1000."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if text not in arguments:
+            raise ConfigError(f"--{key}={text}: use {' or '.join(map(repr, arguments))}")
+        return text
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ConfigError(f"--{key}={text}: use true or false")
+        return text.lower() in ("true", "1")
+    if origin is tuple and arguments[0] is str:
+        return tuple(part for part in text.split(",") if part)
+    if kind in (int, float):
+        try:
+            number = float(text)
+            if kind is int and "." not in text and "e" not in text.lower():
+                return int(text)
+            if kind is int and number != int(number):
+                raise ValueError
+            return kind(number)
+        except (ValueError, OverflowError):
+            raise ConfigError(
+                f"--{key}={text}: use {'a whole number' if kind is int else 'a number'}"
+            ) from None
+    raise ConfigError(f"--{key} cannot be set on the command line; set it in the config file")
+
+
+def from_dict(values: dict, kind: type = Config) -> Config:
+    """The config that `to_dict` wrote. Raises ConfigError where a name or a type is not known."""
+    hints = typing.get_type_hints(kind)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has {unknown[0]!r}{did_you_mean(unknown[0], list(hints))}")
+    return kind(**{name: from_json(value, hints[name]) for name, value in values.items()})
+
+
+def from_json(value: object, kind: object) -> object:
+    """JSON knows neither tuples nor our classes: give both back."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return from_dict(value, kind)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(from_json(item, typing.get_args(kind)[0]) for item in value)
+    return value
+
+
+def to_dict(config: Config) -> dict:
+    """Every value, as JSON can hold it. from_dict(to_dict(config)) == config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def load_run(run: str | Path) -> Config:
+    """The config that a run folder was made with. Raises ConfigError where there is none."""
+    path = Path(run) / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text())["config"])
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{run} is not a run folder: it has no config.json; train one with train.py"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def settings_help() -> str:
+    """Every setting with its default and its comment, read from this very file so that it cannot drift."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    lines, out = source.splitlines(), []
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    for section in ("Model", "Tokenizer", "Data", "Optim", "Train", "Eval", "Config"):
+        out.append(f"\n{ast.get_docstring(classes[section]).splitlines()[0]}")
+        for node in classes[section].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            name = node.target.id if section == "Config" else f"{section.lower()}.{node.target.id}"
+            comment = lines[node.end_lineno - 1].partition("  # ")[2]
+            if name not in SETTINGS or not comment:
+                continue
+            default = ast.unparse(node.value)
+            choices = (
+                re.findall(r"'[^']*'", ast.unparse(node.annotation))
+                if "Literal" in ast.unparse(node.annotation)
+                else []
+            )
+            comment += f" [{' | '.join(choice.strip(chr(39)) for choice in choices)}]" if choices else ""
+            out.append(f"  --{name + '=' + (default.strip(chr(39)) or '...'):<42} {comment}")
+    return "\n".join(out)
+
+
+def readable(config: Config) -> str:
+    """What `--print-config` shows: one setting a line, sections in order."""
+    out = [f"name = {config.name!r}", f"run = {config.run!r}", f"dataset = {config.dataset!r}"]
+    for name in SECTIONS:
+        section = getattr(config, name)
+        out.append("")
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+                out += [f"{name}.{f.name}[{item.name!r}] = {item}" for item in value]
+            else:
+                out.append(f"{name}.{f.name} = {value!r}")
+    return "\n".join(out)
+
+
+def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
+    """`script.py CONFIG [--section.name=value ...]` -> config. Prints help or the config and exits where
+    asked.
+
+    Every mistake ends here: one message, exit code 2, no traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or "--help" in argv or "-h" in argv:
+        print(
+            f"{doc.strip()}\n\nUsage: python {Path(sys.argv[0]).name} CONFIG [--section.name=value ...] "
+            "[--print-config]"
+        )
+        print(settings_help())
+        sys.exit(0 if argv else 2)
+    try:
+        names = [argument for argument in argv if not argument.startswith("--")]
+        overrides = [
+            argument for argument in argv if argument.startswith("--") and argument != "--print-config"
+        ]
+        if len(names) != 1:
+            raise ConfigError(
+                f"give exactly one config, not {len(names)}: {' '.join(names) or 'there is none'}"
+            )
+        config = load(names[0], overrides)
+    except ConfigError as error:
+        fail(error)
+    if "--print-config" in argv:
+        print(readable(config))
+        sys.exit(0)
+    return config
+
+
+def fail(error: object, code: int = 2) -> typing.NoReturn:
+    """Prints what went wrong once, also where torchrun started many processes, and ends this one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # torchrun ends every process when the first one leaves; let the one that prints be it
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    from_command_line(__doc__)

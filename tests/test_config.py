@@ -1,0 +1,162 @@
+"""config.py: one spelling in three places, and every mistake gets an answer."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import config
+from config import Config, ConfigError, Model, Optim, Stage
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def run(*arguments, **environment):
+    import os
+
+    command = [sys.executable, str(ROOT / "config.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd="/")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads_and_survives_json(name):
+    cfg = config.load(name)
+    assert cfg.name == name and cfg.run == f"runs/{name}" and cfg.dataset == f"datasets/{name}"
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+    assert config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, 1) >= 1
+
+
+def test_three_names_mean_the_same_file():
+    names = ("demo", "configs/demo.py", "config/demo.py", "configs/demo", str(ROOT / "configs" / "demo.py"))
+    assert len({str(config.find(name).resolve()) for name in names}) == 1
+
+
+def test_an_override_is_spelled_like_the_setting_and_typed():
+    cfg = config.load("demo", ["--optim.lr=5e-4", "--train.steps=1e2", "--model.tie_embeddings=true", "--run=/x y"])
+    assert (cfg.optim.lr, cfg.train.steps, cfg.model.tie_embeddings, cfg.run) == (5e-4, 100, True, "/x y")
+    assert type(cfg.train.steps) is int
+
+
+def test_overrides_are_applied_together_before_a_section_is_checked():
+    # d_model=100 alone does not divide by the demo's 6 heads, and neither does n_heads=5 by its 2 kv heads
+    cfg = config.load("demo", ["--model.d_model=100", "--model.n_heads=5", "--model.n_kv_heads=5"])
+    assert cfg.model.d_head == 20
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--optim.lrr=1", "did you mean 'optim.lr'"),
+        ("--train.steps=1.5", "a whole number"),
+        ("--train.steps=nan", "a whole number"),
+        ("--optim.lr=fast", "a number"),
+        ("--optim.lr=nan", "above 0"),
+        ("--optim.lr=-1", "above 0"),
+        ("--model.norm=rms", "'rmsnorm' or 'nonparametric_layernorm'"),
+        ("--model.tie_embeddings=yes", "true or false"),
+        ("--model.n_kv_heads=4", "use one of [1, 2, 3, 6]"),
+        ("--model.d_head=33", "odd"),
+        ("--model.n_layers=0", "at least 1"),
+        ("--eval.prompt_tokens=250", "do not fit"),
+        ("--data.validation_fraction=1", "0 <= share < 1"),
+        ("--data.sources=x", "set it in the config file"),
+        ("optim.lr=1", "give exactly one config"),
+        ("--optim.lr", "not an override"),
+    ],
+)
+def test_a_mistake_is_one_line_with_exit_code_2_and_no_traceback(override, expected):
+    result = run("demo", override)
+    assert result.returncode == 2 and result.stdout == ""
+    assert expected in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("from config import *\nconfig = Config(optim=Optim(lrr=1))", "did you mean 'lr'"),
+        ("from config import *\nconfig = Config(optim=Optim(lr='1'))", "optim.lr='1' is a str; it must be float"),
+        ("from config import *\nconfig = Config(model=Model(n_heads=True))", "is a bool; it must be int"),
+        ("from config import *\nconfig = Config(model=Optim())", "it must be Model"),
+        ("x = 1\nconfig = 1 / 0", "line 2: ZeroDivisionError"),
+        ("config = Config(", "SyntaxError"),
+        ("cfg = 1", "must end in `config = Config(...)`"),
+        ("raise SystemExit", "SystemExit"),
+        (
+            "from config import *\nconfig = Config(data=Data(stages=(Stage(epochs={'cod': 1}),), "
+            "sources=(Source('code', paths=('.',)),)))",
+            "did you mean 'code'",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        config.load(str(path))
+    assert expected in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_config_that_does_not_exist_gets_a_suggestion():
+    assert "did you mean 'demo'" in run("dmeo").stderr
+
+
+def test_under_torchrun_only_the_first_process_speaks():
+    assert "error" in run("demo", "--x=1", RANK="0").stderr
+    assert run("demo", "--x=1", RANK="1").stderr == ""
+
+
+def test_help_lists_every_setting_with_its_comment():
+    text = run("--help").stdout
+    for setting in config.SETTINGS:
+        assert f"--{setting}=" in text, setting
+    assert "--optim.beta2=0.95" in text and "decay of the running mean of their squares" in text
+
+
+def test_help_and_errors_take_less_than_a_second_and_no_torch():
+    began = time.perf_counter()
+    run("demo", "--optim.lrr=1")
+    assert time.perf_counter() - began < 1
+    code = "import sys, config; config.load('demo'); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_print_config_shows_resolved_values_and_runs_nothing(tmp_path):
+    result = run("demo", "--print-config", "--optim.lr=0.25")
+    assert result.returncode == 0
+    assert "optim.lr = 0.25\n" in result.stdout and "run = 'runs/demo'\n" in result.stdout
+    assert "model.d_head = 32\n" in result.stdout
+
+
+def test_a_loaded_config_cannot_be_edited():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.load("demo").optim.lr = 1.0
+
+
+def test_an_integer_is_welcome_as_a_float_and_saved_as_one():
+    assert Optim(lr=1) == Optim(lr=1.0) and type(Optim(lr=1).lr) is float
+
+
+def test_deriving_one_config_from_another_derives_again():
+    wide = dataclasses.replace(Config(model=Model(d_model=64, n_heads=4)), model=Model(d_model=96, n_heads=4))
+    assert wide.resolved().model.d_head == 24
+
+
+def test_a_stage_has_epochs_or_weights_with_tokens():
+    for bad in (dict(epochs={"a": 1.0}, weights={"a": 1.0}), dict(weights={"a": 1.0}), dict(tokens=5)):
+        with pytest.raises(ConfigError):
+            Stage(**bad)
+
+
+def test_accumulation_follows_from_the_global_batch_and_errors_name_sizes_that_work():
+    assert config.accumulation_steps(2240, 10, 224) == 1  # Amber
+    assert config.accumulation_steps(12, 2, 3) == 2
+    with pytest.raises(ConfigError) as error:
+        config.accumulation_steps(100, 8, 3)
+    assert "use train.batch_size=96 or 120" in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        config.accumulation_steps(90, 4, 3)
+    assert "train.micro_batch_size=3 or 5" in str(error.value)
