@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The whole pipeline, from nothing:
+#
+#   bash run.sh                      the laptop demo (configs/demo.py): about ten minutes on two cores
+#   bash run.sh test [ARGUMENTS]     the tests (ARGUMENTS go to pytest)
+#   bash run.sh CONFIG [N_GPUS] [--section.name=value ...]
+#                                    the same pipeline for any config; through torchrun where N_GPUS > 1
+#   bash run.sh setup                only the environment
+#
+# Makes .venv and installs requirements.txt into it once; a later call reuses it, and whatever tokenizer, dataset, checkpoints
+# and results are already there. PYTHON=python3.12 bash run.sh chooses the interpreter for .venv.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files were installed before
+  local python="${PYTHON:-}" candidate stamp
+  if [ ! -x .venv/bin/python ]; then
+    for candidate in $python python3 python3.13 python3.12 python3.11 python3.10; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$candidate; break; fi
+      python=""
+    done
+    [ -n "$python" ] || { echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python" >&2; exit 2; }
+    echo "making .venv with $($python --version)"
+    rm -rf .venv
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: '$python -m venv' failed (Debian: apt install python3-venv)" >&2; exit 2; }
+  fi
+  stamp=".venv/installed-$(cat "$@" | cksum | tr ' ' '-')"
+  if [ ! -e "$stamp" ]; then
+    echo "installing $*"
+    local file arguments=()
+    for file in "$@"; do arguments+=(-r "$file"); done
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+    touch "$stamp"
+  fi
+}
+
+pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
+  local config=$1 n_gpus=$2 run tokenizer; shift 2
+  # A mistake in the config ends here, once, before any work. The last two lines say where this config's folders are.
+  "$python" config.py "$config" "$@" --print-config >/dev/null
+  run=$("$python" config.py "$config" "$@" --print-config | sed -n "s/^run = '\(.*\)'$/\1/p")
+  tokenizer=$("$python" config.py "$config" "$@" --print-config | sed -n "s/^tokenizer.path = '\(.*\)'$/\1/p")
+  echo "== tokenizer"; [ -e "$tokenizer" ] && echo "$tokenizer is there" || "$python" tokenizer.py train "$config" "$@"
+  echo "== data";      "$python" data.py "$config" "$@"
+  echo "== train"
+  if [ "$n_gpus" -gt 1 ]; then
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$n_gpus" -- train.py "$config" "$@"
+  else
+    "$python" train.py "$config" "$@"
+  fi
+  echo "== eval";      "$python" eval.py "$run" --check
+  echo "== samples"
+  local prompt
+  for prompt in "def " "The " "class "; do
+    "$python" sample.py "$run" --prompt "$prompt" --tokens 80 --temperature 0.8 --seed 1 --save
+  done
+  echo "== report";    "$python" report.py "$run"
+}
+
+python=.venv/bin/python
+case "${1:-demo}" in
+  setup) setup requirements.txt requirements-dev.txt ;;
+  test)  shift; setup requirements.txt requirements-dev.txt; exec "$python" -m pytest "$@" ;;
+  -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
+  *)
+    config=${1:-demo}; [ $# -eq 0 ] || shift
+    n_gpus=1; if [[ "${1:-}" =~ ^[0-9]+$ ]]; then n_gpus=$1; shift; fi
+    [ -e .venv/bin/python ] && ls .venv/installed-* >/dev/null 2>&1 || setup requirements.txt
+    pipeline "$config" "$n_gpus" "$@"
+    ;;
+esac

@@ -1,0 +1,229 @@
+"""checkpoint.py: folders that others open, saves that survive a kill, loads that restore every bit."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import optim
+from config import ConfigError, Model, Optim
+from model import Transformer
+
+ROOT = Path(__file__).parents[1]
+LLAMA = Model(vocab_size=67, seq_len=16, d_model=24, n_layers=2, n_heads=6, n_kv_heads=3, d_ff=28)
+OLMO = Model(vocab_size=71, seq_len=16, d_model=24, n_layers=2, n_heads=4, d_ff=28, tie_embeddings=True,
+             norm="nonparametric_layernorm")  # fmt: skip
+FAMILIES = pytest.mark.parametrize("cfg", [LLAMA, OLMO], ids=["llama", "olmo"])
+
+
+def trained(cfg: Model, steps: int = 3, seed: int = 1):
+    """A model and its optimizer after a few updates on random tokens."""
+    torch.manual_seed(seed)
+    net = Transformer(cfg)
+    net.init_weights(seed)
+    adamw = optim.adamw(net, Optim(lr=1e-2))
+    for _ in range(steps):
+        update(net, adamw)
+    return net, adamw
+
+
+def update(net, adamw):
+    tokens = torch.randint(net.cfg.vocab_size, (2, 9))
+    (net(tokens[:, :-1], tokens[:, 1:]) / 16).backward()
+    adamw.step()
+    adamw.zero_grad()
+
+
+def state(step: int) -> dict:
+    return {"step": step, "rows": 2 * step, "tokens": 32 * step, "chunk": -1, "eot": 0}
+
+
+@FAMILIES
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, cfg, steps):
+    net, adamw = trained(cfg, steps)
+    folder = checkpoint.save(tmp_path, net, adamw, state(steps), {})
+    for _ in range(2):
+        update(net, adamw)
+
+    other = Transformer(cfg)
+    other_adamw = optim.adamw(other, Optim(lr=1e-2))
+    with torch.no_grad():
+        checkpoint.load_weights(folder, other)
+    checkpoint.load_optimizer(folder, other, other_adamw)
+    for _ in range(2):  # the random tokens too go on where they were
+        update(other, other_adamw)
+    for (name, a), b in zip(net.named_parameters(), other.parameters()):
+        assert torch.equal(a, b), name
+        assert torch.equal(adamw.state[a]["exp_avg_sq"], other_adamw.state[b]["exp_avg_sq"]), name
+
+
+@FAMILIES
+def test_transformers_opens_a_checkpoint_as_it_stands(tmp_path, cfg):
+    transformers = pytest.importorskip("transformers")
+    net, adamw = trained(cfg)
+    folder = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.randint(cfg.vocab_size, (3, 11))
+    assert theirs.dtype == torch.float32
+    torch.testing.assert_close(theirs(tokens).logits, net(tokens), atol=1e-5, rtol=1e-5)
+
+
+@FAMILIES
+def test_a_folder_written_by_transformers_loads_as_our_model(tmp_path, cfg):
+    transformers = pytest.importorskip("transformers")
+    values = checkpoint.hf_config(cfg)
+    theirs = getattr(transformers, values.pop("architectures")[0])
+    theirs = theirs(theirs.config_class(**values))
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load_model(tmp_path)
+    assert ours.cfg.n_kv_heads == cfg.resolved().n_kv_heads and ours.cfg.rope_theta == cfg.rope_theta
+    tokens = torch.randint(cfg.vocab_size, (2, 7))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@FAMILIES
+def test_settings_survive_the_hugging_face_config(tmp_path, cfg):
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.hf_config(cfg)))
+    assert checkpoint.model_config(tmp_path) == dataclasses.replace(cfg.resolved(), init="normal")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model_type": "mamba"}, "reads llama and olmo"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "not supported"),
+        ({"attention_bias": True}, "not supported"),
+        ({"hidden_size": "wide"}, "must be int"),
+        ({"model_type": None}, "reads llama and olmo"),
+    ],
+)
+def test_a_model_that_we_do_not_compute_is_refused(tmp_path, change, expected):
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoint.hf_config(LLAMA), **change}))
+    with pytest.raises(ConfigError, match=expected):
+        checkpoint.load_model(tmp_path)
+
+
+def test_weights_of_another_model_and_damaged_files_are_refused(tmp_path):
+    net, adamw = trained(LLAMA)
+    folder = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    with pytest.raises(ConfigError, match="another model"):
+        checkpoint.load_weights(folder, Transformer(OLMO))
+    with pytest.raises(ConfigError, match="the model wants"):
+        checkpoint.load_weights(folder, Transformer(dataclasses.replace(LLAMA, d_ff=30)))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        checkpoint.load_model(folder)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="missing"):
+        checkpoint.load_model(folder)
+
+
+def test_hashes_in_the_state_are_those_of_the_files(tmp_path):
+    net, adamw = trained(LLAMA)
+    folder = checkpoint.save(tmp_path, net, adamw, state(3), {"tokenizer.json": b"{}"})
+    (found,) = checkpoint.checkpoints(tmp_path)
+    assert found.step == 3 and found.path == folder
+    names = {path.name for path in folder.iterdir()} - {"state.json"}
+    assert set(found.state["files"]) == names == {
+        "config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
+    }  # fmt: skip
+    for name, digest in found.state["files"].items():
+        assert checkpoint.sha256(folder / name) == digest
+
+
+def test_steps_are_numbers_and_incomplete_folders_are_ignored(tmp_path):
+    net, adamw = trained(LLAMA)
+    for step in (999_999, 100_000_000, 1_000_000, 5):
+        checkpoint.save(tmp_path, net, adamw, state(step), {})
+    (tmp_path / "checkpoints" / "step-00000007").mkdir()
+    (tmp_path / "checkpoints" / "step-notes").mkdir()
+    (tmp_path / "checkpoints" / "step-00000005" / "state.json").write_text("{")
+    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [999_999, 1_000_000, 100_000_000]
+    assert checkpoint.checkpoints(tmp_path / "nowhere") == []
+
+
+def test_a_step_that_is_saved_again_replaces_the_folder(tmp_path):
+    net, adamw = trained(LLAMA)
+    first = checkpoint.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
+    update(net, adamw)
+    second = checkpoint.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
+    assert first != second and len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_kill_during_a_save_leaves_whole_checkpoints_only(tmp_path):
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from test_checkpoint import *\n"
+        "net, adamw = trained(LLAMA)\n"
+        "for step in range(1, 10**6):\n"
+        "    checkpoint.save(sys.argv[3], net, adamw, state(step), {})\n"
+        "    print(step, flush=True)\n"
+    )
+    reached = 0
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path / str(attempt))],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for _ in range(2):
+            process.stdout.readline()
+        time.sleep(0.007 * attempt)  # somewhere inside the next save
+        process.send_signal(signal.SIGKILL)
+        last = int(([2] + [int(line) for line in process.stdout.read().split()])[-1])
+        found = checkpoint.checkpoints(tmp_path / str(attempt))
+        assert [c.step for c in found][:last] == list(range(1, last + 1))
+        for each in found:
+            checkpoint.load_model(each.path)
+            assert (
+                checkpoint.sha256(each.path / "model.safetensors") == each.state["files"]["model.safetensors"]
+            )
+        reached += len(found)
+    assert reached >= 12
+
+
+def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypatch):
+    net, adamw = trained(LLAMA)
+    good = checkpoint.save(tmp_path, net, adamw, state(3), {})
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, net, adamw, state(4), {})
+    assert [path for path in (tmp_path / "checkpoints").iterdir()] == [good]
+    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [3]
+
+
+def test_a_log_survives_half_a_line(tmp_path):
+    log = tmp_path / "evals.jsonl"
+    checkpoint.append(log, {"a": 1})
+    with open(log, "a") as file:
+        file.write('{"a": 2')
+    assert checkpoint.read_lines(log) == [{"a": 1}]
+    checkpoint.append(log, {"a": 3})
+    assert checkpoint.read_lines(log) == [{"a": 1}, {"a": 3}]
+    assert checkpoint.read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    net, adamw = trained(LLAMA)
+    folder = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    for path in folder.iterdir():
+        assert path.suffix in (".json", ".safetensors")
+    source = (ROOT / "checkpoint.py").read_text()
+    assert "torch.load" not in source and "torch.save" not in source and "pickle." not in source
+
+
+def test_an_olmo_that_transformers_cannot_compute_is_refused():
+    with pytest.raises(ConfigError, match="norm_eps 1e-5"):
+        checkpoint.hf_config(dataclasses.replace(OLMO, norm_eps=1e-6))

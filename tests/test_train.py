@@ -1,0 +1,332 @@
+"""train.py and parallel.py: printed numbers by hand, interruptions that leave no trace, processes that agree."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import config
+import data
+import optim
+import parallel
+import train
+from config import ConfigError
+from dataset import Dataset
+from model import Transformer
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = """
+from config import *
+config = Config(
+    model=Model(vocab_size=300, seq_len=24, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40),
+    tokenizer=Tokenizer(path={tokenizer!r}, vocab_size=300),
+    data=Data(sources=(Source("prose", paths=({text!r},)),), n_chunks=5, validation_fraction=0.2, workers=1),
+    optim=Optim(lr=1e-2, warmup_steps=4),
+    train=Train(batch_size=6, micro_batch_size=3, log_every=5, device="cpu"),
+    eval=Eval(prompt_tokens=8, continuation_tokens=8),
+    dataset={dataset!r},
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> Path:
+    """A config file with its tokenizer and dataset built: some 290 rows, 48 steps of 6 rows, 5 chunks."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text").mkdir()
+    for n in range(40):
+        words = " ".join(f"{n * 7919 % (w + 2)} sheep and {w * n % 97} goats went up the hill" for w in range(14))
+        (folder / "text" / f"{n}.txt").write_text(words)
+    path = folder / "tiny.py"
+    names = {name: str(folder / name) for name in ("tokenizer", "text", "dataset")}
+    path.write_text(CONFIG.format(**names))
+    subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", path], check=True, capture_output=True)
+    data.build(config.load(str(path)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """train() takes over Ctrl-C; pytest wants it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def load(recipe: Path, run: Path, *overrides: str) -> config.Config:
+    return config.load(str(recipe), [f"--run={run}", *overrides])
+
+
+def metrics(run: Path) -> list[dict]:
+    """One record a step: the last one, where a resumed run came to a step again."""
+    return list({record["step"]: record for record in checkpoint.read_lines(run / "metrics.jsonl")}.values())
+
+
+def weights(run: Path) -> dict[str, str]:
+    """Hash of the weights and of the optimizer of every checkpoint."""
+    return {
+        c.path.name: (c.state["files"]["model.safetensors"], c.state["files"]["optimizer.safetensors"])
+        for c in checkpoint.checkpoints(run)
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run([sys.executable, ROOT / "train.py", recipe, f"--run={run}"], check=True, capture_output=True)
+    return run
+
+
+def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(6000):
+        if (run / "metrics.jsonl").exists() and len(checkpoint.read_lines(run / "metrics.jsonl")) >= step:
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"training ended before step {step}: {process.stderr.read()}")
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+# ---- what is printed is right ---------------------------------------------------------------------------------------
+
+
+def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe, whole):
+    dataset = Dataset(config.load(str(recipe)).dataset)
+    found = checkpoint.checkpoints(whole)
+    n_steps = dataset.n_rows // 6
+    ends = [min(n_steps, math.ceil(dataset.chunk_range(c)[1] / 6)) for c in range(5)]
+    assert [c.step for c in found] == [0, *ends] and ends[-1] == n_steps
+    assert [c.state["chunk"] for c in found] == [-1, 0, 1, 2, 3, 4]
+    assert [c.state["rows"] for c in found] == [6 * s for s in [0, *ends]]
+    assert [c.state["tokens"] for c in found] == [144 * s for s in [0, *ends]]
+    assert {c.state["dataset_sha256"] for c in found} == {dataset.sha256}
+    events = [record["event"] for record in checkpoint.read_lines(whole / "ledger.jsonl")]
+    assert events == ["start", *["checkpoint"] * 6, "finish"]
+    first = checkpoint.read_lines(whole / "ledger.jsonl")[0]
+    assert first["rows_never_trained"] == dataset.n_rows - 6 * n_steps
+    assert config.load_run(whole) == load(recipe, whole)
+    assert checkpoint.sha256(whole / "dataset.json") == dataset.sha256
+
+
+def test_loss_gradient_norm_rate_and_speed_are_those_worked_out_by_hand(recipe, whole):
+    cfg = load(recipe, whole)
+    batch = torch.from_numpy(Dataset(cfg.dataset).batch(0, 6))
+    net = checkpoint.load_model(whole / "checkpoints" / "step-00000000").requires_grad_(True)
+    loss = F.cross_entropy(net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())  # one mean over 6 x 24
+    loss.backward()
+    norm = math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in net.parameters()))
+    first = metrics(whole)[0]
+    assert first["loss"] == pytest.approx(loss.item(), abs=2e-6)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for record in metrics(whole):
+        assert record["tokens"] == 144 * record["step"]
+        assert record["tokens_per_second"] == pytest.approx(144 / record["seconds"])
+        assert record["data_seconds"] < record["seconds"]
+    n_steps = len(metrics(whole))
+    assert [r["lr"] for r in metrics(whole)] == [optim.learning_rate(s, n_steps, cfg.optim) for s in range(n_steps)]
+
+
+def test_it_learns(whole):
+    losses = [record["loss"] for record in metrics(whole)]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.1) and losses[-1] < 0.7 * losses[0]
+
+
+def test_reading_a_batch_is_a_small_part_of_a_step(whole):
+    seconds = [record["data_seconds"] / record["seconds"] for record in metrics(whole)]
+    assert sorted(seconds)[len(seconds) // 2] < 0.2  # of a step that takes a few milliseconds; 0.2 % of the demo's
+
+
+def test_accumulation_one_by_four_equals_four_by_one(recipe, tmp_path):
+    for micro in (1, 2, 6):
+        train.train(load(recipe, tmp_path / str(micro), f"--train.micro_batch_size={micro}", "--train.steps=8"))
+    runs = [metrics(tmp_path / str(micro)) for micro in (1, 2, 6)]
+    for records in zip(*runs):
+        losses, norms = [r["loss"] for r in records], [r["grad_norm"] for r in records]
+        assert max(losses) - min(losses) < 5e-6 and max(norms) / min(norms) < 1 + 1e-4
+
+
+def test_stopping_early_does_not_change_the_schedule(recipe, whole, tmp_path):
+    train.train(load(recipe, tmp_path / "run", "--train.steps=12"))
+    for short, full in zip(metrics(tmp_path / "run"), metrics(whole)):
+        assert (short["lr"], short["loss"]) == (full["lr"], full["loss"])
+    assert checkpoint.checkpoints(tmp_path / "run")[-1].step == 12
+
+
+def test_checkpoints_come_at_powers_of_two_and_every_n_steps_if_asked(recipe, tmp_path):
+    asked = ("--train.checkpoint_chunks=false", "--train.checkpoint_powers_of_two=true", "--train.steps=13")
+    train.train(load(recipe, tmp_path / "run", *asked, "--train.checkpoint_every=6"))
+    assert [c.step for c in checkpoint.checkpoints(tmp_path / "run")] == [0, 1, 2, 4, 6, 8, 12, 13]
+
+
+# ---- interruptions ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    for step in (7, 16, 27):  # steps done so far in metrics.jsonl, counted with repetitions
+        process = start(recipe, run)
+        wait_for_step(run, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(recipe, run)
+    assert process.wait() == 0, process.stderr.read()
+    assert weights(run) == weights(whole)
+    assert [r["loss"] for r in metrics(run)] == [r["loss"] for r in metrics(whole)]
+    assert "resume" in {record["event"] for record in checkpoint.read_lines(run / "ledger.jsonl")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(recipe, whole, tmp_path, number):
+    run = tmp_path / "run"
+    process = start(recipe, run)
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "interrupted and saved at step" in out and err == ""
+    last = checkpoint.read_lines(run / "ledger.jsonl")[-1]
+    assert last["event"] == "interrupted" and last["step"] == checkpoint.checkpoints(run)[-1].step
+    for _ in range(2):  # the second finds nothing to do
+        train.train(load(recipe, run))
+    assert {name: w for name, w in weights(run).items() if name in weights(whole)} == weights(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_chunk_and_documents(recipe, tmp_path):
+    run = tmp_path / "run"
+    process = start(recipe, run, "--optim.lr=1e30", "--optim.warmup_steps=0")
+    out, err = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in err
+    record = checkpoint.read_lines(run / "ledger.jsonl")[-1]
+    assert record["event"] == "nonfinite" and f"after step {record['step']}: chunk {record['chunk']}" in err
+    dataset, first = Dataset(config.load(str(recipe)).dataset), 6 * record["step"]
+    expected = {f"{d[0]}:{d[1]}" for p in range(first, first + 6) for d in dataset.documents(p)}
+    assert set(record["documents"]) == expected and record["rows"] == [first, first + 5]
+    assert [c.step for c in checkpoint.checkpoints(run)] == [0]
+
+
+def test_another_config_does_not_continue_a_run(recipe, whole, tmp_path):
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 -> 0.5"):
+        train.train(load(recipe, whole, "--optim.lr=0.5"))
+    train.train(load(recipe, whole, "--train.log_every=1"))  # harmless
+
+
+def test_a_dataset_that_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_path):
+    for override, message in (
+        ("--model.seq_len=16", "rows of 24 tokens"),
+        ("--model.vocab_size=299", "at least 300"),
+        ("--dataset=/nowhere", "python data.py"),
+        ("--train.batch_size=600", "not one step"),
+        ("--train.micro_batch_size=4", "does not divide"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train.train(load(recipe, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_trainings_do_not_share_a_run_folder(recipe, tmp_path):
+    run = tmp_path / "run"
+    process = start(recipe, run)
+    wait_for_step(run, 1, process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(ConfigError, match="another training is at work"):
+            train.train(load(recipe, run))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_disk_that_fills_up_is_a_message_and_earlier_checkpoints_stay(recipe, tmp_path):
+    import resource
+
+    def small_files():  # what the kernel then answers is EFBIG, where a full disk answers ENOSPC
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    run = tmp_path / "run"  # 17,000 parameters: 68 kB of weights, twice that of moments from the first update on
+    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", "--model.d_ff=120"]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
+    assert result.returncode == 1 and "earlier checkpoints are whole" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [c.step for c in checkpoint.checkpoints(run)] == [0]
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_have_the_same_losses_as_one(recipe, whole, tmp_path, processes):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    command += [ROOT / "train.py", recipe, f"--run={run}", "--train.micro_batch_size=1", "--train.steps=15"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    together = metrics(run)
+    assert len(together) == 15
+    for ours, alone in zip(together, metrics(whole)):
+        assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    assert result.stdout.count("parameters") == 1  # one process speaks
+    assert "interrupted" not in result.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_shares_of_a_batch_are_the_batch_in_order(processes):
+    everyone = [parallel.Everyone(r, processes, torch.device("cpu"), torch.float32) for r in range(processes)]
+    assert [i for e in everyone for i in range(12)[e.share(12)]] == list(range(12))
+
+
+def test_cuda_that_is_not_there_is_an_error_before_any_process_group():
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        parallel.device("cuda")
+    assert parallel.device("auto") == torch.device("cpu")
+    assert parallel.precision("auto", torch.device("cpu")) == torch.float32
+
+
+# ---- golden ---------------------------------------------------------------------------------------------------------
+
+GOLDEN = []
+
+
+def test_ten_steps_of_the_demo_have_their_golden_losses():
+    """A change that should not change the mathematics must not change these: float noise stays below 1e-4."""
+    cfg = config.load("demo")
+    net = Transformer(cfg.model)
+    net.init_weights(cfg.train.seed)
+    adamw = optim.adamw(net, dataclasses.replace(cfg.optim, warmup_steps=3))
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(10):
+        # Text with something to learn: each id follows from the one before it by a rule, with noise.
+        noise = torch.randint(7, (4, cfg.model.seq_len + 1), generator=generator)
+        tokens = (torch.arange(cfg.model.seq_len + 1) * 31 + noise) % cfg.model.vocab_size
+        for group in adamw.param_groups:
+            group["lr"] = optim.learning_rate(step, 10, cfg.optim)
+        loss = net(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+        loss.backward()
+        optim.clip(net, cfg.optim.grad_clip)
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    assert losses == pytest.approx(GOLDEN, abs=1e-4), [round(loss, 5) for loss in losses]

@@ -1,0 +1,402 @@
+"""The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
+
+    python train.py configs/demo.py                              # one process
+    torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same batches, the same loss
+
+Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
+checkpoint and leave; the same command again goes on from the newest complete one, and ends with the same
+weights, bit for bit, as a run that was never interrupted, even by kill -9 (on the same hardware and number of
+processes).
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+
+import checkpoint
+import config
+import optim
+import parallel
+from config import Config, ConfigError
+from dataset import Dataset
+from model import Transformer
+
+
+class Interrupted:
+    """True once Ctrl-C or SIGTERM has come; the loop then saves and leaves. A second one ends at once."""
+
+    def __init__(self):
+        self.came = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.came = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is not a number any more."""
+
+
+def train(cfg: Config) -> None:
+    """Trains cfg.run from where it stands to the end of the data, or to train.steps."""
+    # What can be wrong with the settings is looked at before the processes meet and the first file is
+    # written.
+    accumulation = config.accumulation_steps(
+        cfg.train.batch_size, cfg.train.micro_batch_size, parallel.world_size()
+    )
+    checkpoint.hf_config(cfg.model)
+    dataset = open_dataset(cfg)
+    n_steps = (
+        dataset.n_rows // cfg.train.batch_size
+    )  # of the schedule; rows left over are named in the ledger
+    last_step = min(cfg.train.steps or n_steps, n_steps)
+    save_at = checkpoint_steps(cfg, dataset, last_step)
+    run, tokens_a_step = Path(cfg.run), cfg.train.batch_size * cfg.model.seq_len
+    changed = check_same_run(cfg, dataset)
+    everyone = parallel.start(cfg.train)
+    everyone.once(lock, run)
+    resumed = (checkpoint.checkpoints(run) or [None])[-1]
+    if resumed and resumed.step >= last_step:
+        everyone.once(say, f"{run} is trained: {resumed.path.name} is its last checkpoint; nothing to do")
+        LOCKS.clear()
+        return everyone.leave()
+    interrupted = Interrupted()
+
+    model = Transformer(cfg.model)
+    step = 0
+    if resumed:
+        step = resumed.step
+        checkpoint.load_weights(resumed.path, model)
+    else:
+        model.init_weights(cfg.train.seed)
+    model.to(everyone.device)
+    optimizer = optim.adamw(model, cfg.optim)
+    if resumed:
+        checkpoint.load_optimizer(resumed.path, model, optimizer)
+    else:
+        torch.manual_seed(cfg.train.seed)
+    wrapped = everyone.wrap(model)
+
+    def log(event: str, **record) -> None:
+        everyone.once(
+            checkpoint.append, run / "ledger.jsonl", {"event": event, "time": time.time(), **record}
+        )
+
+    def save() -> None:
+        rows = step * cfg.train.batch_size
+        state = {
+            "step": step,
+            "rows": rows,  # position in the order: rows 0 .. rows - 1 have been trained on
+            "tokens": step * tokens_a_step,
+            "chunk": newest_chunk(dataset, rows, step == n_steps),
+            "eot": dataset.manifest["eot"],
+            "dataset_sha256": dataset.sha256,
+            "tokenizer_sha256": dataset.manifest["tokenizer"]["sha256"],
+            "world_size": everyone.world_size,
+        }
+        everyone.once(checkpoint.save, run, model, optimizer, state, tokenizer_files(dataset))
+        log("checkpoint", step=step, chunk=state["chunk"], checkpoint=f"step-{step:08d}")
+
+    everyone.once(write_run, cfg, dataset, everyone, model)
+    log(
+        "resume" if resumed else "start",
+        step=step,
+        steps=last_step,
+        world_size=everyone.world_size,
+        accumulation=accumulation,
+        rows_never_trained=dataset.n_rows - n_steps * cfg.train.batch_size,
+        changed=changed,
+    )
+    everyone.once(greet, cfg, dataset, everyone, model, step, last_step, n_steps, accumulation)
+    if not resumed:
+        save()
+
+    began, began_at = time.perf_counter(), step
+    while step < last_step:
+        t0 = time.perf_counter()
+        batch = dataset.batch(step, cfg.train.batch_size)[
+            everyone.share(cfg.train.batch_size)
+        ]  # (B / processes, T+1)
+        batch = torch.from_numpy(batch).to(everyone.device)
+        t1 = time.perf_counter()
+
+        lr = optim.learning_rate(step, n_steps, cfg.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nats = torch.zeros((), device=everyone.device)
+        for i, micro in enumerate(batch.split(cfg.train.micro_batch_size)):
+            with everyone.accumulate(wrapped, last=i == accumulation - 1):
+                with parallel.autocast(everyone.device, everyone.dtype):
+                    loss = wrapped(micro[:, :-1], micro[:, 1:])  # a sum over this micro-batch
+                # The gradient of the mean over the global batch: DDP averages over processes, so undo its
+                # division.
+                (loss * (everyone.world_size / tokens_a_step)).backward()
+            nats += loss.detach()
+        norm = optim.clip(model, cfg.optim.grad_clip)
+        loss, stop, norm_sum = everyone.sum(nats, interrupted.came, norm)
+        loss, norm = loss / tokens_a_step, norm_sum / everyone.world_size  # every process has the same norm
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            not_finite(cfg, dataset, step, loss, norm, log)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        seconds = time.perf_counter() - t0
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": step * tokens_a_step,
+            "tokens_per_second": tokens_a_step / seconds,
+            "seconds": seconds,
+            "data_seconds": t1 - t0,
+            "chunk": dataset.chunk_of(step * cfg.train.batch_size - 1),
+            "time": time.time(),
+        }
+        everyone.once(log_step, run, record)
+        if step % cfg.train.log_every == 0 or step in (1, last_step):
+            pace = (time.perf_counter() - began) / (step - began_at)
+            everyone.once(say, step_line(record, last_step, (last_step - step) * pace))
+        if step in save_at or stop:
+            save()
+        if stop and step < last_step:
+            log("interrupted", step=step)
+            everyone.once(say, f"interrupted and saved at step {step}; the same command goes on from there")
+            break
+    else:
+        log("finish", step=step, seconds=time.perf_counter() - began)
+    LOCKS.clear()
+    everyone.leave()
+
+
+# ---- before the loop --------------------------------------------------------------------------------------
+
+
+def open_dataset(cfg: Config) -> Dataset:
+    """The dataset of a config. Raises ConfigError where it does not fit the model or is not what the config
+    asks for."""
+    if not Path(cfg.dataset, "manifest.json").exists():
+        raise ConfigError(f"there is no dataset in {cfg.dataset}; build it with python data.py {cfg.name}")
+    dataset = Dataset(cfg.dataset)
+    if dataset.seq_len != cfg.model.seq_len:
+        raise ConfigError(
+            f"{cfg.dataset} has rows of {dataset.seq_len} tokens and model.seq_len={cfg.model.seq_len}; "
+            "build it again with python data.py"
+        )
+    if dataset.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(
+            f"{cfg.dataset} has ids up to {dataset.vocab_size - 1} and model.vocab_size="
+            f"{cfg.model.vocab_size}; set model.vocab_size to at least {dataset.vocab_size}"
+        )
+    if dataset.n_rows < cfg.train.batch_size:
+        raise ConfigError(
+            f"{cfg.dataset} has {dataset.n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
+        )
+    return dataset
+
+
+def checkpoint_steps(cfg: Config, dataset: Dataset, last_step: int) -> set[int]:
+    """The steps after which a checkpoint is saved: the first at which a chunk is used up, those asked for,
+    the last."""
+    steps = {last_step}
+    if cfg.train.checkpoint_chunks:
+        ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
+        steps |= {-(-end // cfg.train.batch_size) for end in ends}
+    if cfg.train.checkpoint_every:
+        steps |= set(range(0, last_step, cfg.train.checkpoint_every))
+    if cfg.train.checkpoint_powers_of_two:
+        steps |= {2**i for i in range(last_step.bit_length())}
+    return steps
+
+
+def newest_chunk(dataset: Dataset, rows: int, finished: bool) -> int:
+    """The last chunk whose rows have all been trained on, -1 for none. The tail of the last chunk, shorter
+    than a batch, is never trained on (the ledger names it), so a finished run has used up the last chunk."""
+    if finished:
+        return dataset.n_chunks - 1
+    return sum(dataset.chunk_range(chunk)[1] <= rows for chunk in range(dataset.n_chunks)) - 1
+
+
+def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
+    """What differs from the config that the run folder was made with, harmless things only.
+
+    Raises ConfigError where the difference would make it another run: it would be neither the one nor the
+    other.
+    """
+    if not (Path(cfg.run) / "config.json").exists():
+        return []
+    before, now = config.to_dict(config.load_run(cfg.run)), config.to_dict(cfg)
+    before = {f"{s}.{k}": v for s in config.SECTIONS for k, v in before[s].items()}
+    now = {f"{s}.{k}": v for s in config.SECTIONS for k, v in now[s].items()}
+    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    free = ("eval.", "train.log_every", "train.steps", "train.checkpoint_", "train.device", "train.micro_",
+            "data.workers", "data.max_bad_fraction", "tokenizer.path")  # fmt: skip
+    fatal = [change for change in changed if not change.startswith(free)]
+    if fatal:
+        raise ConfigError(
+            f"{cfg.run} was begun with other settings ({'; '.join(fatal)}); "
+            "go on with those, or start another run with --run=FOLDER"
+        )
+    manifest = Path(cfg.run) / "dataset.json"
+    if manifest.exists() and checkpoint.sha256(manifest) != dataset.sha256:
+        raise ConfigError(
+            f"{cfg.run} was begun with another dataset than the one now in {cfg.dataset} (their manifests "
+            "differ); start another run with --run=FOLDER, or restore the dataset"
+        )
+    return changed
+
+
+LOCKS = []  # open files: a lock lasts as long as its file is open, that is, as long as the process lives
+
+
+def lock(run: Path) -> None:
+    """Keeps a second training out of the run folder. The kernel lets go of it when this process ends, however
+    it ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another training is at work in {run}; wait for it, or use --run=FOLDER") from None
+    LOCKS.append(file)
+
+
+def write_run(cfg: Config, dataset: Dataset, everyone: parallel.Everyone, model: Transformer) -> None:
+    """config.json and dataset.json of the run folder."""
+    run = Path(cfg.run)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    cuda = everyone.device.type == "cuda"
+    about = {
+        "format": checkpoint.FORMAT,
+        "config": config.to_dict(cfg),
+        "git": git.stdout.strip() or None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "device": torch.cuda.get_device_name(everyone.device) if cuda else processor(),
+        "platform": platform.platform(),
+        "processes": everyone.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": str(everyone.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    checkpoint.write_json(run / "config.json", about)
+    copy = run / ".dataset.json"
+    shutil.copyfile(dataset.folder / "manifest.json", copy)
+    os.replace(copy, run / "dataset.json")
+
+
+def processor() -> str:
+    """The processor's name and its cores."""
+    try:
+        names = [
+            line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+        ]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def tokenizer_files(dataset: Dataset) -> dict[str, bytes]:
+    """The tokenizer's files, which go into every checkpoint so that it opens by itself."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    paths = [Path(dataset.folder) / name for name in names]
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+
+# ---- in the loop ------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    print(text, flush=True)  # also into a file: whoever follows it sees the line when it is written
+
+
+def log_step(run: Path, record: dict) -> None:
+    with open(
+        run / "metrics.jsonl", "a", encoding="utf-8"
+    ) as log:  # not synced: a lost line is trained again
+        log.write(json.dumps(record) + "\n")
+
+
+def greet(cfg, dataset, everyone, model, step, last_step, n_steps, accumulation) -> None:
+    """What is about to run, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = cfg.train.batch_size * cfg.model.seq_len
+    left = dataset.n_rows - n_steps * cfg.train.batch_size
+    print(f"model    {parameters:,} parameters, {cfg.model.n_layers} layers x {cfg.model.d_model} wide")
+    rows = f"{dataset.n_rows:,} rows of {cfg.model.seq_len} tokens in {dataset.n_chunks} chunks"
+    print(f"data     {rows} from {cfg.dataset}")
+    print(f"step     {cfg.train.batch_size} rows = {tokens:,} tokens: {everyone.world_size} process(es) x "
+          f"{accumulation} micro-batch(es) of {cfg.train.micro_batch_size}")  # fmt: skip
+    print(f"device   {everyone.device}, {str(everyone.dtype).removeprefix('torch.')}")
+    if left:
+        print(f"note     the last {left} rows of the order are less than a batch and are not trained on")
+    print(
+        f"steps    {step:,} to {last_step:,}"
+        + (f" of a schedule of {n_steps:,}" if last_step < n_steps else ""),
+        flush=True,
+    )
+
+
+def step_line(record: dict, last_step: int, left: float) -> str:
+    """One aligned line: nats a token, global gradient norm, rate, speed, chunk, estimated seconds left."""
+    minutes, seconds = divmod(int(left), 60)
+    return (
+        f"step {record['step']:>{len(str(last_step))}}/{last_step}  loss {record['loss']:7.4f}  "
+        f"grad {record['grad_norm']:7.3f}  lr {record['lr']:.2e}  "
+        f"{record['tokens_per_second']:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    )
+
+
+def not_finite(cfg: Config, dataset: Dataset, step: int, loss: float, norm: float, log) -> None:
+    """Ends the run before the optimizer is touched, naming what was being learned."""
+    first = step * cfg.train.batch_size
+    last = first + cfg.train.batch_size - 1
+    documents = {(d[0], d[1]) for position in range(first, last + 1) for d in dataset.documents(position)}
+    names = sorted(f"{source}:{name}" for source, name in documents)
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    chunk = dataset.chunk_of(first)
+    about = {"loss": str(loss), "grad_norm": str(norm), "chunk": chunk, "rows": [first, last]}
+    log("nonfinite", step=step, **about, documents=names)
+    raise NotFinite(
+        f"loss {loss} and gradient norm {norm} in the step after step {step}: chunk {chunk}, rows {first} to "
+        f"{last}, {len(names)} documents: {some} (all of them in "
+        f"{cfg.run}/ledger.jsonl). The optimizer has not moved and the newest checkpoint is good; a lower "
+        "optim.lr or a tighter optim.grad_clip is the usual remedy"
+    )
+
+
+def main() -> None:
+    cfg = config.from_command_line(__doc__)
+    try:
+        train(cfg)
+    except ConfigError as error:
+        config.fail(error)
+    except NotFinite as error:
+        config.fail(error, code=1)
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
+        config.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
+
+
+if __name__ == "__main__":
+    main()
