@@ -105,8 +105,7 @@ class Source:
 
     def __post_init__(self):
         check_types(self)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ConfigError(f"data source name {self.name!r}: use letters, digits, '.', '_' and '-' only")
+        check_name("data source", self.name)
         if not self.paths:
             raise ConfigError(
                 f"data source {self.name!r} has no paths; give at least one file, folder or glob"
@@ -127,6 +126,7 @@ class Stage:
 
     def __post_init__(self):
         check_types(self)
+        check_name("stage", self.name)
         at_least(self, 1, "repeats")
         if self.epochs and self.weights:
             raise ConfigError(f"stage {self.name!r} sets both epochs and weights; keep one")
@@ -315,6 +315,11 @@ def above(section: object, low: float, *names: str) -> None:
             raise ConfigError(
                 f"{spelled(section, name)}={getattr(section, name)} must be a number above {low}"
             )
+
+
+def check_name(what: str, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):  # it becomes the name of a file
+        raise ConfigError(f"{what} name {name!r}: use letters, digits, '.', '_' and '-' only")
 
 
 def check_types(section: object) -> None:

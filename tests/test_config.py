@@ -36,7 +36,9 @@ def test_three_names_mean_the_same_file():
 
 
 def test_an_override_is_spelled_like_the_setting_and_typed():
-    cfg = config.load("demo", ["--optim.lr=5e-4", "--train.steps=1e2", "--model.tie_embeddings=true", "--run=/x y"])
+    cfg = config.load(
+        "demo", ["--optim.lr=5e-4", "--train.steps=1e2", "--model.tie_embeddings=true", "--run=/x y"]
+    )
     assert (cfg.optim.lr, cfg.train.steps, cfg.model.tie_embeddings, cfg.run) == (5e-4, 100, True, "/x y")
     assert type(cfg.train.steps) is int
 
@@ -78,7 +80,10 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_no_traceback(override, expec
     ("text", "expected"),
     [
         ("from config import *\nconfig = Config(optim=Optim(lrr=1))", "did you mean 'lr'"),
-        ("from config import *\nconfig = Config(optim=Optim(lr='1'))", "optim.lr='1' is a str; it must be float"),
+        (
+            "from config import *\nconfig = Config(optim=Optim(lr='1'))",
+            "optim.lr='1' is a str; it must be float",
+        ),
         ("from config import *\nconfig = Config(model=Model(n_heads=True))", "is a bool; it must be int"),
         ("from config import *\nconfig = Config(model=Optim())", "it must be Model"),
         ("x = 1\nconfig = 1 / 0", "line 2: ZeroDivisionError"),

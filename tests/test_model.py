@@ -126,7 +126,9 @@ def test_under_bf16_autocast_logits_and_loss_are_fp32_and_close():
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = net(tokens), net(tokens[:, :-1], tokens[:, 1:])
     assert logits.dtype == loss.dtype == torch.float32
-    assert 0 < (logits - exact).abs().max() < 2**-8 * 8 * exact.abs().max()  # BF16 keeps 8 bits of each factor
+    assert (
+        0 < (logits - exact).abs().max() < 2**-8 * 8 * exact.abs().max()
+    )  # BF16 keeps 8 bits of each factor
     assert abs(loss - exact_loss) < 0.01 * exact_loss
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())

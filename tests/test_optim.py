@@ -46,7 +46,9 @@ def test_amber_decays_everything_and_olmo_only_linear_layers():
     decayed, kept = optim.parameter_groups(net, Optim(decay="linear", weight_decay=0.1))
     names = {id(p): name for name, p in net.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    assert {names[id(p)] for p in kept["params"]} == {n for n in names.values() if "norm" in n or "embed" in n}
+    assert {names[id(p)] for p in kept["params"]} == {
+        n for n in names.values() if "norm" in n or "embed" in n
+    }
     assert "lm_head.weight" in {names[id(p)] for p in decayed["params"]}
 
     tied = Transformer(Model(**SMALL, tie_embeddings=True, norm="nonparametric_layernorm"))

@@ -1,0 +1,571 @@
+"""Documents -> tokens -> shuffled rows -> chunks: builds the dataset folder that dataset.py reads.
+
+    python data.py CONFIG [--section.name=value ...]     # builds datasets/<name>, or finds that it is built
+    python data.py verify DATASET                        # hashes every file again
+
+Reads the config's sources and its tokenizer. Writes
+
+    manifest.json                settings; counts by source, stage and chunk; SHA-256 of every file
+    tokenizer files              so that the folder is complete
+    chunks/000.bin ...           rows of seq_len + 1 token ids in training order; see dataset.py for the order
+    validation/<source>.bin      rows of documents that no chunk holds
+    documents/<source>.jsonl     {"id", "tokens", "bytes", "validation"} of every document, in reading order;
+    documents/<source>.offsets.npy    first byte of each of its lines, and its end
+    documents/<stage>.npy        the stream of a stage, int64 (3, documents + 1): first token there, number of
+                                 the source, number of the document; the last column is the stream's end
+
+How: worker processes encode batches of documents; the tokens of a source go to one file. The stream of a
+stage is only described, by its table; a chunk is written by fetching the rows that the shuffle puts there.
+A build works in `<dataset>.partial`, which is renamed when all of it is on disk: what has the final name is
+finished. Memory is bounded by the sizes below and by the largest document, but for a byte a document and
+the names of the input files.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import documents
+import tokenizer
+from config import Config, ConfigError, Source, Stage, fail, from_command_line, to_dict
+from dataset import Dataset, hash_file, locate, number, read_manifest, scramble, shuffle, unshuffle, verify
+
+__all__ = ["Dataset", "build", "shuffle", "unshuffle", "verify"]
+
+BATCH_CHARACTERS = 1 << 21  # of text to a worker at once: 0.2 s of encoding, against 5 ms of handing over
+BLOCK_BYTES = 1 << 25  # of rows fetched at once; the larger, the fewer sweeps over the tokens on disk
+BLOCK_DOCUMENTS = 1 << 20  # of a table worked on at once
+
+# What a build knows of each document of a source, in reading order. offset: its first token in the source's
+# file of training tokens, or -1 where it is held out for validation.
+ENTRY = np.dtype([("tokens", "<i8"), ("offset", "<i8"), ("hash", "<u8")])
+
+
+# ---- encoding: a source's documents -> one file of tokens -------------------------------------------------
+
+
+def start_worker(path: str, eot: str, dtype: str, seed: int, validation_fraction: float) -> None:
+    """Runs first in every worker process. A worker ends when its parent does, even by `kill -9`."""
+    global worker
+    worker = tokenizer.load(path, eot), np.dtype(dtype), seed, validation_fraction
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode(batch: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+    """(id, text) of documents -> tokens to train on, tokens held out, and an ENTRY and a table line of each.
+
+    Whether a document is held out follows from its id alone, whatever its source: a file that is read as
+    code and as English is held out in both or in neither.
+    """
+    tok, dtype, seed, validation_fraction = worker
+    eot = np.array([tok.eot], np.uint32)
+    ids = [np.concatenate([x, eot]) for x in tok.encode_batch([text for _, text in batch])]
+    entries = np.zeros(len(batch), ENTRY)
+    entries["tokens"] = [len(x) for x in ids]
+    entries["hash"] = [number(f"{seed}/{id}") for id, _ in batch]
+    held_out = below(entries["hash"], validation_fraction)
+    entries["offset"] = np.where(held_out, -1, 0)
+    lines = [
+        {"id": id, "tokens": len(x), "bytes": len(text.encode()), "validation": bool(held)}
+        for (id, text), x, held in zip(batch, ids, held_out)
+    ]
+    streams = []
+    for wanted in (False, True):
+        stream = [x for x, held in zip(ids, held_out) if held == wanted]
+        stream = np.concatenate(stream) if stream else np.empty(0, dtype)
+        if stream.size and stream.max() >= tok.vocab_size:
+            raise ConfigError(f"the tokenizer gave id {stream.max()}, beyond its {tok.vocab_size} entries")
+        streams.append(stream.astype(dtype))
+    return *streams, entries, lines
+
+
+def below(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Which hashes, spread evenly over 64 bits, fall into the lower `share` (below 1) of them."""
+    return hashes < np.uint64(share * 2.0**64)
+
+
+def encoded(source: Source, bad: documents.BadDocuments, pool: ProcessPoolExecutor, workers: int) -> Iterator:
+    """What `encode` gives for a source's documents, in their order whatever the number of workers.
+
+    Two batches a worker are under way: enough that none waits, and all the memory that this takes.
+    """
+    pending: deque = deque()
+    batch, characters = [], 0
+    for document in documents.read(source, bad):
+        batch.append((document.id, document.text))
+        characters += len(document.text) + 100  # so that a million tiny documents are not one batch
+        if characters >= BATCH_CHARACTERS:
+            pending.append(pool.submit(encode, batch))
+            batch, characters = [], 0
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+    if batch:
+        pending.append(pool.submit(encode, batch))
+    while pending:
+        yield pending.popleft().result()
+
+
+def encode_source(config: Config, source: Source, folder: Path, pool: ProcessPoolExecutor) -> dict:
+    """Writes work/<source>.{tokens,validation,entries} and documents/<source>.*; returns the counts."""
+    bad = documents.BadDocuments()
+    kinds = ("documents", "tokens", "bytes")
+    count = dict.fromkeys([*kinds, *(f"validation_{kind}" for kind in kinds)], 0)
+    work, table = folder / "work" / source.name, folder / "documents" / source.name
+    names = f"{work}.tokens", f"{work}.validation", f"{work}.entries", f"{work}.offsets", f"{table}.jsonl"
+    files, end = [open(name, "wb") for name in names], 0  # end: of the table's lines
+    files[3].write(bytes(8))
+    with bar(f"encode {source.name}", "B", text_bytes(source)) as progress:
+        for train, held, entries, lines in encoded(source, bad, pool, config.data.workers):
+            kept = entries["offset"] == 0
+            ends = count["tokens"] + np.cumsum(entries["tokens"][kept])
+            entries["offset"][kept] = ends - entries["tokens"][kept]
+            for line in lines:
+                prefix = "validation_" if line["validation"] else ""
+                for kind, value in zip(kinds, (1, line["tokens"], line["bytes"])):
+                    count[prefix + kind] += value
+            lines = [json.dumps(line).encode() + b"\n" for line in lines]
+            offsets = end + np.cumsum([len(line) for line in lines], dtype="<i8")
+            end = int(offsets[-1])
+            for file, data in zip(files, (train, held, entries, offsets, b"".join(lines))):
+                file.write(data)
+            progress.update(count["bytes"] + count["validation_bytes"] - progress.n)
+    for file in files:
+        file.close()
+    np.save(f"{table}.offsets.npy", np.memmap(f"{work}.offsets", "<i8", "r"))
+    total = bad.good + bad.count
+    if bad.count > config.data.max_bad_fraction * total:
+        raise ConfigError(
+            f"source {source.name!r}: {bad.count:,} of {total:,} documents cannot be used, more than "
+            f"data.max_bad_fraction={config.data.max_bad_fraction}:\n  " + "\n  ".join(bad.examples)
+        )
+    if not count["documents"]:
+        raise ConfigError(f"source {source.name!r} has no document to train on; {total:,} were read")
+    return {"files": len(documents.files(source)), **count, "bad": bad.reasons, "bad_examples": bad.examples}
+
+
+def text_bytes(source: Source) -> int | None:
+    """About how much text a source has, for a progress bar; None where file sizes do not tell."""
+    files = documents.files(source)
+    if source.read == "docstrings" or any(path.suffix in (".gz", ".zst", ".parquet") for path in files):
+        return None
+    return sum(path.stat().st_size for path in files)
+
+
+def bar(what: str, unit: str, total: int | None) -> tqdm:
+    return tqdm(desc=what, unit=unit, unit_scale=True, total=total, disable=not sys.stderr.isatty())
+
+
+# ---- stages: which documents, how often -------------------------------------------------------------------
+
+
+def stage_epochs(stage: Stage, sources: dict[str, dict]) -> dict[str, float]:
+    """Passes over each source, in the order of the sources; from their tokens where the stage has weights."""
+    epochs = stage.epochs or dict.fromkeys(sources, 1.0)
+    if stage.weights:
+        unit = stage.tokens / sum(stage.weights.values())
+        epochs = {name: unit * weight / sources[name]["tokens"] for name, weight in stage.weights.items()}
+    return {name: epochs[name] for name in sources if name in epochs}
+
+
+def stage_documents(epochs: dict[str, float], entries: dict[str, np.ndarray], key: np.uint64) -> Iterator:
+    """The stream of a stage in blocks: (source's name, numbers of documents, tokens of each).
+
+    2.3 epochs are two passes over all documents and one over those whose keyed hash falls into the lower 0.3.
+    """
+    for name, passes in epochs.items():
+        whole, fraction = divmod(passes, 1)
+        for epoch in range(int(whole) + (fraction > 0)):
+            for first in range(0, len(entries[name]), BLOCK_DOCUMENTS):
+                block = entries[name][first : first + BLOCK_DOCUMENTS]
+                taken = block["offset"] >= 0
+                if epoch == whole:
+                    taken &= below(scramble(block["hash"] ^ key), fraction)
+                yield name, first + np.flatnonzero(taken), block["tokens"][taken]
+
+
+def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries: dict) -> dict:
+    """Writes the table of a stage's stream; returns what the manifest says of the stage."""
+    epochs, key = stage_epochs(stage, sources), number(f"{config.data.seed}/{stage.name}")
+    mixture = {name: {"epochs": passes, "documents": 0, "tokens": 0} for name, passes in epochs.items()}
+    for name, numbers, tokens in stage_documents(epochs, entries, key):
+        mixture[name]["documents"] += len(numbers)
+        mixture[name]["tokens"] += int(tokens.sum())
+    n_documents = sum(part["documents"] for part in mixture.values())
+    table = np.lib.format.open_memmap(path, "w+", "<i8", (3, n_documents + 1))
+    n = total = 0
+    for name, numbers, tokens in stage_documents(epochs, entries, key):
+        block = slice(n, n + len(numbers))
+        table[0, block] = total + np.cumsum(tokens) - tokens
+        table[1, block], table[2, block] = [*sources].index(name), numbers
+        n, total = n + len(numbers), total + int(tokens.sum())
+    table[:, n] = total, -1, -1
+    table.flush()
+    T = config.model.seq_len
+    rows = max(0, total - 1) // T
+    if not rows:
+        raise ConfigError(
+            f"stage {stage.name!r} has {total:,} tokens, not one row of model.seq_len={T} + 1; add text"
+        )
+    dropped = total - rows * T - 1  # the stream's end, too short for a row
+    stated = {"name": stage.name, "repeats": stage.repeats, "tokens": total, "rows": rows}
+    return {**stated, "dropped_tokens": dropped, "mixture": mixture}
+
+
+# ---- rows: chunks and validation --------------------------------------------------------------------------
+
+
+def fetch(
+    table: np.ndarray, rows: np.ndarray, T: int, entries: list, files: list, out: np.ndarray, to: np.ndarray
+):
+    """Reads rows of the stream that `table` describes into out[to[i]] (rows, T+1).
+
+    Returns source, document and target tokens of every (row, document) pair that was met.
+    """
+    starts, sources, numbers = table
+    begin, end = rows * T, rows * T + T + 1
+    first = np.searchsorted(starts, begin, side="right") - 1
+    count = np.searchsorted(starts, end) - first  # documents in each row; below, everything is by pair
+    row = np.repeat(np.arange(len(rows)), count)
+    entry = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
+    source, document, start = sources[entry], numbers[entry], starts[entry]
+    left, right = np.maximum(start, begin[row]), np.minimum(starts[entry + 1], end[row])
+    offset = left - start
+    for s in np.unique(source):
+        offset[source == s] += entries[s]["offset"][document[source == s]]
+
+    # Documents side by side in a source's file are read at once: most rows are one read
+    apart = (row[1:] != row[:-1]) | (source[1:] != source[:-1]) | (np.diff(offset) != np.diff(left))
+    heads = np.flatnonzero(np.append(True, apart))
+    tails = np.append(heads[1:], len(row)) - 1
+    places = to[row[heads]] * (T + 1) + left[heads] - begin[row[heads]]
+    pieces = np.stack([places, right[tails] - left[heads], offset[heads]]) * out.itemsize
+    memory = memoryview(out).cast("B")
+    for s, place, size, at in zip(source[heads].tolist(), *pieces.tolist()):
+        if os.preadv(files[s].fileno(), [memory[place : place + size]], at) != size:
+            raise OSError(5, "is shorter than its table", files[s].name)
+    return source, document, right - np.maximum(left, begin[row] + 1)  # the first token of a row is no target
+
+
+def write_chunks(config: Config, folder: Path, stages: list[dict], entries: dict, dtype: np.dtype) -> tuple:
+    """Writes chunks/000.bin ...; returns what the manifest says of each, and their hashes.
+
+    A chunk ends where a step ends: boundaries are multiples of the batch size. The last chunk also takes
+    the rows that fill no step.
+    """
+    T, B, n_chunks = config.model.seq_len, config.train.batch_size, config.data.n_chunks
+    n_rows = sum(stage["rows"] * stage["repeats"] for stage in stages)
+    bounds = [k * (n_rows // B) // n_chunks * B for k in range(n_chunks)] + [n_rows]
+    paths = [folder / "documents" / f"{stage['name']}.npy" for stage in stages]
+    tables = [np.load(path, mmap_mode="r").view(np.ndarray) for path in paths]
+    files = [open(folder / "work" / f"{name}.tokens", "rb", buffering=0) for name in entries]
+    block = max(1, BLOCK_BYTES // ((T + 1) * dtype.itemsize))
+    chunks, hashes = [], {}
+    with bar("write chunks", " rows", n_rows) as progress:
+        for first, end in pairwise(bounds):
+            name, sha256 = f"chunks/{len(chunks):03d}.bin", hashlib.sha256()
+            targets = np.zeros(len(entries))
+            met = [np.zeros(len(table), bool) for table in entries.values()]
+            with open(folder / name, "wb") as file:
+                for begin in range(first, end, block):
+                    positions = np.arange(begin, min(begin + block, end))
+                    stage, _, row = locate(positions, stages, config.data.seed)
+                    out = np.empty((len(positions), T + 1), dtype)
+                    for s in np.unique(stage):
+                        to = np.flatnonzero(stage == s)
+                        to = to[np.argsort(row[to])]  # in the order of the disk
+                        source, document, tokens = fetch(
+                            tables[s], row[to], T, [*entries.values()], files, out, to
+                        )
+                        targets += np.bincount(source, tokens, len(entries))  # exact below 2^53
+                        for i in np.unique(source):
+                            met[i][document[source == i]] = True
+                    sha256.update(out)
+                    file.write(out)
+                    progress.update(len(positions))
+            shares = {
+                name: {"tokens": int(tokens), "documents": int(seen.sum())}
+                for name, tokens, seen in zip(entries, targets, met)
+            }
+            rows = end - first
+            chunks.append({"file": name, "first": first, "rows": rows, "tokens": rows * T, "sources": shares})
+            hashes[name] = sha256.hexdigest()
+    for file in files:
+        file.close()
+    return chunks, hashes
+
+
+def write_validation(config: Config, folder: Path, name: str, count: dict, dtype: np.dtype) -> dict:
+    """Writes validation/<source>.bin: rows cut like training rows, in the order of the held-out documents."""
+    T, total, fraction = config.model.seq_len, count["validation_tokens"], config.data.validation_fraction
+    rows = max(0, total - 1) // T
+    if not rows and fraction:
+        raise ConfigError(
+            f"source {name!r}: {count['validation_documents']:,} held-out documents have {total:,} tokens, "
+            f"not one row of model.seq_len={T} + 1; "
+            f"raise data.validation_fraction={fraction}, or set it to 0 to hold out nothing"
+        )
+    block = max(1, BLOCK_BYTES // (T * dtype.itemsize))
+    stream = open(folder / "work" / f"{name}.validation", "rb")
+    with stream, open(folder / "validation" / f"{name}.bin", "wb") as file:
+        for first in range(0, rows, block):
+            stream.seek(first * T * dtype.itemsize)
+            tokens = np.frombuffer(stream.read((block * T + 1) * dtype.itemsize), dtype)
+            cut = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
+            file.write(cut[: rows - first].tobytes())
+    return {"validation_rows": rows, "validation_dropped_tokens": total - rows * T - 1 if rows else total}
+
+
+# ---- the build --------------------------------------------------------------------------------------------
+
+
+def build(config: Config) -> Path:
+    """Builds a config's dataset, or finds that it is built. Raises ConfigError that says what to do."""
+    folder = Path(config.dataset)
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        tok, inputs = load_tokenizer(config), list_inputs(config)
+        if folder.exists():
+            check_same(config, folder, tok, inputs)
+            print(f"{folder} is already built")
+            return folder
+        lock = claim(partial)
+        try:
+            manifest = write(config, partial, tok, inputs)
+            os.rename(partial, folder)
+            sync(folder.parent)
+            os.unlink(folder / "lock")
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            lock.close()
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or partial}: {error.strerror or error}; no half-built dataset was left"
+        ) from None
+    except BrokenProcessPool:
+        message = (
+            "a worker process ended early; for want of memory, if it says nothing above: lower data.workers"
+        )
+        raise ConfigError(message) from None
+    print(summary(folder, manifest))
+    return folder
+
+
+def load_tokenizer(config: Config) -> "tokenizer.Tokenizer":
+    path = Path(config.tokenizer.path)
+    if not path.exists():
+        raise ConfigError(f"there is no tokenizer {path}; make it: python tokenizer.py train {config.name}")
+    tok = tokenizer.load(path, config.tokenizer.eot)
+    if tok.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {path} has {tok.vocab_size} entries, more than model.vocab_size="
+            f"{config.model.vocab_size}; set model.vocab_size={tok.vocab_size} or above"
+        )
+    return tok
+
+
+def list_inputs(config: Config) -> dict[str, list]:
+    """The input files of every source as [path, bytes, nanosecond of change]; and checks before work."""
+    if not config.data.sources or not config.data.stages:
+        raise ConfigError("data.sources and data.stages need at least one entry each; see configs/demo.py")
+    for stage in config.data.stages:  # the name becomes a file's
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage.name):
+            raise ConfigError(f"stage name {stage.name!r}: use letters, digits, '.', '_' and '-' only")
+    inputs = {}
+    for source in config.data.sources:
+        used = [stage.epochs or stage.weights or [source.name] for stage in config.data.stages]
+        if not any(source.name in names for names in used):
+            print(f"warning: source {source.name!r} is in no stage; only its validation rows are of use")
+        stats = [(path, path.stat()) for path in documents.files(source)]
+        inputs[source.name] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        if not any(stat.st_size for _, stat in stats):
+            raise ConfigError(f"source {source.name!r}: each of its {len(stats)} files is empty")
+    return inputs
+
+
+def settings(config: Config) -> dict:
+    """Every setting that says what a dataset is, under the name that a user writes."""
+    values = to_dict(config)
+    out = {f"{part}.{key}": value for part in ("tokenizer", "data") for key, value in values[part].items()}
+    del out["data.workers"], out["data.max_bad_fraction"]  # these two change nothing in it
+    return {"model.seq_len": config.model.seq_len, "train.batch_size": config.train.batch_size, **out}
+
+
+def check_same(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict) -> None:
+    """Raises ConfigError that names what differs, unless the folder is the dataset of this config."""
+    manifest, _ = read_manifest(folder)
+    had, differs = manifest["settings"], []
+    for name, value in settings(config).items():
+        # how a tokenizer was made does not matter if it is the same tokenizer
+        if had.get(name) != value and (not name.startswith("tokenizer.") or name == "tokenizer.eot"):
+            differs.append(f"{name}={had.get(name)} (now {value})")
+    if manifest["tokenizer"]["sha256"] != tok.sha256:
+        differs.append(f"tokenizer {manifest['tokenizer']['sha256'][:12]} (now {tok.sha256[:12]})")
+    record = folder / "inputs.json"  # is not there when the folder came from another machine
+    if not differs and record.exists():
+        for name, files in json.loads(record.read_text())["sources"].items():
+            changed = sorted({path for path, *_ in set(map(tuple, files)) ^ set(map(tuple, inputs[name]))})
+            if changed:
+                differs.append(
+                    f"other files in source {name!r}: {changed[0]} and {len(changed) - 1} more differ"
+                )
+    if differs:
+        raise ConfigError(
+            f"{folder} was built with {'; '.join(differs)}.\nRemove the folder to build it anew, "
+            "or build another: --dataset=datasets/another-name"
+        )
+
+
+def claim(partial: Path) -> object:
+    """Empties the folder to build in. Returns its lock, which the system lifts however this process ends."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = open(partial / "lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / "lock"))
+    except (BlockingIOError, FileNotFoundError):  # locked, or just renamed by its builder
+        mine = False
+    if not mine:
+        raise ConfigError(f"{partial} is being built by another process; wait for it, or end it")
+    for path in partial.iterdir():  # what a killed build left
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+    return lock
+
+
+def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict) -> dict:
+    """Writes a whole dataset folder, the manifest last, and returns the manifest."""
+    data, T, B = config.data, config.model.seq_len, config.train.batch_size
+    for name in ("work", "documents", "validation", "chunks"):
+        (folder / name).mkdir()
+    tok.save(folder)
+    dtype = np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
+    start = (config.tokenizer.path, config.tokenizer.eot, dtype.str, data.seed, data.validation_fraction)
+    # spawned, because a fork of a process that has threads can deadlock
+    pool = ProcessPoolExecutor(data.workers, multiprocessing.get_context("spawn"), start_worker, start)
+    try:
+        sources = {source.name: encode_source(config, source, folder, pool) for source in data.sources}
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for name, count in sources.items():
+        count |= write_validation(config, folder, name, count, dtype)
+
+    work = {name: folder / "work" / f"{name}.entries" for name in sources}
+    entries = {name: np.memmap(path, ENTRY, "r").view(np.ndarray) for name, path in work.items()}
+    stages, n_rows = [], 0
+    for stage in data.stages:
+        stated = write_stage(folder / "documents" / f"{stage.name}.npy", config, stage, sources, entries)
+        stages.append(stated | {"first_position": n_rows})
+        n_rows += stated["rows"] * stage.repeats
+    if n_rows // B < data.n_chunks:
+        raise ConfigError(
+            f"{n_rows:,} rows of model.seq_len={T} are {n_rows // B:,} steps of train.batch_size={B}, fewer "
+            f"than data.n_chunks={data.n_chunks}; lower data.n_chunks, batch or row, or give more text"
+        )
+    chunks, hashes = write_chunks(config, folder, stages, entries, dtype)
+    shutil.rmtree(folder / "work")
+
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    del files["lock"]
+    manifest = {
+        **{"format": 1, "name": config.name, "seq_len": T, "row_length": T + 1, "dtype": dtype.name},
+        **{"vocab_size": tok.vocab_size, "eot": tok.eot},
+        "tokenizer": {
+            "file": min(files.keys() & {"tokenizer.json", "tokenizer.model"}),
+            "sha256": tok.sha256,
+        },
+        **{"seed": data.seed, "order": "feistel-1", "row_multiple": B},
+        **{"settings": settings(config), "sources": sources, "stages": stages},
+        **{"rows": n_rows, "steps": n_rows // B, "rows_after_last_step": n_rows % B, "chunks": chunks},
+        "files": {name: hashes.get(name) or hash_file(files[name]) for name in sorted(files)},
+        "file_bytes": {name: files[name].stat().st_size for name in sorted(files)},
+    }
+    (folder / "inputs.json").write_text(json.dumps({"format": 1, "sources": inputs}))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+    return manifest
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def summary(folder: Path, manifest: dict) -> str:
+    """What was built, as aligned tables."""
+    heads = ("source", "files", "documents", "tokens", "bytes", "bytes/token", "held-out rows", "bad")
+    table = [heads]
+    for name, s in manifest["sources"].items():
+        # the end-of-text tokens stand for no bytes
+        per_token = f"{s['bytes'] / max(1, s['tokens'] - s['documents']):.3f}"
+        counts = s["files"], s["documents"], s["tokens"], s["bytes"], per_token, s["validation_rows"]
+        table.append((name, *counts, sum(s["bad"].values())))
+    table += [(), ("stage", "repeats", "documents", "tokens", "rows", "dropped tokens")]
+    for s in manifest["stages"]:
+        n_documents = sum(part["documents"] for part in s["mixture"].values())
+        table.append((s["name"], s["repeats"], n_documents, s["tokens"], s["rows"], s["dropped_tokens"]))
+    lines = []
+    for line in table:
+        cells = [f"{cell:,}" if isinstance(cell, int) else cell for cell in line]
+        lines.append("".join(f"{cell:<16}" if i == 0 else f"{cell:>16}" for i, cell in enumerate(cells)))
+    lines += [f"bad: {example}" for s in manifest["sources"].values() for example in s["bad_examples"][:3]]
+    return "\n".join(lines) + (
+        f"\n\n{folder}: {manifest['rows']:,} rows of {manifest['seq_len']:,} tokens in "
+        f"{len(manifest['chunks'])} chunks, {manifest['steps']:,} steps of {manifest['row_multiple']} rows, "
+        f"{manifest['rows_after_last_step']:,} rows after the last step"
+    )
+
+
+def main() -> None:
+    if sys.argv[1:2] != ["verify"]:
+        config = from_command_line(__doc__)
+    try:
+        if sys.argv[1:2] != ["verify"]:
+            build(config)
+        elif len(sys.argv) != 3:
+            raise ConfigError("give one folder: python data.py verify datasets/demo")
+        else:
+            folder = Path(sys.argv[2])
+            problems = verify(folder)
+            print("\n".join(f"{folder}: {problem}" for problem in problems), end="\n" if problems else "")
+            if problems:
+                sys.exit(1)
+            print(f"{folder}: all {len(read_manifest(folder)[0]['files']):,} files are as they were built")
+    except ConfigError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; no half-built dataset was left", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

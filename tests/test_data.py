@@ -1,0 +1,591 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from config import Config, ConfigError, Data, Model, Source, Stage, Tokenizer, Train
+
+ROOT = Path(__file__).parents[1]
+T, B = 7, 3  # tokens of a row, rows of a batch
+
+
+def byte_tokenizer(folder: Path, eot: int = 256) -> Path:
+    """A tokenizer.json whose ids are the bytes of the text: every expectation can be written by hand."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))  # GPT-2's letters for bytes that do not print
+    vocab = {chr(b if b in plain else next(rest)): b for b in range(256)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": eot, "content": "<|endoftext|>", "special": True, **flags}],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def texts(name: str, n: int) -> list[str]:
+    """Documents of 1 to 59 bytes, all different."""
+    return [f"{name}{i}é" * (1 + i * i % 9) for i in range(n)]
+
+
+def make(folder: Path, **changes) -> Config:
+    """A config over two small sources in two files each; `changes` are settings of data, and two others."""
+    byte_tokenizer(folder / "tokenizer")
+    for name, n in (("a", 97), ("b", 60)):
+        for part in (0, 1):
+            lines = [
+                json.dumps({"id": f"{name}-{i}", "text": t})
+                for i, t in enumerate(texts(name, n))
+                if i % 2 == part
+            ]
+            (folder / f"{name}{part}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = tuple(Source(name, paths=(str(folder / f"{name}*.jsonl"),)) for name in "ab")
+    train, model = (
+        Train(batch_size=changes.pop("batch_size", B)),
+        Model(vocab_size=changes.pop("vocab_size", 257), seq_len=T),
+    )
+    tokenizer = Tokenizer(path=str(folder / "tokenizer"), eot="<|endoftext|>")
+    settings = {"sources": sources, "n_chunks": 5, "validation_fraction": 0.2, "workers": 1, "seed": 11}
+    config = Config(
+        name="test", model=model, tokenizer=tokenizer, train=train, data=Data(**settings | changes)
+    )
+    return replace(config, dataset=str(folder / "dataset"))
+
+
+STAGES = (Stage("first", epochs={"a": 2.5}, repeats=2), Stage("second", epochs={"b": 1, "a": 1}))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> tuple[Config, data.Dataset]:
+    config = make(tmp_path_factory.mktemp("built"), stages=STAGES)
+    return config, data.Dataset(data.build(config))
+
+
+def held_out(id: str, fraction: float = 0.2, seed: int = 11) -> bool:
+    hashed = hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8]
+    return int.from_bytes(hashed, "little") < fraction * 2**64
+
+
+def documents_of(name: str, validation: bool = False) -> list[tuple[str, str, list[int]]]:
+    """(source, id, tokens) in reading order: first the even ones, then the odd ones."""
+    found = list(enumerate(texts(name, 97 if name == "a" else 60)))
+    found = [(f"{name}-{i}", [*text.encode(), 256]) for i, text in found[0::2] + found[1::2]]
+    return [(name, id, tokens) for id, tokens in found if held_out(id) == validation]
+
+
+def stream_of(d: data.Dataset, stage: int) -> list[tuple[str, str, list[int]]]:
+    if stage == 1:
+        return documents_of("a") + documents_of("b")
+    whole = documents_of("a")
+    half = d.manifest["stages"][0]["mixture"]["a"]["documents"] - 2 * len(whole)
+    table = np.load(d.folder / "documents" / "first.npy")
+    ids = [d.document("a", int(n))["id"] for n in table[2, 2 * len(whole) : -1]]
+    assert len(ids) == half and len(set(ids)) == half and 0.25 < half / len(whole) < 0.75
+    return whole + whole + [document for document in whole if document[1] in ids]
+
+
+# ---- the shuffle ------------------------------------------------------------------------------------------
+
+
+def reference_shuffle(row: int, n: int, key: str) -> int:
+    """The same order in plain Python integers, from the description alone."""
+    h = next(h for h in range(1, 99) if 4**h >= n)
+
+    def f(x: int, round: int) -> int:
+        x ^= int.from_bytes(hashlib.sha256(f"{key}/{round}".encode()).digest()[:8], "little")
+        x = (x ^ x >> 33) * 0xFF51AFD7ED558CCD % 2**64
+        x = (x ^ x >> 33) * 0xC4CEB9FE1A85EC53 % 2**64
+        return (x ^ x >> 33) % 2**h
+
+    while True:
+        left, right = divmod(row, 2**h)
+        for round in range(8):
+            left, right = right, left ^ f(right, round)
+        row = left * 2**h + right
+        if row < n:
+            return row
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 97, 1000, 4096, 4097])
+def test_shuffle_is_a_bijection_and_unshuffle_its_inverse(n):
+    for key in ("0/main/0", "0/main/1", "another"):
+        order = data.shuffle(np.arange(n), n, key)
+        assert sorted(order) == list(range(n))
+        assert (data.unshuffle(order, n, key) == np.arange(n)).all()
+        assert [reference_shuffle(row, n, key) for row in range(min(n, 50))] == order[:50].tolist()
+
+
+def test_shuffle_is_pinned_because_published_orders_must_not_change():
+    assert data.shuffle([0, 1, 2, 3, 4], 5, "1234/main/0").tolist() == [1, 3, 2, 0, 4]
+
+
+@pytest.mark.parametrize("n", [2**40, 2**40 - 12345, 2**32 + 1])
+def test_shuffle_needs_no_table_for_a_trillion_rows(n):
+    rows = np.random.default_rng(0).integers(0, n, 1000)
+    order = data.shuffle(rows, n, "key")
+    assert order.min() >= 0 and order.max() < n and (data.unshuffle(order, n, "key") == rows).all()
+    assert [reference_shuffle(int(row), n, "key") for row in rows[:20]] == order[:20].tolist()
+
+
+def test_shuffle_keeps_shapes_and_refuses_rows_outside():
+    assert data.shuffle(3, 10, "k").shape == () and data.shuffle([[1, 2], [3, 4]], 10, "k").shape == (2, 2)
+    for rows in (-1, 10, [0, 10]):
+        with pytest.raises(IndexError, match=r"not within 0 \.\. 9"):
+            data.shuffle(rows, 10, "k")
+
+
+@pytest.mark.parametrize("n", [10_007, 65_536])
+def test_shuffle_looks_like_a_random_permutation(n):
+    order = data.shuffle(np.arange(n), n, "1/main/0")
+    # where do the rows of each 20th of the stream go? counts in a 20 x 20 table: chi-square with 19 x 19
+    # degrees of freedom has mean 361 and standard deviation 27
+    table = np.histogram2d(np.arange(n), order, bins=20)[0]
+    assert 361 - 5 * 27 < ((table - n / 400) ** 2 / (n / 400)).sum() < 361 + 5 * 27
+    for lag in (1, 2, 16, 255, 256):  # correlation of a row's place with its neighbour's: 0 +- 1 / sqrt(n)
+        assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / n**0.5
+    assert (order == np.arange(n)).sum() <= 8  # fixed points: one is expected
+    steps = np.diff(
+        np.sort(order[: n // 10])
+    )  # gaps between a tenth of the rows are geometric: mean 10, std 9.5
+    assert abs(steps.std() - 9.5) < 0.7
+    other = data.shuffle(np.arange(n), n, "1/main/1")
+    assert abs(np.corrcoef(order, other)[0, 1]) < 5 / n**0.5 and (order == other).sum() <= 8
+
+
+# ---- what a dataset holds ---------------------------------------------------------------------------------
+
+
+def test_every_row_is_its_slice_of_the_stream_and_appears_once_an_epoch(built):
+    _, d = built
+    streams = [[x for *_, tokens in stream_of(d, stage) for x in tokens] for stage in (0, 1)]
+    n = [(len(stream) - 1) // T for stream in streams]
+    assert d.n_rows == 2 * n[0] + n[1] and n[0] % 2 + n[1] % 2 > 0  # one is odd
+    stage, epoch, row = d.locate(np.arange(d.n_rows))
+    expected = [(0, e, r) for e in (0, 1) for r in range(n[0])] + [(1, 0, r) for r in range(n[1])]
+    assert sorted(zip(stage.tolist(), epoch.tolist(), row.tolist())) == expected
+    assert stage.tolist() == sorted(stage) and epoch[: 2 * n[0]].tolist() == [0] * n[0] + [1] * n[0]
+    for rows, s, r in zip(d.rows(0, d.n_rows), stage, row):
+        assert rows.tolist() == streams[s][r * T : r * T + T + 1]
+    assert row[: n[0]].tolist() != row[n[0] : 2 * n[0]].tolist()  # each epoch has an order of its own
+
+
+def test_locate_and_position_of_are_inverses(built):
+    _, d = built
+    stage, epoch, row = d.locate(np.arange(d.n_rows))
+    for position in range(0, d.n_rows, 13):
+        assert d.position_of(int(stage[position]), int(epoch[position]), int(row[position])) == position
+    for positions in (-1, d.n_rows):
+        with pytest.raises(IndexError):
+            d.locate(positions)
+    with pytest.raises(IndexError):
+        d.position_of(1, 1, 0)
+
+
+def test_documents_of_a_row_and_positions_of_a_document_agree_with_brute_force(built):
+    _, d = built
+    places: dict[tuple[str, str], set[int]] = {}
+    stage, _, row = d.locate(np.arange(d.n_rows))
+    for s in (0, 1):
+        owners = [(source, id) for source, id, tokens in stream_of(d, s) for _ in tokens]
+        ends = [
+            k for *_, tokens in stream_of(d, s) for k in range(len(tokens))
+        ]  # token's number in its document
+        for position in np.flatnonzero(stage == s):
+            first = row[position] * T
+            expected, pieces = owners[first : first + T + 1], []
+            for i, owner in enumerate(expected):
+                if not pieces or ends[first + i] == 0:
+                    pieces.append([*owner, i, i + 1])
+                pieces[-1][3] = i + 1
+                places.setdefault(owner, set()).add(int(position))
+            assert d.documents(int(position)) == [tuple(piece) for piece in pieces]
+    for source, id, _ in documents_of("a") + documents_of("b"):
+        assert d.positions(source, id).tolist() == sorted(places.get((source, id), []))
+    assert d.positions(*documents_of("a", validation=True)[0][:2]).size == 0
+    for source, id in (("a", "b-1"), ("c", "a-1")):
+        with pytest.raises(ConfigError, match=r"has no (document|source)"):
+            d.positions(source, id)
+
+
+def test_validation_rows_are_of_documents_that_training_never_sees(built):
+    _, d = built
+    for name in "ab":
+        held = documents_of(name, validation=True)
+        stream = [x for *_, tokens in held for x in tokens]
+        n = (len(stream) - 1) // T
+        assert d.validation(name).tolist() == [stream[r * T : r * T + T + 1] for r in range(n)]
+        stated = d.manifest["sources"][name]
+        assert stated["validation_documents"] == len(held) and stated["validation_tokens"] == len(stream)
+        assert stated["validation_bytes"] == len(stream) - len(held)
+        assert (
+            stated["validation_rows"] == n and stated["validation_dropped_tokens"] == len(stream) - n * T - 1
+        )
+    seen = {document[1] for position in range(d.n_rows) for document in d.documents(position)}
+    assert seen and not any(held_out(id) for id in seen)
+
+
+def test_chunks_split_the_order_at_steps_and_state_their_sources(built):
+    _, d = built
+    sizes = [chunk["rows"] for chunk in d.manifest["chunks"]]
+    assert sum(sizes) == d.n_rows and all(size % B == 0 for size in sizes[:-1])
+    assert max(sizes[:-1]) - min(sizes) <= B and sizes[-1] - min(sizes) < 2 * B
+    for k, chunk in enumerate(d.manifest["chunks"]):
+        first, end = d.chunk_range(k)
+        assert (first, end - first) == (chunk["first"], chunk["rows"])
+        assert d.chunk_of(first) == d.chunk_of(end - 1) == k
+        tokens, met = dict.fromkeys("ab", 0), {"a": set(), "b": set()}
+        for position in range(first, end):
+            for source, id, begin, stop in d.documents(position):
+                tokens[source] += stop - max(begin, 1)
+                met[source].add(id)
+        assert chunk["sources"] == {
+            name: {"tokens": tokens[name], "documents": len(met[name])} for name in "ab"
+        }
+        assert sum(tokens.values()) == chunk["tokens"] == chunk["rows"] * T
+        raw = np.fromfile(d.folder / chunk["file"], "<u2").reshape(-1, T + 1)
+        assert (raw == d.rows(first, end - first)).all()
+    for call in (lambda: d.chunk_of(d.n_rows), lambda: d.chunk_of(-1), lambda: d.chunk_range(5)):
+        with pytest.raises(IndexError):
+            call()
+
+
+def test_batch_is_a_pure_function_that_crosses_chunks(built):
+    _, d = built
+    everything = d.rows(0, d.n_rows)
+    assert everything.dtype == np.int64 and everything.shape == (d.n_rows, T + 1)
+    for size in (B, 10, 64):
+        for step in reversed(range(d.n_rows // size)):  # in any order
+            assert (d.batch(step, size) == everything[step * size : (step + 1) * size]).all()
+        with pytest.raises(IndexError):
+            d.batch(d.n_rows // size, size)
+
+
+def test_counts_in_the_manifest_are_those_of_the_text(built):
+    _, d = built
+    for name, n in (("a", 97), ("b", 60)):
+        kept, stated = documents_of(name), d.manifest["sources"][name]
+        assert stated["files"] == 2 and stated["documents"] == len(kept)
+        assert stated["documents"] + stated["validation_documents"] == n
+        assert stated["tokens"] == sum(len(tokens) for *_, tokens in kept)
+        assert stated["bytes"] == stated["tokens"] - len(kept)  # a byte a token, and the end of text
+    for stage, stated in enumerate(d.manifest["stages"]):
+        tokens = sum(len(tokens) for *_, tokens in stream_of(d, stage))
+        assert stated["tokens"] == tokens == sum(part["tokens"] for part in stated["mixture"].values())
+        assert stated["dropped_tokens"] == tokens - (stated["rows"] * T + 1) < T
+    lines = [json.loads(line) for line in open(d.folder / "documents" / "a.jsonl")]
+    assert [line["id"] for line in lines] == [f"a-{i}" for i in [*range(0, 97, 2), *range(1, 97, 2)]]
+    assert [line["id"] for line in lines if line["validation"]] == [
+        id for _, id, _ in documents_of("a", True)
+    ]
+    assert [d.document("a", n) for n in range(97)] == lines
+
+
+def test_the_dataset_is_the_same_for_any_number_of_workers_and_block_sizes(built, tmp_path, monkeypatch):
+    config, d = built
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(data, "BLOCK_BYTES", 160)
+    monkeypatch.setattr(data, "BLOCK_DOCUMENTS", 10)
+    for workers in (1, 3):
+        other = replace(
+            config, dataset=str(tmp_path / str(workers)), data=replace(config.data, workers=workers)
+        )
+        assert data.Dataset(data.build(other)).sha256 == d.sha256
+
+
+def test_weights_become_epochs_and_the_stage_has_about_its_tokens(tmp_path):
+    stage = Stage("mix", weights={"b": 3, "a": 1}, tokens=6000)
+    d = data.Dataset(data.build(make(tmp_path, stages=(stage,))))
+    tokens = {name: d.manifest["sources"][name]["tokens"] for name in "ab"}
+    mixture = d.manifest["stages"][0]["mixture"]
+    assert mixture["a"]["epochs"] == pytest.approx(1500 / tokens["a"])
+    assert mixture["b"]["epochs"] == pytest.approx(4500 / tokens["b"])
+    assert abs(mixture["a"]["tokens"] - 1500) < 500 and abs(mixture["b"]["tokens"] - 4500) < 500
+
+
+def test_ids_beyond_two_bytes_are_stored_in_four(tmp_path):
+    config = make(tmp_path, vocab_size=70_001)
+    byte_tokenizer(tmp_path / "tokenizer", eot=70_000)
+    d = data.Dataset(data.build(config))
+    assert d.manifest["dtype"] == "uint32" and d.rows(0, d.n_rows).max() == 70_000
+    assert Path(d.folder / "chunks/000.bin").stat().st_size == d.manifest["chunks"][0]["rows"] * (T + 1) * 4
+
+
+def test_a_file_in_two_sources_is_held_out_in_both_or_neither(tmp_path):
+    config = make(tmp_path, validation_fraction=0.3)
+    for i in range(40):
+        (tmp_path / f"m{i}.py").write_text(f'"""Words of module {i}."""\n\nx = {i}\n')
+    pattern = (str(tmp_path / "m*.py"),)
+    sources = Source("code", paths=pattern), Source("docs", paths=pattern, read="docstrings")
+    d = data.Dataset(data.build(replace(config, data=replace(config.data, sources=sources))))
+    split = [[d.document(name, n)["validation"] for n in range(40)] for name in d.sources]
+    assert split[0] == split[1] and 3 < sum(split[0]) < 25
+
+
+def test_a_fraction_of_zero_holds_out_nothing(tmp_path):
+    d = data.Dataset(data.build(make(tmp_path, validation_fraction=0.0)))
+    assert d.validation("a").shape == (0, T + 1) and d.manifest["sources"]["a"]["documents"] == 97
+
+
+# ---- errors -----------------------------------------------------------------------------------------------
+
+
+def refuses(config: Config, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        data.build(config)
+    folder = Path(config.dataset)
+    assert not folder.exists() and not folder.with_name(folder.name + ".partial").exists()
+
+
+def test_mistakes_are_named_and_leave_nothing_behind(tmp_path):
+    config = make(tmp_path)
+    change = lambda **settings: replace(config, data=replace(config.data, **settings))  # noqa: E731
+    missing = replace(config, tokenizer=replace(config.tokenizer, path=str(tmp_path / "none")))
+    refuses(missing, r"none; make it: python tokenizer\.py train test")
+    refuses(
+        make(tmp_path, vocab_size=256),
+        r"257 entries, more than model\.vocab_size=256; set model\.vocab_size=257",
+    )
+    refuses(change(sources=()), "data.sources")
+    refuses(change(sources=(Source("x", paths=(str(tmp_path / "no.txt"),)),)), r"source 'x'.*no\.txt")
+    refuses(change(stages=(Stage("../up"),)), r"stage name '\.\./up'")
+    (tmp_path / "nothing.txt").write_text("")
+    refuses(change(sources=(Source("x", paths=(str(tmp_path / "nothing.txt"),)),)), "'x'.* is empty")
+
+
+def test_mistakes_that_only_the_text_shows_say_numbers_and_what_to_change(tmp_path):
+    config = make(tmp_path)
+    change = lambda **settings: replace(config, data=replace(config.data, **settings))  # noqa: E731
+    few = r"(\d+) rows of model\.seq_len=7 are (\d+) steps of train\.batch_size=3, fewer than data\.n_chunks"
+    refuses(change(n_chunks=9999), few)
+    refuses(change(validation_fraction=1e-9), r"'a'.* 0 held-out .*raise data\.validation_fraction=1e-09")
+    (tmp_path / "tiny.txt").write_text("123456")
+    tiny = (Source("tiny", paths=(str(tmp_path / "tiny.txt"),)),)
+    refuses(change(sources=tiny, validation_fraction=0.0), "stage 'main' has 7 tokens, not one row")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 20 + "{\n" + '{"txt": "b"}\n')
+    bad = Source("bad", paths=(str(tmp_path / "bad.jsonl"),))
+    refuses(
+        change(sources=(bad,)), r"'bad': 2 of 22 .*(?s:.*)bad\.jsonl:21: not JSON\n.*bad\.jsonl:22: no `text`"
+    )
+    allowed = data.build(change(sources=(bad,), max_bad_fraction=0.1, validation_fraction=0.0, n_chunks=1))
+    stated = data.Dataset(allowed).manifest["sources"]["bad"]
+    assert stated["bad"] == {"not JSON": 1, "no `text`": 1} and stated["documents"] == 20
+
+
+def test_a_source_in_no_stage_is_a_warning(tmp_path, capsys):
+    config = make(tmp_path, stages=(Stage("only", epochs={"a": 1}),))
+    d = data.Dataset(data.build(config))
+    assert "warning: source 'b' is in no stage" in capsys.readouterr().out
+    assert len(d.validation("b")) and d.manifest["chunks"][0]["sources"]["b"] == {"tokens": 0, "documents": 0}
+
+
+def test_what_is_built_is_not_built_again_and_what_differs_is_named(tmp_path, capsys):
+    config = make(tmp_path)
+    folder = data.build(config)
+    before = data.Dataset(folder).sha256
+    capsys.readouterr()
+    data.build(replace(config, data=replace(config.data, workers=2)))  # workers do not change a dataset
+    assert capsys.readouterr().out == f"{folder} is already built\n"
+    for section, setting, message in (
+        ("data", {"seed": 12}, r"data\.seed=11 \(now 12\)"),
+        ("data", {"n_chunks": 4}, r"data\.n_chunks=5 \(now 4\)"),
+        ("train", {"batch_size": 4}, r"train\.batch_size=3 \(now 4\)"),
+        ("model", {"seq_len": 8}, r"model\.seq_len=7 \(now 8\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"was built with {message}(?s:.*)--dataset="):
+            data.build(replace(config, **{section: replace(getattr(config, section), **setting)}))
+    os.utime(tmp_path / "b1.jsonl", (1, 1))
+    with pytest.raises(ConfigError, match=r"other files in source 'b': .*b1\.jsonl"):
+        data.build(config)
+    byte_tokenizer(tmp_path / "tokenizer", eot=299)
+    with pytest.raises(ConfigError, match=r"tokenizer \w{12} \(now \w{12}\)"):
+        data.build(replace(config, model=replace(config.model, vocab_size=300)))
+    assert data.Dataset(folder).sha256 == before
+
+
+def test_a_folder_that_is_no_dataset_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a finished dataset.*build it with data\.py"):
+        data.Dataset(tmp_path)
+    for content in ("{", "[]", '{"format": 1}', '{"format": 2}'):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"manifest\.json is damaged"):
+            data.Dataset(tmp_path)
+
+
+# ---- verify -----------------------------------------------------------------------------------------------
+
+
+def test_verify_names_what_was_changed_cut_added_or_removed(tmp_path):
+    folder = data.build(make(tmp_path))
+    assert data.verify(folder) == []
+    flipped = bytearray((folder / "chunks/001.bin").read_bytes())
+    flipped[5] ^= 1
+    (folder / "chunks/001.bin").write_bytes(flipped)
+    os.truncate(folder / "chunks/002.bin", 10)
+    (folder / "validation/b.bin").unlink()
+    (folder / "more.txt").write_text("more")
+    size = (
+        len(data.Dataset(folder).rows(0, 3))
+        and data.Dataset(folder).manifest["chunks"][2]["rows"] * (T + 1) * 2
+    )
+    assert data.verify(folder) == [
+        "chunks/001.bin: its content differs",
+        f"chunks/002.bin: has 10 bytes, should have {size}",
+        "validation/b.bin: missing",
+        "more.txt: is not in the manifest",
+    ]
+    with pytest.raises(ConfigError, match=r"002\.bin is missing or damaged; try: python data\.py verify"):
+        data.Dataset(folder).rows(0, data.Dataset(folder).n_rows)
+    done = subprocess.run(
+        [sys.executable, ROOT / "data.py", "verify", folder], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 4 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "chunks/../../secret", "link/secret"])
+def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path, name):
+    folder = data.build(make(tmp_path))
+    (tmp_path / "secret").write_text("secret")
+    (folder / "link").symlink_to(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for call in (data.verify, data.Dataset):
+        with pytest.raises(ConfigError, match="lies outside the folder"):
+            call(folder)
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, n: int, workers: int = 2) -> list[str]:
+    """`python data.py CONFIG` for a source of n documents of about 4 kB."""
+    if not (folder / "text.jsonl").exists():
+        byte_tokenizer(folder / "tokenizer")
+        with open(folder / "text.jsonl", "w") as file:
+            for i in range(n):
+                file.write(json.dumps({"text": f"{i} {'words and numbers ' * 220}"}) + "\n")
+    (folder / "big.py").write_text(
+        "from config import Config, Data, Model, Source, Tokenizer, Train\n"
+        f"sources = (Source('s', paths=({str(folder / 'text.jsonl')!r},)),)\n"
+        f"config = Config(model=Model(vocab_size=257, seq_len=64), train=Train(batch_size=8),\n"
+        f"    data=Data(sources=sources, n_chunks=3, workers={workers}), dataset={str(folder / 'big')!r},\n"
+        f"    tokenizer=Tokenizer(path={str(folder / 'tokenizer')!r}))\n"
+    )
+    return [sys.executable, str(ROOT / "data.py"), str(folder / "big.py")]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through /proc")
+def test_a_build_killed_half_way_leaves_nothing_that_looks_finished_and_a_rerun_is_whole(tmp_path):
+    run = command(tmp_path, 3000)
+    tokens = tmp_path / "big.partial" / "work" / "s.tokens"
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: process.poll() is not None or (tokens.exists() and tokens.stat().st_size > 0))
+    second = subprocess.run(run, capture_output=True, text=True)  # two builds at once
+    assert second.returncode == 2 and "is being built by another process" in second.stderr
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert workers and not (tmp_path / "big").exists() and tokens.exists()
+    wait_for(lambda: not any(Path(f"/proc/{pid}/task").exists() for pid in workers))  # none is left behind
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "big.partial").exists()
+    assert data.verify(tmp_path / "big") == [] and not (tmp_path / "big" / "work").exists()
+    counts = data.Dataset(tmp_path / "big").manifest["sources"]["s"]
+    assert counts["documents"] + counts["validation_documents"] == 3000
+    again = subprocess.run(run, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.endswith("big is already built\n")
+    other = subprocess.run([*run, "--data.seed=5"], capture_output=True, text=True)
+    assert (
+        other.returncode == 2 and "data.seed=1234 (now 5)" in other.stderr and "Traceback" not in other.stderr
+    )
+
+
+def test_ctrl_c_cleans_up(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, 3000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    tokens = tmp_path / "big.partial" / "work" / "s.tokens"
+    wait_for(lambda: process.poll() is not None or (tokens.exists() and tokens.stat().st_size > 0))
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == "interrupted; no half-built dataset was left\n"
+    assert not list(tmp_path.glob("big*/"))
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path):
+    run = " ".join(f"'{part}'" for part in command(tmp_path, 500))
+    limit = "trap '' XFSZ; ulimit -f 1000; "  # files of at most 1000 blocks: writing fails as on a full disk
+    done = subprocess.run(["bash", "-c", limit + run], capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and "no half-built dataset" in done.stderr
+    )
+    assert not list(tmp_path.glob("big*/"))
+
+
+def test_memory_is_bounded_however_large_the_corpus(tmp_path):
+    script = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1].rpartition('/')[0]); sys.argv = sys.argv[1:]\n"
+        "import data; data.BLOCK_BYTES = 1 << 22; data.main()\n"  # so that both corpora are many blocks
+        "peaks = [resource.getrusage(who).ru_maxrss for who in (0, -1)]\n"  # itself, workers
+        "print(max(peaks) * (1 if sys.platform == 'darwin' else 1024))"
+    )
+    peaks = []
+    # 6 and 20 MB of text; a token a byte: 12 and 40 MB of tokens, and as much again of rows
+    for n in (1500, 5000):
+        (tmp_path / str(n)).mkdir()
+        python, *arguments = command(tmp_path / str(n), n, workers=1)
+        done = subprocess.run([python, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 150e6 and peaks[1] - peaks[0] < 15e6, peaks
+
+
+def test_verify_of_a_whole_dataset_says_how_many_files(built):
+    _, d = built
+    done = subprocess.run(
+        [sys.executable, ROOT / "data.py", "verify", d.folder], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 0 and f"all {len(d.manifest['files'])} files are as they were built" in done.stdout
+    )
+    for arguments, code in ((["verify"], 2), (["verify", "nothing"], 2), ([], 2), (["--help"], 0)):
+        done = subprocess.run([sys.executable, ROOT / "data.py", *arguments], capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_reading_a_batch_takes_well_under_a_millisecond(built):
+    _, d = built
+    seconds = []
+    for step in range(101):
+        start = time.perf_counter()
+        d.batch(step, B)
+        seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[50] < 1e-3  # the median: other programs also run

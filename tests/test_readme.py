@@ -1,0 +1,107 @@
+"""README, imports and style of the house: what the front door says is so."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
+
+# Who may import whom (the design's table): a file may import only those before it in one of these orders.
+MAY_IMPORT = {
+    "config": [],
+    "model": ["config"],
+    "documents": ["config"],
+    "tokenizer": ["config", "documents"],
+    "dataset": ["config"],
+    "data": ["config", "documents", "tokenizer", "dataset"],
+    "optim": ["config"],
+    "parallel": ["config"],
+    "checkpoint": ["config", "model", "parallel"],
+    "train": ["config", "model", "dataset", "data", "optim", "parallel", "checkpoint", "tokenizer"],
+    "sample": ["config", "model", "parallel", "checkpoint", "tokenizer"],
+    "memorize": ["config", "model", "dataset", "parallel", "checkpoint", "sample", "tokenizer"],
+    "eval": ["config", "model", "dataset", "parallel", "checkpoint", "sample", "tokenizer", "memorize"],
+    "report": ["config"],
+}
+NO_TORCH = {"config", "documents", "tokenizer", "dataset", "data", "report"}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_imports_go_one_way(name):
+    assert imported(SCRIPTS[name]) & set(SCRIPTS) <= set(MAY_IMPORT[name])
+    if name in NO_TORCH:
+        assert "torch" not in imported(SCRIPTS[name])
+
+
+def test_the_permitted_imports_have_no_circle():
+    done: list[str] = []
+    while len(done) < len(MAY_IMPORT):
+        ready = [n for n, needs in MAY_IMPORT.items() if n not in done and set(needs) <= set(done)]
+        assert ready, f"a circle among {set(MAY_IMPORT) - set(done)}"
+        done += ready
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_every_file_says_what_it_is_and_stands_in_the_table(name):
+    assert ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
+    assert f"| `{name}.py` |" in README
+
+
+def test_the_table_names_only_files_that_exist():
+    table = README.partition("## The files")[2].partition("##")[0]
+    for name in re.findall(r"^\| `([^`]+)` \|", table, re.M):
+        assert (ROOT / name).exists(), name
+
+
+def commands() -> list[list[str]]:
+    """Every `python script.py ...` and `torchrun ... script.py ...` of the README."""
+    found = re.findall(r"(?:python|torchrun) [^`\n#]*", README)
+    return sorted({command.strip() for command in found if ".py" in command or "-m pytest" in command})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_in_the_readme_exists_with_the_flags_it_uses(command):
+    words = command.split()
+    scripts = [word for word in words if word.endswith(".py") and "/" not in word]
+    for script in scripts:
+        assert (ROOT / script).is_file(), command
+    benchmarks = [word for word in words if word.startswith("benchmarks/")]
+    for script in (*scripts, *benchmarks):
+        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd="/")
+        assert shown.returncode == 0, shown.stderr
+        after = words[words.index(script) + 1 :]
+        if after and not after[0].startswith("-") and f"{after[0]} " in shown.stdout + " ":
+            sub = [sys.executable, ROOT / script, after[0], "--help"]  # a subcommand has its own flags
+            shown.stdout += subprocess.run(sub, capture_output=True, text=True, cwd="/").stdout
+        for flag in (word.partition("=")[0] for word in after if word.startswith("--") and word != "--"):
+            assert flag in shown.stdout, f"{script} knows no {flag}"
+
+
+def test_the_project_has_no_pickle_and_runs_no_code_from_files():
+    for name, path in SCRIPTS.items():
+        source = path.read_text(encoding="utf-8")
+        for word in ("pickle", "torch.load(", "allow_pickle=True", "trust_remote_code=True", "shell=True"):
+            assert not re.search(rf"^[^#\"]*\b{re.escape(word)}", source, re.M) or word == "pickle", (name, word)
+        assert "pickle" not in imported(path)
+
+
+def test_no_line_is_longer_than_the_style_allows():
+    for path in (*SCRIPTS.values(), *(ROOT / "tests").glob("*.py"), *(ROOT / "configs").glob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 110, f"{path.name}:{number}"
