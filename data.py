@@ -492,7 +492,7 @@ def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict
         **{"format": 1, "name": config.name, "seq_len": T, "row_length": T + 1, "dtype": dtype.name},
         **{"vocab_size": tok.vocab_size, "eot": tok.eot},
         "tokenizer": {
-            "file": min(files.keys() & {"tokenizer.json", "tokenizer.model"}),
+            "file": tok.file,
             "sha256": tok.sha256,
         },
         **{"seed": data.seed, "order": "feistel-1", "row_multiple": B},

@@ -82,7 +82,7 @@ class Bad:
     reason: str
 
 
-# ---- which files -------------------------------------------------------------------------------------------
+# ---- which files ------------------------------------------------------------------------------------------
 
 
 def files(source: Source) -> list[Path]:
@@ -176,7 +176,7 @@ def known(name: str, source: Source) -> bool:
     return name.endswith(LINES) or name.endswith(".parquet") or os.path.splitext(bare)[1] in TEXT_SUFFIXES
 
 
-# ---- documents ---------------------------------------------------------------------------------------------
+# ---- documents --------------------------------------------------------------------------------------------
 
 
 def read(source: Source, bad: BadDocuments | None = None) -> Iterator[Document]:
@@ -313,7 +313,7 @@ def table_of_texts(tree: ast.Module) -> dict[str, str]:
     return {key.value: value.value for key, value in pairs} if strings else {}
 
 
-# ---- bytes -------------------------------------------------------------------------------------------------
+# ---- bytes ------------------------------------------------------------------------------------------------
 
 
 def decoded(data: bytes) -> str | Bad:

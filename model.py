@@ -160,27 +160,33 @@ class Transformer(nn.Module):
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) -> FP32 logits (B, T, V); with targets (B, T) -> the sum of their losses in nats, a
-        scalar.
+        """tokens (B, T) -> FP32 logits (B, T, V); with targets (B, T) -> the sum of their losses, a scalar.
 
-        The loss is a sum so that whoever knows the global batch divides: a mean of means is wrong wherever
-        micro- batches differ in size. With targets, logits never stand in memory whole (vocabulary_loss).
-        With a cache, tokens are the next ones after those in it, and it grows by T.
+        The loss is a sum, in nats, so that whoever knows the global batch divides: a mean of means is wrong
+        wherever micro-batches differ in size. With targets, logits never stand in memory whole (see
+        VocabularyLoss). With a cache, tokens are the next ones after those in it, and it grows by T.
         """
-        seen = 0 if cache is None else cache.length
-        cos, sin = rotary_angles(
-            seen, seen + tokens.shape[1], self.cfg.d_head, self.cfg.rope_theta, tokens.device
-        )
+        h = self.hidden(tokens, cache)
+        if targets is None:
+            return F.linear(h, self.head).float()
+        return vocabulary_loss(h.flatten(0, 1), self.head, targets.flatten())
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the head reads: tokens (B, T) -> (B, T, D)."""
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        cos, sin = rotary_angles(start, end, self.cfg.d_head, self.cfg.rope_theta, tokens.device)
         h = self.embed_tokens(tokens)  # (B, T, D)
         for layer in self.layers:
             h = layer(h, cos, sin, cache)
-        h = self.norm(h)
         if cache is not None:
-            cache.length += tokens.shape[1]
-        head = (self.lm_head or self.embed_tokens).weight  # (V, D)
-        if targets is None:
-            return F.linear(h, head).float()
-        return vocabulary_loss(h.flatten(0, 1), head, targets.flatten())
+            cache.length = end
+        return self.norm(h)
+
+    @property
+    def head(self) -> Tensor:
+        """The matrix that turns what the last layer says into logits: (V, D)."""
+        return (self.lm_head or self.embed_tokens).weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

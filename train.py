@@ -361,10 +361,11 @@ def greet(cfg, dataset, everyone, model, step, last_step, n_steps, accumulation)
 def step_line(record: dict, last_step: int, left: float) -> str:
     """One aligned line: nats a token, global gradient norm, rate, speed, chunk, estimated seconds left."""
     minutes, seconds = divmod(int(left), 60)
+    speed, clock = record["tokens_per_second"], f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     return (
         f"step {record['step']:>{len(str(last_step))}}/{last_step}  loss {record['loss']:7.4f}  "
         f"grad {record['grad_norm']:7.3f}  lr {record['lr']:.2e}  "
-        f"{record['tokens_per_second']:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        f"{speed:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {clock}"
     )
 
 

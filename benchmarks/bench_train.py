@@ -1,11 +1,11 @@
 """One training step on this machine's CPU: ours beside `transformers`' LlamaForCausalLM of the same sizes.
 
-    python benchmarks/bench_train.py                    # 6 layers x 384 wide x 256 tokens x batch 12, two vocabularies
-    python benchmarks/bench_train.py --vocab_size 4096 --steps 20
+    python benchmarks/bench_train.py                    # 6 layers x 384 wide x 256 tokens x batch 12, two
+    vocabularies python benchmarks/bench_train.py --vocab_size 4096 --steps 20
 
-Each side is a process of its own, so that its peak memory is its own; they step in turn, so that a noisy machine
-is noisy to both. Both start from the same weights and see the same tokens with the same fused AdamW, and their losses
-are compared. Needs transformers (requirements-dev.txt).
+Each side is a process of its own, so that its peak memory is its own; they step in turn, so that a noisy
+machine is noisy to both. Both start from the same weights and see the same tokens with the same fused AdamW,
+and their losses are compared. Needs transformers (requirements-dev.txt).
 """
 
 import argparse
@@ -86,7 +86,8 @@ def compare(vocab_size: int, steps: int, threads: int) -> None:
     for name in names:
         median = statistics.median(seconds[name])
         print(f"  {name:<13} {BATCH * LENGTH / median:>7,.0f} tokens/s   {median:.3f} s a step "
-              f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})   peak {results[name][-1][2]:,.0f} MiB")  # fmt: skip
+              f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})   "
+              f"peak {results[name][-1][2]:,.0f} MiB")  # fmt: skip
     ratios = [b / a for a, b in zip(seconds["nano360"], seconds["transformers"])]
     print(f"  speed, nano360 / transformers: {statistics.median(ratios):.2f} (median of {steps} pairs)")
 

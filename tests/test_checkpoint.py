@@ -200,7 +200,7 @@ def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, net, adamw, state(4), {})
-    assert [path for path in (tmp_path / "checkpoints").iterdir()] == [good]
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
     assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [3]
 
 

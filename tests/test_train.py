@@ -1,7 +1,6 @@
-"""train.py and parallel.py: printed numbers by hand, interruptions that leave no trace, processes that agree."""
+"""train.py and parallel.py: numbers by hand, interruptions that leave no trace, processes that agree."""
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -46,8 +45,8 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "text").mkdir()
     for n in range(40):
-        words = " ".join(f"{n * 7919 % (w + 2)} sheep and {w * n % 97} goats went up the hill" for w in range(14))
-        (folder / "text" / f"{n}.txt").write_text(words)
+        lines = (f"{n * 7919 % (w + 2)} sheep and {w * n % 97} goats went up the hill" for w in range(14))
+        (folder / "text" / f"{n}.txt").write_text(" ".join(lines))
     path = folder / "tiny.py"
     names = {name: str(folder / name) for name in ("tokenizer", "text", "dataset")}
     path.write_text(CONFIG.format(**names))
@@ -86,7 +85,8 @@ def weights(run: Path) -> dict[str, str]:
 def whole(recipe, tmp_path_factory) -> Path:
     """The run that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run([sys.executable, ROOT / "train.py", recipe, f"--run={run}"], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}"]
+    subprocess.run(command, check=True, capture_output=True)
     return run
 
 
@@ -105,7 +105,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-# ---- what is printed is right ---------------------------------------------------------------------------------------
+# ---- what is printed is right -----------------------------------------------------------------------------
 
 
 def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe, whole):
@@ -141,7 +141,8 @@ def test_loss_gradient_norm_rate_and_speed_are_those_worked_out_by_hand(recipe, 
         assert record["tokens_per_second"] == pytest.approx(144 / record["seconds"])
         assert record["data_seconds"] < record["seconds"]
     n_steps = len(metrics(whole))
-    assert [r["lr"] for r in metrics(whole)] == [optim.learning_rate(s, n_steps, cfg.optim) for s in range(n_steps)]
+    rates = [optim.learning_rate(step, n_steps, cfg.optim) for step in range(n_steps)]
+    assert [record["lr"] for record in metrics(whole)] == rates
 
 
 def test_it_learns(whole):
@@ -151,12 +152,13 @@ def test_it_learns(whole):
 
 def test_reading_a_batch_is_a_small_part_of_a_step(whole):
     seconds = [record["data_seconds"] / record["seconds"] for record in metrics(whole)]
-    assert sorted(seconds)[len(seconds) // 2] < 0.2  # of a step that takes a few milliseconds; 0.2 % of the demo's
+    assert sorted(seconds)[len(seconds) // 2] < 0.2  # a step takes only a few milliseconds here
 
 
 def test_accumulation_one_by_four_equals_four_by_one(recipe, tmp_path):
     for micro in (1, 2, 6):
-        train.train(load(recipe, tmp_path / str(micro), f"--train.micro_batch_size={micro}", "--train.steps=8"))
+        settings = (f"--train.micro_batch_size={micro}", "--train.steps=8")
+        train.train(load(recipe, tmp_path / str(micro), *settings))
     runs = [metrics(tmp_path / str(micro)) for micro in (1, 2, 6)]
     for records in zip(*runs):
         losses, norms = [r["loss"] for r in records], [r["grad_norm"] for r in records]
@@ -176,7 +178,7 @@ def test_checkpoints_come_at_powers_of_two_and_every_n_steps_if_asked(recipe, tm
     assert [c.step for c in checkpoint.checkpoints(tmp_path / "run")] == [0, 1, 2, 4, 6, 8, 12, 13]
 
 
-# ---- interruptions ------------------------------------------------------------------------------------------------
+# ---- interruptions ----------------------------------------------------------------------------------------
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(recipe, whole, tmp_path):
@@ -211,7 +213,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(recipe, whole, t
 def test_a_loss_that_is_not_finite_stops_with_step_chunk_and_documents(recipe, tmp_path):
     run = tmp_path / "run"
     process = start(recipe, run, "--optim.lr=1e30", "--optim.warmup_steps=0")
-    out, err = process.communicate()
+    err = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in err
     record = checkpoint.read_lines(run / "ledger.jsonl")[-1]
     assert record["event"] == "nonfinite" and f"after step {record['step']}: chunk {record['chunk']}" in err
@@ -260,7 +262,7 @@ def test_a_disk_that_fills_up_is_a_message_and_earlier_checkpoints_stay(recipe, 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
-    run = tmp_path / "run"  # 17,000 parameters: 68 kB of weights, twice that of moments from the first update on
+    run = tmp_path / "run"  # weights stay below the limit, the moments of AdamW, twice that, do not
     command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", "--model.d_ff=120"]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
     assert result.returncode == 1 and "earlier checkpoints are whole" in result.stderr
@@ -269,14 +271,22 @@ def test_a_disk_that_fills_up_is_a_message_and_earlier_checkpoints_stay(recipe, 
     assert len(list((run / "checkpoints").iterdir())) == 1
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_have_the_same_losses_as_one(recipe, whole, tmp_path, processes):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    command += [ROOT / "train.py", recipe, f"--run={run}", "--train.micro_batch_size=1", "--train.steps=15"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        f"--nproc_per_node={processes}",
+        "--",
+        ROOT / "train.py",
+        recipe,
+        f"--run={run}",
+        "--train.micro_batch_size=1",
+        "--train.steps=15",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -304,7 +314,7 @@ def test_cuda_that_is_not_there_is_an_error_before_any_process_group():
     assert parallel.precision("auto", torch.device("cpu")) == torch.float32
 
 
-# ---- golden ---------------------------------------------------------------------------------------------------------
+# ---- golden -----------------------------------------------------------------------------------------------
 
 GOLDEN = []
 

@@ -1,0 +1,136 @@
+"""The memorization score of 1,000 rows on this machine's CPU: ours beside `transformers`' generate at batch
+32.
+
+    python benchmarks/bench_memorize.py                           # the 14 M model, then the demo's model
+    python benchmarks/bench_memorize.py --model demo --repeats 5 --threads 1
+
+Both decode the same rows with the same random weights, in turn, a slice of all rows at a time, so that a
+noisy machine is noisy to both. Reported are the medians over the repeats of the time for all rows, the median
+of the repeats' ratios, and whether all match counts are equal. For counts that are not all 0 the rows are
+made of what the model itself says, with one token in eight replaced. Needs transformers
+(requirements-dev.txt).
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+K, L, THEIR_BATCH = 32, 32, 32
+SLICE = 512  # rows that one side decodes before it is the other's turn: 16 of their batches
+
+
+def rows_of(model, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows (n, K + L): random prompts, and continuations that are about half right."""
+    from sample import generate
+
+    prompts = rng.integers(0, model.cfg.vocab_size, (n, K))
+    rows = generate(model, torch.from_numpy(prompts), L).numpy()
+    wrong = rng.random((n, L)) < rng.random((n, 1))  # by row from none to all, so that counts are spread
+    rows[:, K:][wrong] = rng.integers(0, model.cfg.vocab_size, int(wrong.sum()))
+    return rows
+
+
+def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from checkpoint import hf_config, hf_name
+    from memorize import count_matches
+    from model import Transformer
+
+    ours = Transformer(cfg).eval().requires_grad_(False)
+    ours.init_weights(0)
+    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(cfg))).eval()
+    theirs.load_state_dict({hf_name(k): v for k, v in ours.state_dict().items()})
+    parameters = sum(p.numel() for p in ours.parameters())
+    rows = rows_of(ours, n_rows, np.random.default_rng(0))
+
+    @torch.inference_mode()
+    def counts_of_theirs(rows: np.ndarray) -> np.ndarray:
+        counts = []
+        for truth in torch.from_numpy(rows).split(THEIR_BATCH):
+            prompt = truth[:, :K]
+            made = theirs.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+                min_new_tokens=L, max_new_tokens=L,
+            )  # fmt: skip
+            counts.append((made[:, K:] == truth[:, K:]).sum(1).numpy())
+        return np.concatenate(counts)
+
+    def timed(count, rows: np.ndarray) -> tuple[float, np.ndarray]:
+        start = time.perf_counter()
+        counts = count(rows)
+        return time.perf_counter() - start, counts
+
+    for warm in (lambda r: count_matches(ours, r, K, batch_size), counts_of_theirs):
+        warm(rows[:64])
+    seconds, differ = [], 0
+    for repeat in range(repeats):
+        ours_total = theirs_total = 0.0
+        for start in range(0, n_rows, SLICE):
+            part = rows[start : start + SLICE]
+            sides = [lambda r: count_matches(ours, r, K, batch_size), counts_of_theirs]
+            order = (0, 1) if (repeat + start // SLICE) % 2 == 0 else (1, 0)
+            result = {side: timed(sides[side], part) for side in order}
+            ours_total += result[0][0]
+            theirs_total += result[1][0]
+            differ += int((result[0][1] != result[1][1]).sum())
+        seconds.append((ours_total, theirs_total))
+    mine, others = (statistics.median(column) for column in zip(*seconds))
+    ratio = statistics.median(b / a for a, b in seconds)
+    print(
+        f"{name:<5} {parameters / 1e6:5.1f} M parameters, {n_rows:,} rows:  ours {mine:7.2f} s  "
+        f"transformers {others:7.2f} s  ratio {ratio:.2f}  "
+        f"counts that differ: {differ} of {repeats * n_rows:,}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("14m", "demo", "both"), default="both")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch_size", type=int, default=256, help="ours, a core")
+    args = parser.parse_args()
+    import transformers
+
+    import config
+    import parallel
+
+    torch.set_num_threads(args.threads)
+    parallel.keep_freed_memory()
+    print(
+        f"{cpu()}, {args.threads} threads; torch {torch.__version__}, transformers {transformers.__version__}, FP32"
+    )
+    models = {
+        # 6 x (4 x 384 x 384 + 3 x 384 x 1024) + 2 x 4096 x 384 = 13.8 M
+        "14m": config.Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, d_ff=1024),
+        "demo": config.load("demo").model,
+    }
+    for name, cfg in models.items():
+        if args.model in (name, "both"):
+            compare(name, cfg.resolved(), args.rows, args.repeats, args.batch_size)
+
+
+def cpu() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

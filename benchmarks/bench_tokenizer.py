@@ -1,0 +1,164 @@
+"""Times our BPE trainer against that of the `tokenizers` library on the same documents and split pattern.
+
+    python benchmarks/bench_tokenizer.py                          # 100 MB of the Python files installed here
+    python benchmarks/bench_tokenizer.py --files corpus/*.jsonl.gz --vocab_size 32000 --rounds 3
+    python benchmarks/bench_tokenizer.py --encode --megabytes 20  # encoding, against bare tiktoken
+
+Each run is a process of its own that reads the documents first, which is not timed; the two take turns.
+Prints a line a run, then the medians, their ratio, the highest memory of a run (with its worker processes)
+and whether the merges are the same. Exit code 1 where they are not. Needs `pip install tokenizers`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import config
+import documents
+import tokenizer
+
+
+def corpus(files: list[str], megabytes: float) -> list[str]:
+    """Documents up to so many MB of UTF-8; the last one is cut."""
+    left, texts = int(megabytes * 1e6), []
+    for document in documents.read(config.Source("bench", tuple(files))):
+        text = document.text.encode()[:left].decode(errors="ignore")
+        texts.append(text)
+        left -= len(text.encode())
+        if left <= 3:  # no character is longer than that
+            break
+    return texts
+
+
+def train_ours(texts: list[str], arguments: argparse.Namespace) -> list[str]:
+    settings = config.Tokenizer(vocab_size=arguments.vocab_size, split=arguments.split)
+    trained = tokenizer.train_byte_pair(iter(texts), settings, arguments.workers)
+    return json.loads(trained.content)["model"]["merges"]
+
+
+def train_library(texts: list[str], arguments: argparse.Namespace) -> list[str]:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(tokenizer.SPLITS[arguments.split]), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=arguments.vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(iter(texts), trainer)
+    merges = json.loads(model.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def one_run(arguments: argparse.Namespace) -> None:
+    """What the processes run: trains once and prints the result as JSON."""
+    texts = corpus(arguments.files, arguments.megabytes)
+    started = time.perf_counter()
+    merges = {"ours": train_ours, "library": train_library}[arguments.run](texts, arguments)
+    seconds = time.perf_counter() - started
+    own, workers = (
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    memory = own + workers * (arguments.workers if arguments.run == "ours" else 0)  # KiB, on Linux
+    print(json.dumps({
+        "seconds": seconds, "memory": memory * 1024, "merges": len(merges),
+        "sha256": hashlib.sha256("\n".join(merges).encode()).hexdigest(),
+        "documents": len(texts), "bytes": sum(len(text.encode()) for text in texts),
+    }))  # fmt: skip
+
+
+def compare_trainers(arguments: argparse.Namespace) -> int:
+    runs = {"ours": [], "library": []}
+    for _ in range(arguments.rounds):
+        for name, results in runs.items():
+            environment = {**os.environ, "RAYON_NUM_THREADS": str(arguments.workers)}
+            command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+            if done.returncode:
+                return done.returncode
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            one = results[-1]
+            print(
+                f"{name:8} {one['seconds']:7.1f} s  {one['memory'] / 1e9:5.2f} GB  {one['merges']:,} merges",
+                flush=True,
+            )
+    median = {name: statistics.median(one["seconds"] for one in results) for name, results in runs.items()}
+    memory = {name: max(one["memory"] for one in results) / 1e9 for name, results in runs.items()}
+    one, hashes = runs["ours"][0], {run["sha256"] for results in runs.values() for run in results}
+    print(
+        f"\n{one['bytes'] / 1e6:.1f} MB in {one['documents']:,} documents, {arguments.vocab_size:,} entries, "
+        f"{arguments.split}, {arguments.workers} processes or threads, medians of {arguments.rounds}:\n"
+        f"ours {median['ours']:.1f} s, {memory['ours']:.2f} GB; library {median['library']:.1f} s, "
+        f"{memory['library']:.2f} GB (the documents, which are in memory, included)\n"
+        f"ours takes {median['ours'] / median['library']:.2f} of the library's time; "
+        f"merges are {'the same' if len(hashes) == 1 else 'NOT THE SAME'}"
+    )
+    return len(hashes) != 1
+
+
+def compare_encoders(arguments: argparse.Namespace) -> int:
+    """encode_batch against tiktoken's encode_ordinary_batch with the same vocabulary, threads and texts."""
+    import tiktoken
+
+    texts = corpus(arguments.files, arguments.megabytes)
+    trained = tokenizer.train_byte_pair(texts, config.Tokenizer(vocab_size=8192, split=arguments.split))
+    vocab = json.loads(trained.content)["model"]["vocab"]
+    ranks = {tokenizer.unspelled(text): id for text, id in vocab.items() if id != trained.eot}
+    pattern, size = tokenizer.SPLITS[arguments.split], sum(len(text.encode()) for text in texts) / 1e6
+    bare = tiktoken.Encoding("bare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    ours, theirs, same = [], [], True
+    for _ in range(arguments.rounds):
+        started = time.perf_counter()
+        expected = bare.encode_ordinary_batch(texts, num_threads=arguments.workers)
+        theirs.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        found = trained.encode_batch(texts, arguments.workers)
+        ours.append(time.perf_counter() - started)
+        same &= all(ids.tolist() == other for ids, other in zip(found, expected))
+        print(f"ours {size / ours[-1]:6.1f} MB/s   tiktoken {size / theirs[-1]:6.1f} MB/s", flush=True)
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    print(f"median: {ratio:.2f} of tiktoken's speed; ids are {'the same' if same else 'NOT THE SAME'}")
+    return not same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    everything = f"{sysconfig.get_paths()['stdlib']}/**/*.py", f"{sysconfig.get_paths()['purelib']}/**/*.py"
+    parser.add_argument(
+        "--files", nargs="+", default=everything, help="default: every Python file installed here"
+    )
+    parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--split", choices=tokenizer.SPLITS, default="gpt4")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--encode", action="store_true", help="time encoding, not training")
+    parser.add_argument("--run", choices=("ours", "library"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        if arguments.run:
+            one_run(arguments)
+        else:
+            sys.exit(compare_encoders(arguments) if arguments.encode else compare_trainers(arguments))
+    except config.ConfigError as error:
+        config.fail(error)
+
+
+if __name__ == "__main__":
+    main()

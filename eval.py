@@ -1,0 +1,270 @@
+"""What every checkpoint has learned: loss, perplexity and bits per byte of held-out text, by source; and
+memorization.
+
+    python eval.py runs/demo            # every checkpoint; also computes memorize.py's score
+    python eval.py runs/demo --checkpoint 640 --source code --max_rows 50 --no-memorization
+    python eval.py runs/demo --check    # and exit 1 unless the run is whole and good enough
+
+    loss           nats of all target tokens / number of target tokens
+    perplexity     e^loss
+    bits per byte  nats of all target tokens / ln 2 / UTF-8 bytes that they stand for
+
+Both sums of a ratio run over the whole source before they are divided (Paloma does the same): a mean of
+ratios would depend on the batch size. Every token of a row but the first is a target. An end-of-text token is
+one like any other: its nats count, and it stands for 0 bytes of text. So bits per byte compares models with
+different tokenizers, loss does not.
+
+Reads RUN/config.json, its checkpoints and the validation rows of its dataset. Appends to RUN/evals.jsonl one
+line for each checkpoint and source; what stands there for the same inputs is not computed again. A run that
+was killed goes on.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import memorize
+import parallel
+import tokenizer as tokenizers
+from config import Config, ConfigError
+from dataset import Dataset
+from model import Transformer
+from sample import chosen, step_number
+
+PROTOCOL = "nats-over-bytes-1"  # of the numbers in a line; a change of their meaning gives it a new name
+LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
+
+
+# ---- loss -------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def nats_of(model: Transformer, rows: np.ndarray, batch_size: int, done=lambda n: None) -> float:
+    """Rows (N, T+1) of token ids -> the loss of all their N x T targets together, in nats; calls done(n) as
+    it goes.
+    """
+    device, total = model.embed_tokens.weight.device, 0.0
+    for start in range(0, len(rows), batch_size):
+        batch = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(device)  # (B, T+1)
+        total += model(batch[:, :-1], batch[:, 1:]).item()  # summed over batches in FP64
+        done(len(batch))
+    return total
+
+
+def measures(nats: float, targets: np.ndarray, n_bytes: np.ndarray) -> dict:
+    """Summed nats of targets, and the bytes that each id stands for -> the numbers that are reported.
+
+    Of 3 targets with 2, 3 and 0 bytes and 5 ln 2 nats together: loss 5 ln 2 / 3, bits per byte 5 / 5 = 1.
+    """
+    loss, n = nats / targets.size, int(n_bytes[targets].sum())
+    bits_per_byte = nats / math.log(2) / n if n else None  # text that is end-of-text tokens only has none
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # e^710 is more than a float holds
+        "bits_per_byte": bits_per_byte,
+        "tokens": targets.size,
+        "bytes": n,
+    }
+
+
+def inputs_of(
+    cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, max_rows: int, precision: torch.dtype
+) -> dict:
+    """Everything, but for the source, that determines a line: the same inputs give the same result."""
+    return {
+        "protocol": PROTOCOL,
+        "weights_sha256": c.state["files"]["model.safetensors"],
+        "dataset_sha256": dataset.sha256,  # its manifest holds the hashes of the rows and of the tokenizer
+        "max_rows": max_rows,
+        "precision": str(precision).removeprefix("torch."),
+    }
+
+
+def results(run: Path | str, inputs: dict) -> dict[str, dict]:
+    """The lines that stand in evals.jsonl for these inputs, by source."""
+    lines = checkpoint.read_lines(Path(run) / "evals.jsonl")
+    return {
+        line["source"]: line for line in lines if line.get("kind") == "loss" and line.get("inputs") == inputs
+    }
+
+
+def evaluate(
+    run: Path | str, cfg: Config, dataset: Dataset, of: list, sources: list[str], max_rows: int
+) -> list:
+    """Computes what is missing; returns [(checkpoint, {source: line})] with all lines that were asked for."""
+    rows = {source: dataset.validation(source)[: max_rows or None] for source in sources}
+    if empty := [source for source in sources if not len(rows[source])]:
+        raise ConfigError(
+            f"{dataset.folder} holds out no row of {', '.join(empty)}; raise data.validation_fraction"
+        )
+    n_bytes = tokenizers.load(dataset.folder).n_bytes
+    device = memorize.here(cfg)
+    precision = parallel.precision(cfg.train.precision, device)
+    table = []
+    with memorize.bar("loss", " rows", len(of) * sum(map(len, rows.values()))) as progress:
+        for c in of:
+            inputs = inputs_of(cfg, dataset, c, max_rows, precision)
+            lines, model = results(run, inputs), None
+            for source in sources:
+                if source in lines:
+                    progress.update(len(rows[source]))
+                    continue
+                model = model or checkpoint.load_model(c.path, device)
+                start = time.perf_counter()
+                with parallel.autocast(device, precision):
+                    nats = nats_of(model, rows[source], cfg.eval.batch_size, progress.update)
+                seconds = time.perf_counter() - start
+                lines[source] = {
+                    "format": 1,
+                    "kind": "loss",
+                    "checkpoint": c.path.name,
+                    "step": c.step,
+                    "source": source,
+                    **measures(nats, rows[source][:, 1:], n_bytes),
+                    "rows": len(rows[source]),
+                    "seconds": round(seconds, 3),
+                    "inputs": inputs,
+                }
+                checkpoint.append(Path(run) / "evals.jsonl", lines[source])
+            table.append((c, {source: lines[source] for source in sources}))
+    return table
+
+
+def show(table: list) -> str:
+    """One line for each checkpoint and source."""
+    width = max(len(source) for _, lines in table for source in ["source", *lines])
+    out = [
+        f"{'checkpoint':<14} {'source':<{width}} {'loss':>9} {'perplexity':>11} {'bits/byte':>10} "
+        f"{'tokens':>12}"
+    ]
+    for c, lines in table:
+        for source, line in lines.items():
+            bits = f"{line['bits_per_byte']:10.4f}" if line["bits_per_byte"] is not None else f"{'-':>10}"
+            numbers = f"{line['loss']:9.4f} {line['perplexity']:11.2f} {bits} {line['tokens']:12,}"
+            out.append(f"{c.path.name:<14} {source:<{width}} {numbers}")
+    return "\n".join(out)
+
+
+# ---- is the run whole, and good enough? -------------------------------------------------------------------
+
+
+def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list[str]:
+    """Problems of a finished run, [] when there is none: what a demo asks of its own result.
+
+    Held-out text of every source is compressed better than the config expects, and far better than by step 0;
+    every chunk has its checkpoint; every checkpoint is scored on every chunk, and the counts add up.
+    """
+    of = chosen(run)
+    precision = parallel.precision(cfg.train.precision, memorize.here(cfg))
+    problems = []
+
+    first, last = (results(run, inputs_of(cfg, dataset, c, max_rows, precision)) for c in (of[0], of[-1]))
+    expected = cfg.eval.expect_bits_per_byte
+    problems += [
+        f"eval.expect_bits_per_byte names {s!r}, no source" for s in expected if s not in dataset.sources
+    ]
+    problems += [
+        f"eval.expect_bits_per_byte names no bound for {s!r}" for s in dataset.sources if s not in expected
+    ]
+    if of[0].step != 0:
+        problems.append("there is no checkpoint of step 0")
+    for source in dataset.sources:
+        if source not in first or source not in last:
+            problems.append(
+                f"{source}: the first or the last checkpoint is not evaluated; run without --source"
+            )
+            continue
+        before, after = (line[source]["bits_per_byte"] for line in (first, last))
+        if not after < expected.get(source, math.inf):
+            problems.append(f"{source}: {after:.4f} bits per byte, expected below {expected[source]}")
+        if not after < LEARNED * before:
+            problems.append(
+                f"{source}: {after:.4f} bits per byte, not below {LEARNED:.0%} of step 0's {before:.4f}"
+            )
+
+    ends = {c.state["chunk"] for c in of}
+    problems += [f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ends]
+    for c in of:
+        lines = memorize.results(c, memorize.inputs_of(cfg, dataset, c, precision))
+        for part in memorize.parts(dataset, cfg.eval):
+            line, name = lines.get(part.chunk), f"{c.path.name}, memorization of {part.chunk}"
+            if line is None:
+                problems.append(f"{name}: missing")
+            elif not adds_up(line, part, c.state["rows"]):
+                problems.append(f"{name}: its counts contradict one another, or the rows that were drawn")
+    return problems
+
+
+def adds_up(line: dict, part: memorize.Part, trained_rows: int) -> bool:
+    """Whether a memorization line is about these rows, all of them, and its sums are those of its rows."""
+    matches, l = np.array(line["matches"]), line["continuation_tokens"]
+    seen = (part.rows < trained_rows) & (not isinstance(part.chunk, str))
+    return (
+        line["rows"] == part.rows.tolist()
+        and len(matches) == line["total"] == len(part.rows)
+        and 0 <= matches.min() <= matches.max() <= l
+        and line["seen"] == seen.tolist()
+        and line["full"] == (matches == l).sum()
+        and math.isclose(line["score"], matches.mean() / l)
+    )
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def run_eval(args: argparse.Namespace) -> list[str]:
+    """All that was asked for; returns the problems that --check finds."""
+    of = chosen(args.run, args.checkpoint)
+    cfg = config.load_run(args.run)
+    dataset = memorize.dataset_of(args.run, cfg, of)
+    for source in args.source:
+        dataset.validation(source)  # ConfigError where it is unknown, before any work
+    max_rows = cfg.eval.max_rows if args.max_rows is None else args.max_rows
+    if max_rows < 0:
+        raise ConfigError(f"--max_rows {max_rows}: use 0 for all rows, or a number of rows")
+    sources = [source for source in dataset.sources if source in args.source or not args.source]
+    print(show(evaluate(args.run, cfg, dataset, of, sources, max_rows)), flush=True)
+    if args.memorization:
+        print("\n" + memorize.show(memorize.memorize(cfg, dataset, of)), flush=True)
+    return check(args.run, cfg, dataset, max_rows) if args.check else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument(
+        "--checkpoint", type=step_number, nargs="+", default=[], metavar="STEP", help="default: all"
+    )
+    parser.add_argument("--source", nargs="+", default=[], help="default: all")
+    parser.add_argument(
+        "--max_rows", type=int, help="of each source, its first ones; 0: all; default: eval.max_rows"
+    )
+    parser.add_argument("--no-memorization", dest="memorization", action="store_false", help="loss only")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough"
+    )
+    args = parser.parse_args()
+    try:
+        problems = run_eval(args)
+    except ConfigError as error:
+        config.fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)  # every result that was finished stands in the run folder
+    for problem in problems:
+        print(f"check failed: {problem}", file=sys.stderr)
+    if args.check and not problems:
+        print("\ncheck passed: bits per byte as expected, every chunk has its checkpoint and its scores")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The memorization score: how much of its training text a checkpoint can recite.
+
+    python memorize.py runs/demo                                # every checkpoint x every chunk
+    python memorize.py runs/demo --checkpoint 640 --chunks 0 3  # some of them
+
+The protocol is that of Analysis360 (LLM360 section 4.3; Biderman et al. 2023). A row's first k tokens are the
+prompt, greedy decoding continues it by exactly l tokens (an end-of-text token in between does not stop it),
+and
+
+    score = (positions i of the l at which the i-th new token is the i-th true one) / l
+
+with no re-synchronisation after an error. A row with score 1 is "k-extractible" (Carlini et al. 2022).
+Prompts start wherever the row starts, usually in the middle of a document. From each chunk n rows are drawn,
+the same ones for every checkpoint: the first n rows of a shuffle of the chunk keyed by (seed, chunk), or all
+where it has fewer. A row is `seen` when the checkpoint has been trained on it. Rows of held-out documents are
+the control: they can only be guessed. k, l, n and the seed are the run's eval settings.
+
+Reads RUN/config.json, its checkpoints and its dataset. Appends to RUN/memorization/step-00000640.jsonl one
+line a chunk, with the matches of every single row and the documents of those recited in full, each as soon as
+it is known: killed, it goes on where it was. What stands there for the same inputs is not computed again.
+
+Speed: the cache and large batches, nothing else. A step of greedy decoding reads each matrix once for all
+rows, so rows of small chunks are decoded together. Reading a row's true text in one forward, and decoding
+only from the first wrong token on, gives the same counts; but it costs l - 1 more positions a row to save the
+few steps before that error, and is slower unless most rows are recited. Rounding differs between batch sizes
+and machines, so counts may differ where two logits are equal but for rounding.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import parallel
+from config import Config, ConfigError
+from dataset import Dataset, unshuffle
+from model import Transformer
+from sample import chosen, generate, step_number
+
+PROTOCOL = "first-k+l-greedy-1"  # of scoring and of drawing rows; a change of either gives it a new name
+GROUP_ROWS = 1000  # decoded between two writes, from as many small chunks as it takes: one of Amber's chunks
+
+
+class Part(NamedTuple):
+    """Rows of one chunk, or of one source's held-out rows, that are scored."""
+
+    chunk: int | str  # 3, or "validation:code"
+    rows: np.ndarray  # sorted: positions in training order, or numbers of validation rows
+
+
+# ---- which rows -------------------------------------------------------------------------------------------
+
+
+def draw(n_rows: int, n: int, key: str) -> np.ndarray:
+    """n of n_rows row numbers, sorted: those which a shuffle with this key puts first; all where there are
+    fewer.
+    """
+    return np.sort(unshuffle(np.arange(min(n, n_rows)), n_rows, key)) if n_rows else np.empty(0, np.int64)
+
+
+def parts(dataset: Dataset, cfg: config.Eval, chunks: list[int] | None = None) -> list[Part]:
+    """What every checkpoint is asked: rows of every chunk (or of `chunks`), and of every source's held-out
+    rows.
+    """
+    known = range(dataset.n_chunks)
+    for chunk in chunks or []:
+        if chunk not in known:
+            raise ConfigError(f"{dataset.folder} has no chunk {chunk}; it has 0 to {dataset.n_chunks - 1}")
+    found = []
+    for chunk in sorted(set(known if chunks is None else chunks)):
+        first, end = dataset.chunk_range(chunk)
+        found.append(
+            Part(chunk, first + draw(end - first, cfg.rows_per_chunk, f"{cfg.seed}/memorization/{chunk}"))
+        )
+    for source in dataset.sources:
+        name, n_rows = f"validation:{source}", len(dataset.validation(source))
+        found.append(Part(name, draw(n_rows, cfg.rows_per_chunk, f"{cfg.seed}/memorization/{name}")))
+    return [part for part in found if len(part.rows)]
+
+
+def texts(dataset: Dataset, part: Part, length: int) -> np.ndarray:
+    """The first `length` tokens of a part's rows: int64 (rows, length)."""
+    if isinstance(part.chunk, str):
+        rows = dataset.validation(part.chunk.removeprefix("validation:"))
+        return rows[part.rows, :length].astype(np.int64)
+    return np.stack([dataset.rows(int(position), 1)[0, :length] for position in part.rows])
+
+
+# ---- the score --------------------------------------------------------------------------------------------
+
+
+def count_matches(
+    model: Transformer,
+    rows: np.ndarray,
+    k: int,
+    batch_size: int,
+    precision: torch.dtype = torch.float32,
+    done: Callable[[int], object] = lambda n: None,
+) -> np.ndarray:
+    """Rows (N, k + l) -> of each, how many of its last l tokens greedy decoding of its first k gives: int64
+    (N).
+
+    On a processor each core decodes rows of its own, batch_size at once: a step is a hundred products too
+    small to be shared out, and cores that share them wait for one another, and for any other program that
+    has one of them. Calls done(n) when n more rows are decoded.
+    """
+    device = model.embed_tokens.weight.device
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+
+    def count(part: np.ndarray) -> np.ndarray:
+        truth = torch.from_numpy(part).to(device)  # (B, k + l)
+        with parallel.autocast(device, precision):  # here, for a thread does not inherit it
+            made = generate(model, truth[:, :k], truth.shape[1] - k)
+        return (made[:, k:] == truth[:, k:]).sum(1).cpu().numpy()
+
+    n_parts = threads * -(-len(rows) // (threads * batch_size))  # all cores have the same number of parts,
+    parts = np.array_split(rows, min(n_parts, len(rows)))  # and all parts the same number of rows
+    counts = []
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for part in pool.map(count, parts):
+            counts.append(part)
+            done(len(part))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for parts that have not begun
+        torch.set_num_threads(threads)
+    return np.concatenate(counts)
+
+
+def inputs_of(cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision: torch.dtype) -> dict:
+    """Everything that determines the lines of a checkpoint: the same inputs give the same result."""
+    return {
+        "protocol": PROTOCOL,
+        "weights_sha256": c.state["files"]["model.safetensors"],
+        "dataset_sha256": dataset.sha256,
+        "trained_rows": c.state["rows"],
+        "prompt_tokens": cfg.eval.prompt_tokens,
+        "continuation_tokens": cfg.eval.continuation_tokens,
+        "rows_per_chunk": cfg.eval.rows_per_chunk,
+        "seed": cfg.eval.seed,
+        "precision": str(precision).removeprefix("torch."),
+    }
+
+
+def log_of(c: checkpoint.Checkpoint) -> Path:
+    """RUN/memorization/step-....jsonl of a checkpoint of RUN."""
+    return c.path.parents[1] / "memorization" / f"{c.path.name}.jsonl"
+
+
+def results(c: checkpoint.Checkpoint, inputs: dict) -> dict[int | str, dict]:
+    """The lines that stand in the run folder for these inputs, by chunk."""
+    return {line["chunk"]: line for line in checkpoint.read_lines(log_of(c)) if line.get("inputs") == inputs}
+
+
+def memorize(
+    cfg: Config, dataset: Dataset, of: list[checkpoint.Checkpoint], chunks: list[int] | None = None
+) -> list:
+    """Computes what is missing; returns [(checkpoint, {chunk: line})] with all lines that were asked for."""
+    device = here(cfg)
+    precision = parallel.precision(cfg.train.precision, device)
+    asked = parts(dataset, cfg.eval, chunks)
+    table = []
+    with bar("memorization", " rows", len(of) * sum(len(part.rows) for part in asked)) as progress:
+        for c in of:
+            inputs = inputs_of(cfg, dataset, c, precision)
+            lines = results(c, inputs)
+            progress.update(sum(len(part.rows) for part in asked if part.chunk in lines))
+            if pending := [part for part in asked if part.chunk not in lines]:
+                log_of(c).parent.mkdir(exist_ok=True)
+                model = checkpoint.load_model(c.path, device)
+                for group in groups(pending):
+                    score(cfg.eval, dataset, c, model, group, inputs, precision, progress.update)
+                lines = results(c, inputs)
+            table.append((c, {part.chunk: lines[part.chunk] for part in asked}))
+    return table
+
+
+def groups(pending: list[Part]) -> list[list[Part]]:
+    """Consecutive parts that are decoded together: as many as reach GROUP_ROWS rows."""
+    out, n = [], GROUP_ROWS
+    for part in pending:
+        if n >= GROUP_ROWS:
+            out.append([])
+            n = 0
+        out[-1].append(part)
+        n += len(part.rows)
+    return out
+
+
+def score(
+    cfg: config.Eval,
+    dataset: Dataset,
+    c: checkpoint.Checkpoint,
+    model: Transformer,
+    group: list[Part],
+    inputs: dict,
+    precision: torch.dtype,
+    done: Callable[[int], object],
+) -> None:
+    """Decodes the rows of a group together and appends a line for each of its parts."""
+    k, l = cfg.prompt_tokens, cfg.continuation_tokens
+    rows = np.concatenate([texts(dataset, part, k + l) for part in group])
+    counts = count_matches(model, rows, k, cfg.generate_batch_size, precision, done)
+    for part, matches in zip(group, np.split(counts, np.cumsum([len(part.rows) for part in group])[:-1])):
+        held_out = isinstance(part.chunk, str)
+        record = {
+            "format": 1,
+            "checkpoint": c.path.name,
+            "step": c.step,
+            "chunk": part.chunk,
+            "prompt_tokens": k,
+            "continuation_tokens": l,
+            "rows": part.rows.tolist(),
+            "matches": matches.tolist(),
+            "documents": recited(dataset, part, matches == l, k + l),
+            "seen": [not held_out and position < c.state["rows"] for position in part.rows.tolist()],
+            "full": int((matches == l).sum()),
+            "total": len(matches),
+            "score": float(matches.mean() / l),
+            "inputs": inputs,
+        }
+        checkpoint.append(log_of(c), record)
+
+
+def recited(dataset: Dataset, part: Part, full: np.ndarray, length: int) -> list[list]:
+    """Whose text was recited: for each row [(source, id), ...] of its first `length` tokens, [] where a token
+    was wrong. Rows of held-out documents have no table, and stay [].
+    """
+    if isinstance(part.chunk, str):
+        return [[] for _ in full]
+    return [
+        [document[:2] for document in dataset.documents(position) if document[2] < length]
+        if all_right
+        else []
+        for position, all_right in zip(part.rows.tolist(), full)
+    ]
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def here(cfg: Config) -> torch.device:
+    """Where results are computed: a run made on a CPU stays there; any other takes the GPU if this machine
+    has one.
+    """
+    device = parallel.device("cpu" if cfg.train.device == "cpu" else "auto")
+    if device.type == "cpu":
+        parallel.keep_freed_memory()
+    return device
+
+
+def bar(what: str, unit: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=what, unit=unit, mininterval=1, disable=not sys.stderr.isatty())
+
+
+def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint]) -> Dataset:
+    """The dataset that a run was trained on. Raises ConfigError where it is gone, or is not the same any
+    more.
+    """
+    places = [
+        Path(cfg.dataset),
+        Path(__file__).parent / cfg.dataset,
+    ]  # as train.py saw it, else beside this file
+    found = [place for place in places if (place / "manifest.json").exists()]
+    if not found:
+        raise ConfigError(
+            f"{run} was trained on the dataset {cfg.dataset}, which is not here; build it with data.py"
+        )
+    dataset = Dataset(found[0])
+    for c in of:
+        for name, now in (
+            ("dataset", dataset.sha256),
+            ("tokenizer", dataset.manifest["tokenizer"]["sha256"]),
+        ):
+            if c.state[f"{name}_sha256"] != now:
+                raise ConfigError(
+                    f"{c.path} was trained with another {name} than the one in {found[0]} "
+                    f"({c.state[f'{name}_sha256'][:12]}, not {now[:12]}); restore the one it was trained with"
+                )
+    return dataset
+
+
+def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
+    """Mean scores, one line a checkpoint: rows trained on, those of the newest chunk, those to come, held-out
+    ones.
+    """
+    lines = [f"{'checkpoint':<14} {'seen':>8} {'newest':>8} {'unseen':>8} {'held out':>8}   recited in full"]
+    for c, by_chunk in table:
+        matches, seen, kind, length = [], [], [], 1
+        for chunk, line in by_chunk.items():
+            matches += line["matches"]
+            seen += line["seen"]
+            kind += ["held out" if isinstance(chunk, str) else chunk] * line["total"]
+            length = line["continuation_tokens"]
+        matches, seen, kind = np.array(matches), np.array(seen, bool), np.array(kind, object)
+        newest = kind == c.state["chunk"]
+        means = [
+            matches[rows] for rows in (seen, newest & seen, ~seen & (kind != "held out"), kind == "held out")
+        ]
+        cells = [f"{rows.mean() / length:8.4f}" if rows.size else f"{'-':>8}" for rows in means]
+        full = int((matches[seen] == length).sum())
+        lines.append(f"{c.path.name:<14} {' '.join(cells)}   {full:,} / {int(seen.sum()):,}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument(
+        "--checkpoint", type=step_number, nargs="+", default=[], metavar="STEP", help="default: all"
+    )
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", metavar="N", help="only these, and held-out rows; default: all"
+    )
+    args = parser.parse_args()
+    try:
+        of = chosen(args.run, args.checkpoint)
+        cfg = config.load_run(args.run)
+        print(show(memorize(cfg, dataset_of(args.run, cfg, of), of, args.chunks)))
+    except ConfigError as error:
+        config.fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)  # every chunk that was finished stands in the run folder
+
+
+if __name__ == "__main__":
+    main()

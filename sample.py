@@ -1,0 +1,281 @@
+"""Text from a checkpoint: `generate` with a key/value cache, for a batch; and the same as a stream, for a
+reader.
+
+    python sample.py runs/demo --prompt "def "                     # newest checkpoint, text as it comes
+    python sample.py runs/demo --checkpoint 640 --temperature 0    # greedy, from the start of a document
+    python sample.py path/to/checkpoint --prompt "Once" --save     # and keep it in the run's samples.jsonl
+
+The prompt runs through the model once and leaves keys and values in the cache; from then on a step is one
+token a sequence. Reads a run folder, a checkpoint folder, or any Hugging Face folder that checkpoint.py can
+load. Writes nothing but, with --save, a line of RUN/samples.jsonl, whose "text" begins with the prompt.
+
+Shapes: B sequences, P tokens of prompt, V vocabulary.
+"""
+
+import argparse
+import codecs
+import copy
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+import config
+import parallel
+import tokenizer as tokenizers
+from config import ConfigError
+from model import Cache, Transformer
+
+# Of prompts in one forward. 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB an activation, which stays in a
+# processor's cache, while a step of decoding wants as many sequences as memory holds: one matrix is read for
+# all of them.
+PREFILL_TOKENS = 2048
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    n: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    stop: int | None = None,
+) -> Tensor:
+    """Prompts (B, P) int64 -> (B, P + n), the prompts and n more tokens each; see `choose` for the other
+    arguments.
+
+    With `stop`, a sequence that has produced this token is filled up with it. Raises ConfigError as `stream`
+    does.
+    """
+    out = F.pad(tokens, (0, n), value=0 if stop is None else stop)  # (B, P + n)
+    stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for i, token in enumerate(stream(model, tokens, n, temperature, top_k, top_p, generator)):
+        if stop is not None:
+            token = token.masked_fill(stopped, stop)
+            stopped |= token == stop
+        out[:, tokens.shape[1] + i] = token
+        if stop is not None and stopped.all():
+            break
+    return out
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    tokens: Tensor,
+    n: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields n times the next token of each of the prompts (B, P): (B,) int64.
+
+    Raises ConfigError where that needs a position the model was never trained on. The last token is not read
+    again, so P + n - 1 positions are used; there is no sliding window, which would silently be another model.
+    """
+    B, P = tokens.shape
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ConfigError(
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature and top_k are at least 0, "
+            "top_p is above 0 and at most 1"
+        )
+    if P == 0 or P + n - 1 > model.cfg.seq_len:
+        raise ConfigError(
+            f"{P} tokens of prompt and {n} more do not fit: a prompt has 1 or more, and the model has seen "
+            f"{model.cfg.seq_len} positions, enough for {model.cfg.seq_len + 1} tokens in all"
+        )
+    if n < 1:
+        return
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    dtype = torch.get_autocast_dtype(tokens.device.type) if autocast else model.embed_tokens.weight.dtype
+    cache = Cache(model.cfg, B, P + n - 1, tokens.device, dtype)
+    logits = prefill(model, tokens, cache)  # (B, V)
+    for i in range(n):
+        token = choose(logits, temperature, top_k, top_p, generator)  # (B)
+        yield token
+        if i < n - 1:
+            logits = next_logits(model, token[:, None], cache)
+
+
+def prefill(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
+    """Reads prompts (B, P) into the empty cache, some sequences at a time -> logits (B, V) of what follows
+    each.
+    """
+    logits = []
+    for rows in torch.arange(len(tokens)).split(max(1, PREFILL_TOKENS // tokens.shape[1])):
+        some, part = slice(rows[0], rows[-1] + 1), copy.copy(cache)
+        part.keys, part.values = cache.keys[:, some], cache.values[:, some]  # views: what is written stays
+        logits.append(next_logits(model, tokens[some], part))
+    cache.length = tokens.shape[1]
+    return torch.cat(logits)
+
+
+def next_logits(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
+    """What follows the newest tokens (B, T): FP32 logits (B, V) of the last position only.
+
+    In a prompt of 32 tokens the other 31 rows of logits would be a tenth of all work, and most of the memory.
+    """
+    return F.linear(model.hidden(tokens, cache)[:, -1], model.head).float()
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator=None) -> Tensor:
+    """Logits (B, V) -> one token each, (B,): greedy at temperature 0 (equals: the lowest id), or drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = distribution(logits, temperature, top_k, top_p)
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+
+
+def distribution(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What is drawn from: (probabilities, ids), both (B, V), the likeliest first, ruled-out tokens at 0.
+
+    softmax(logits / temperature), of which top_k keeps the k likeliest (0: all; of equals the lower id), and
+    then top_p the fewest whose probabilities sum to p or more (Holtzman et al. 2020, section 3.1).
+    """
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    logits = (logits - logits[:, :1]) / temperature  # the peak at 0: a tiny temperature cannot overflow
+    if top_k:
+        logits[:, top_k:] = -torch.inf
+    p = logits.softmax(-1)
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < top_p)  # what comes before a token has not reached p yet
+    return p / p.sum(-1, keepdim=True), ids
+
+
+def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of text as their tokens come, up to the end-of-text token.
+
+    A character whose bytes are spread over several tokens is held back until it is whole; bytes that are no
+    UTF-8 become U+FFFD, and so does an id beyond the tokenizer's vocabulary (the embedding may have more
+    rows). The bytes are those by which the decoded text grows: what SentencePiece makes of a token depends on
+    what is before it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ids = list(prompt)
+    done = len(tokenizer.decode_bytes(ids))
+    for token in tokens:
+        if token == tokenizer.eot:
+            break
+        if token >= tokenizer.vocab_size:
+            yield decoder.decode(b"", final=True) + "\ufffd"
+            continue
+        ids.append(token)
+        text = tokenizer.decode_bytes(ids)
+        yield decoder.decode(text[done:])
+        done = len(text)
+    yield decoder.decode(b"", final=True)
+
+
+# ---- which checkpoint -------------------------------------------------------------------------------------
+
+
+def step_number(name: str) -> int:
+    """640 and step-00000640 both name a checkpoint on a command line."""
+    return int(name.removeprefix("step-"))
+
+
+def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[checkpoint.Checkpoint]:
+    """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
+    config.load_run(run)
+    found = {c.step: c for c in checkpoint.checkpoints(run)}
+    if not found:
+        raise ConfigError(f"{run} has no complete checkpoint yet; train.py writes the first one at step 0")
+    for step in steps:
+        if step not in found:
+            raise ConfigError(
+                f"{run} has no complete checkpoint of step {step}; it has {', '.join(map(str, found))}"
+            )
+    return [found[step] for step in sorted(set(steps) or found)]
+
+
+def folder_of(path: Path | str, step: int | None = None) -> Path:
+    """RUN or CHECKPOINT on the command line -> the checkpoint's folder: the newest complete one, or that of
+    `step`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; give a run (runs/demo) or a checkpoint")
+    if not (path / "model.safetensors").exists():
+        return chosen(path, [] if step is None else [step])[-1].path
+    if step is not None:
+        raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
+    return path
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def sample(args: argparse.Namespace) -> None:
+    folder = folder_of(args.folder, args.checkpoint)
+    run = folder.resolve().parents[1]
+    if args.save and folder.resolve().parent.name != "checkpoints":
+        raise ConfigError(
+            f"--save writes beside the run's results, and {folder} is in no run; leave --save out"
+        )
+    device = parallel.device("auto")
+    model = checkpoint.load_model(folder, device)
+    tokenizer = tokenizers.load(folder)
+    # A shell hands bytes that are no UTF-8 over as surrogates, which no tokenizer can encode.
+    prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    room = model.cfg.seq_len + 1 - len(ids)
+    n = (
+        min(200, max(room, 1)) if args.tokens is None else args.tokens
+    )  # where even 1 is too many, stream says so
+    generator = torch.Generator(device).manual_seed(args.seed)
+    how = (args.temperature, args.top_k, args.top_p)
+    tokens = stream(model, torch.tensor([ids], device=device), n, *how, generator)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
+    text = prompt
+    print(prompt, end="", flush=True)
+    try:
+        for piece in text_of(tokenizer, ids, (token.item() for token in tokens)):
+            text += piece
+            print(piece, end="", flush=True)
+    finally:
+        print()
+    if args.save:
+        names = dict(zip(("temperature", "top_k", "top_p"), how))
+        record = {"format": 1, "checkpoint": folder.resolve().name, "prompt": prompt, "text": text, **names}
+        checkpoint.append(run / "samples.jsonl", {**record, "seed": args.seed})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="RUN|CHECKPOINT")
+    parser.add_argument(
+        "--prompt", default="", help="empty: the start of a document; special tokens in it are text"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="at most so many; default: 200, or as many as the model has room for"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest; 0: all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that together reach p")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="the same seed, device and version give the same text"
+    )
+    parser.add_argument(
+        "--checkpoint", type=step_number, metavar="STEP", help="default: the newest complete one"
+    )
+    parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
+    try:
+        sample(parser.parse_args())
+    except ConfigError as error:
+        config.fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
