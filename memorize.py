@@ -105,8 +105,7 @@ def count_matches(
     precision: torch.dtype = torch.float32,
     done: Callable[[int], object] = lambda n: None,
 ) -> np.ndarray:
-    """Rows (N, k + l) -> of each, how many of its last l tokens greedy decoding of its first k gives: int64
-    (N).
+    """Rows (N, k + l) -> of each, how many of its last l tokens greedy decoding of its first k gives: (N).
 
     On a processor each core decodes rows of its own, batch_size at once: a step is a hundred products too
     small to be shared out, and cores that share them wait for one another, and for any other program that

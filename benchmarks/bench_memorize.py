@@ -110,9 +110,8 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     parallel.keep_freed_memory()
-    print(
-        f"{cpu()}, {args.threads} threads; torch {torch.__version__}, transformers {transformers.__version__}, FP32"
-    )
+    print(f"{cpu()}, {args.threads} threads, FP32; batch {args.batch_size} a core against {THEIR_BATCH}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     models = {
         # 6 x (4 x 384 x 384 + 3 x 384 x 1024) + 2 x 4096 x 384 = 13.8 M
         "14m": config.Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, d_ff=1024),
