@@ -11,6 +11,7 @@ documents nor the number of processes matters, and the merges are those of the `
 """
 
 import heapq
+import multiprocessing
 import os
 import re
 from collections import Counter, deque
@@ -57,7 +58,8 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     Keeps the pieces that are different, and of the texts no more than two batches a worker.
     """
     workers, counts, running = workers or os.cpu_count() or 1, Counter(), deque()
-    with ProcessPoolExecutor(workers) as pool:
+    spawn = multiprocessing.get_context("spawn")  # a fork while other threads hold locks can hang
+    with ProcessPoolExecutor(workers, spawn) as pool:
         for batch in batches(texts, pattern):
             running.append(pool.submit(count_batch, batch, pattern))
             if len(running) == 2 * workers:

@@ -15,7 +15,6 @@ folder without state.json is incomplete and ignored. Nothing is pickled: a check
 to open.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import files
 from config import ConfigError, Model
 from model import Transformer
 
@@ -39,64 +39,6 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int  # finished updates
     state: dict  # state.json
-
-
-# ---- files that are whole or not there --------------------------------------------------------------------
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path | str, value: object) -> None:
-    """Writes aside, syncs, renames: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)
-
-
-def append(path: Path | str, record: dict) -> None:
-    """Adds one line of JSON to a log, on disk when it returns. Half a line left by a kill stays a line of its
-    own."""
-    with open(path, "ab+") as log:
-        if log.seek(0, os.SEEK_END):
-            log.seek(-1, os.SEEK_END)
-            if log.read(1) != b"\n":
-                log.write(b"\n")
-        log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        log.flush()
-        os.fsync(log.fileno())
-
-
-def read_lines(path: Path | str) -> list[dict]:
-    """The records of a log; [] where there is none. Lines cut off by a kill are left out."""
-    records = []
-    try:
-        with open(path, "rb") as log:
-            for line in log:
-                try:
-                    records.append(json.loads(line))
-                except (json.JSONDecodeError, UnicodeDecodeError):
-                    continue
-    except FileNotFoundError:
-        pass
-    return [record for record in records if isinstance(record, dict)]
-
-
-def sha256(path: Path | str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 # ---- our names and settings, and Hugging Face's -----------------------------------------------------------
@@ -194,8 +136,8 @@ def bare(model: nn.Module) -> Transformer:
 def save(
     run: Path | str, model: nn.Module, optimizer, state: dict, tokenizer_files: dict[str, bytes]
 ) -> Path:
-    """Writes checkpoints/step-... and returns its path; `state` has step, rows, tokens, chunk and the hashes
-    of the data.
+    """Writes checkpoints/step-... and returns its path; `state` has step, rows, tokens, chunk and data
+    hashes.
 
     Killed at any moment, or stopped by a full disk, it leaves the checkpoints that were there as they were.
     """
@@ -218,15 +160,16 @@ def save(
         )
         for name, content in tokenizer_files.items():
             (aside / name).write_bytes(content)
-        files = sorted(path for path in aside.iterdir())
-        for path in files:
-            sync(path)
-        hashes = {path.name: sha256(path) for path in files}
-        write_json(aside / "state.json", {"format": FORMAT, **state, "time": time.time(), "files": hashes})
-        if final.exists():  # without state.json, or a resumed run comes to the same step again
+        written = sorted(aside.iterdir())
+        for path in written:
+            files.sync(path)
+        hashes = {path.name: files.sha256(path) for path in written}
+        state = {"format": FORMAT, **state, "time": time.time(), "files": hashes}
+        files.write_json(aside / "state.json", state)
+        if final.exists():  # without its state.json: someone's, not ours
             shutil.rmtree(final)
         os.replace(aside, final)
-        sync(folder)
+        files.sync(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -256,7 +199,9 @@ def checkpoints(run: Path | str) -> list[Checkpoint]:
             continue
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        except (OSError, ValueError):
+            continue
+        if not isinstance(state, dict):
             continue
         if state.get("format") != FORMAT or state.get("step") != int(match[1]):
             raise ConfigError(

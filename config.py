@@ -227,11 +227,10 @@ class Eval:
     prompt_tokens: int = 32  # memorization: k, tokens of the row that are given
     continuation_tokens: int = 32  # memorization: l, tokens that are compared with greedy decoding
     rows_per_chunk: int = 1000  # memorization: rows drawn from every chunk, and from the validation rows
-    generate_batch_size: int = 32  # memorization: rows decoded at once
+    generate_batch_size: int = 128  # memorization: rows decoded at once (on a CPU: by each core)
     seed: int = 1234  # memorization: keys the draw
-    expect_bits_per_byte: dict[str, float] = field(
-        default_factory=dict
-    )  # by source: eval.py --check fails above
+    # by source, what the last checkpoint must be below; eval.py --check fails where it is not
+    expect_bits_per_byte: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         check_types(self)
@@ -265,8 +264,6 @@ class Config:
                 f"eval.prompt_tokens={e.prompt_tokens} and eval.continuation_tokens={e.continuation_tokens} "
                 f"do not fit into model.seq_len={model.seq_len}; make them shorter"
             )
-        if not 0 <= self.optim.warmup_start_fraction <= 1:
-            raise ConfigError("optim.warmup_start_fraction is a share of the peak; use 0 to 1")
         tokenizer = dataclasses.replace(self.tokenizer, path=self.tokenizer.path or f"tokenizers/{self.name}")
         data = dataclasses.replace(self.data, workers=self.data.workers or os.cpu_count() or 1)
         run, dataset = self.run or f"runs/{self.name}", self.dataset or f"datasets/{self.name}"
@@ -379,7 +376,14 @@ def find(name: str) -> Path:
     """The file that a name on the command line means: find("demo") -> configs/demo.py."""
     stem = Path(name).stem if name.endswith(".py") else Path(name).name
     shipped = Path(__file__).parent / "configs"
-    for path in (Path(name), Path(f"{name}.py"), shipped / f"{stem}.py"):
+    places = [Path(name), Path(f"{name}.py")]
+    if str(Path(name).parent) in (
+        ".",
+        "config",
+        "configs",
+    ):  # of another folder, only that folder's file is meant
+        places.append(shipped / f"{stem}.py")
+    for path in places:
         if path.is_file():
             return path
     known = sorted(path.stem for path in shipped.glob("*.py"))
@@ -526,17 +530,17 @@ def settings_help() -> str:
             if not isinstance(node, ast.AnnAssign):
                 continue
             name = node.target.id if section == "Config" else f"{section.lower()}.{node.target.id}"
-            comment = lines[node.end_lineno - 1].partition("  # ")[2]
-            if name not in SETTINGS or not comment:
+            if name not in SETTINGS:
                 continue
-            default = ast.unparse(node.value)
-            choices = (
-                re.findall(r"'[^']*'", ast.unparse(node.annotation))
-                if "Literal" in ast.unparse(node.annotation)
-                else []
-            )
-            comment += f" [{' | '.join(choice.strip(chr(39)) for choice in choices)}]" if choices else ""
-            out.append(f"  --{name + '=' + (default.strip(chr(39)) or '...'):<42} {comment}")
+            above = lines[node.lineno - 2].strip()  # a long comment stands on the line before
+            comment = lines[node.end_lineno - 1].partition("  # ")[2] or above.removeprefix("# ")
+            annotation, default = ast.unparse(node.annotation), ast.unparse(node.value).strip("'")
+            if annotation.startswith("Literal"):
+                choices = " | ".join(re.findall("'([^']*)'", annotation))
+                comment += f" [{choices}]"
+            if "field(" in default:
+                default = ""  # not a word for a command line: it is set in a config file
+            out.append(f"  --{name + '=' + (default or '...'):<42} {comment}")
     return "\n".join(out)
 
 
@@ -589,10 +593,9 @@ def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
 
 def fail(error: object, code: int = 2) -> typing.NoReturn:
     """Prints what went wrong once, also where torchrun started many processes, and ends this one."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # torchrun ends every process when the first one leaves; let the one that prints be it
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # where the first process has the same to say, torchrun ends this one meanwhile
+    print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -26,7 +26,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -43,14 +42,27 @@ from tqdm import tqdm
 
 import documents
 import tokenizer
-from config import Config, ConfigError, Source, Stage, fail, from_command_line, to_dict
-from dataset import Dataset, hash_file, locate, number, read_manifest, scramble, shuffle, unshuffle, verify
+from config import Config, ConfigError, Source, Stage, fail, from_command_line
+from dataset import (
+    BLOCK_DOCUMENTS,
+    Dataset,
+    below,
+    differences,
+    locate,
+    number,
+    read_manifest,
+    scramble,
+    settings,
+    shuffle,
+    unshuffle,
+    verify,
+)  # fmt: skip
+from files import sha256, sync
 
 __all__ = ["Dataset", "build", "shuffle", "unshuffle", "verify"]
 
 BATCH_CHARACTERS = 1 << 21  # of text to a worker at once: 0.2 s of encoding, against 5 ms of handing over
 BLOCK_BYTES = 1 << 25  # of rows fetched at once; the larger, the fewer sweeps over the tokens on disk
-BLOCK_DOCUMENTS = 1 << 20  # of a table worked on at once
 
 # What a build knows of each document of a source, in reading order. offset: its first token in the source's
 # file of training tokens, or -1 where it is held out for validation.
@@ -95,11 +107,6 @@ def encode(batch: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray, np.nda
             raise ConfigError(f"the tokenizer gave id {stream.max()}, beyond its {tok.vocab_size} entries")
         streams.append(stream.astype(dtype))
     return *streams, entries, lines
-
-
-def below(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Which hashes, spread evenly over 64 bits, fall into the lower `share` (below 1) of them."""
-    return hashes < np.uint64(share * 2.0**64)
 
 
 def encoded(source: Source, bad: documents.BadDocuments, pool: ProcessPoolExecutor, workers: int) -> Iterator:
@@ -387,9 +394,6 @@ def list_inputs(config: Config) -> dict[str, list]:
     """The input files of every source as [path, bytes, nanosecond of change]; and checks before work."""
     if not config.data.sources or not config.data.stages:
         raise ConfigError("data.sources and data.stages need at least one entry each; see configs/demo.py")
-    for stage in config.data.stages:  # the name becomes a file's
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage.name):
-            raise ConfigError(f"stage name {stage.name!r}: use letters, digits, '.', '_' and '-' only")
     inputs = {}
     for source in config.data.sources:
         used = [stage.epochs or stage.weights or [source.name] for stage in config.data.stages]
@@ -402,22 +406,10 @@ def list_inputs(config: Config) -> dict[str, list]:
     return inputs
 
 
-def settings(config: Config) -> dict:
-    """Every setting that says what a dataset is, under the name that a user writes."""
-    values = to_dict(config)
-    out = {f"{part}.{key}": value for part in ("tokenizer", "data") for key, value in values[part].items()}
-    del out["data.workers"], out["data.max_bad_fraction"]  # these two change nothing in it
-    return {"model.seq_len": config.model.seq_len, "train.batch_size": config.train.batch_size, **out}
-
-
 def check_same(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict) -> None:
     """Raises ConfigError that names what differs, unless the folder is the dataset of this config."""
     manifest, _ = read_manifest(folder)
-    had, differs = manifest["settings"], []
-    for name, value in settings(config).items():
-        # how a tokenizer was made does not matter if it is the same tokenizer
-        if had.get(name) != value and (not name.startswith("tokenizer.") or name == "tokenizer.eot"):
-            differs.append(f"{name}={had.get(name)} (now {value})")
+    differs = differences(manifest, config)
     if manifest["tokenizer"]["sha256"] != tok.sha256:
         differs.append(f"tokenizer {manifest['tokenizer']['sha256'][:12]} (now {tok.sha256[:12]})")
     record = folder / "inputs.json"  # is not there when the folder came from another machine
@@ -498,7 +490,7 @@ def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict
         **{"seed": data.seed, "order": "feistel-1", "row_multiple": B},
         **{"settings": settings(config), "sources": sources, "stages": stages},
         **{"rows": n_rows, "steps": n_rows // B, "rows_after_last_step": n_rows % B, "chunks": chunks},
-        "files": {name: hashes.get(name) or hash_file(files[name]) for name in sorted(files)},
+        "files": {name: hashes.get(name) or sha256(files[name]) for name in sorted(files)},
         "file_bytes": {name: files[name].stat().st_size for name in sorted(files)},
     }
     (folder / "inputs.json").write_text(json.dumps({"format": 1, "sources": inputs}))
@@ -506,15 +498,6 @@ def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict
     for path in [*folder.rglob("*"), folder]:
         sync(path)
     return manifest
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- the command line -------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import ConfigError
+from config import Config, ConfigError, to_dict
+from files import sha256
 
 KEYS = ("format", "seq_len", "row_length", "dtype", "vocab_size", "eot", "tokenizer", "seed", "row_multiple")
 KEYS += ("settings", "sources", "stages", "rows", "chunks", "files", "file_bytes")
@@ -276,6 +277,25 @@ def read_manifest(folder: Path) -> tuple[dict, str]:
     return manifest, hashlib.sha256(data).hexdigest()
 
 
+def settings(config: Config) -> dict:
+    """Every setting that says what a dataset is, under the name that a user writes."""
+    values = to_dict(config)
+    out = {f"{part}.{key}": value for part in ("tokenizer", "data") for key, value in values[part].items()}
+    del out["data.workers"], out["data.max_bad_fraction"]  # these two change nothing in it
+    return {"model.seq_len": config.model.seq_len, "train.batch_size": config.train.batch_size, **out}
+
+
+def differences(manifest: dict, config: Config) -> list[str]:
+    """In what a dataset is not the one that a config asks for: ["data.seed=1 (now 7)"], [] where it is."""
+    had = manifest["settings"]
+    return [
+        f"{name}={had.get(name)} (now {value})"
+        for name, value in settings(config).items()
+        # how a tokenizer was made does not matter if it is the same tokenizer
+        if had.get(name) != value and (not name.startswith("tokenizer.") or name == "tokenizer.eot")
+    ]
+
+
 def inside(folder: Path, name: str) -> Path:
     """folder/name, if that is in the folder. A manifest may be a stranger's: "../../.ssh/id" is refused."""
     path = folder / name
@@ -291,22 +311,14 @@ def verify(folder: str | Path) -> list[str]:
     folder = Path(folder)
     manifest, _ = read_manifest(folder)
     problems = []
-    for name, sha256 in tqdm(manifest["files"].items(), unit=" files", disable=not sys.stderr.isatty()):
+    for name, digest in tqdm(manifest["files"].items(), unit=" files", disable=not sys.stderr.isatty()):
         path, size = folder / name, manifest["file_bytes"].get(name)
         if not path.is_file():
             problems.append(f"{name}: missing")
         elif path.stat().st_size != size:
             problems.append(f"{name}: has {path.stat().st_size} bytes, should have {size}")
-        elif hash_file(path) != sha256:
+        elif sha256(path) != digest:
             problems.append(f"{name}: its content differs")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     extra = present - {*manifest["files"], *UNHASHED}
     return problems + [f"{name}: is not in the manifest" for name in sorted(extra)]
-
-
-def hash_file(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()

@@ -30,6 +30,7 @@ import torch
 
 import checkpoint
 import config
+import files
 import memorize
 import parallel
 import tokenizer as tokenizers
@@ -89,7 +90,7 @@ def inputs_of(
 
 def results(run: Path | str, inputs: dict) -> dict[str, dict]:
     """The lines that stand in evals.jsonl for these inputs, by source."""
-    lines = checkpoint.read_lines(Path(run) / "evals.jsonl")
+    lines = files.read_lines(Path(run) / "evals.jsonl")
     return {
         line["source"]: line for line in lines if line.get("kind") == "loss" and line.get("inputs") == inputs
     }
@@ -132,7 +133,7 @@ def evaluate(
                     "seconds": round(seconds, 3),
                     "inputs": inputs,
                 }
-                checkpoint.append(Path(run) / "evals.jsonl", lines[source])
+                files.append(Path(run) / "evals.jsonl", lines[source])
             table.append((c, {source: lines[source] for source in sources}))
     return table
 

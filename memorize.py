@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+import files
 import parallel
 from config import Config, ConfigError
 from dataset import Dataset, unshuffle
@@ -156,7 +157,7 @@ def log_of(c: checkpoint.Checkpoint) -> Path:
 
 def results(c: checkpoint.Checkpoint, inputs: dict) -> dict[int | str, dict]:
     """The lines that stand in the run folder for these inputs, by chunk."""
-    return {line["chunk"]: line for line in checkpoint.read_lines(log_of(c)) if line.get("inputs") == inputs}
+    return {line["chunk"]: line for line in files.read_lines(log_of(c)) if line.get("inputs") == inputs}
 
 
 def memorize(
@@ -226,7 +227,7 @@ def score(
             "score": float(matches.mean() / l),
             "inputs": inputs,
         }
-        checkpoint.append(log_of(c), record)
+        files.append(log_of(c), record)
 
 
 def recited(dataset: Dataset, part: Part, full: np.ndarray, length: int) -> list[list]:

@@ -128,16 +128,13 @@ def start(train: Train) -> Everyone:
     everyone = Everyone(int(os.environ.get("RANK", 0)), world_size(), here, dtype)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32 for what stays FP32: optimizer steps are not products
+        if dtype == torch.bfloat16:  # the few products outside autocast may then be TF32; fp32 means FP32
+            torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
     if everyone.world_size > 1:
-        # A collective that waits this long waits for a process that is gone.
-        dist.init_process_group(
-            "nccl" if here.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10)
-        )
+        patience = datetime.timedelta(hours=1)  # others wait in a collective while the first one saves 80 GB
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=patience)
     return everyone
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import checkpoint
 import config
+import files
 import parallel
 import tokenizer as tokenizers
 from config import ConfigError
@@ -215,7 +216,6 @@ def folder_of(path: Path | str, step: int | None = None) -> Path:
 
 def sample(args: argparse.Namespace) -> None:
     folder = folder_of(args.folder, args.checkpoint)
-    run = folder.resolve().parents[1]
     if args.save and folder.resolve().parent.name != "checkpoints":
         raise ConfigError(
             f"--save writes beside the run's results, and {folder} is in no run; leave --save out"
@@ -227,9 +227,7 @@ def sample(args: argparse.Namespace) -> None:
     prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     room = model.cfg.seq_len + 1 - len(ids)
-    n = (
-        min(200, max(room, 1)) if args.tokens is None else args.tokens
-    )  # where even 1 is too many, stream says so
+    n = min(200 if args.tokens is None else args.tokens, max(room, 1))  # no room at all: stream says so
     generator = torch.Generator(device).manual_seed(args.seed)
     how = (args.temperature, args.top_k, args.top_p)
     tokens = stream(model, torch.tensor([ids], device=device), n, *how, generator)
@@ -245,7 +243,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.save:
         names = dict(zip(("temperature", "top_k", "top_p"), how))
         record = {"format": 1, "checkpoint": folder.resolve().name, "prompt": prompt, "text": text, **names}
-        checkpoint.append(run / "samples.jsonl", {**record, "seed": args.seed})
+        files.append(folder.resolve().parents[1] / "samples.jsonl", {**record, "seed": args.seed})
 
 
 def main() -> None:
@@ -256,9 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--prompt", default="", help="empty: the start of a document; special tokens in it are text"
     )
-    parser.add_argument(
-        "--tokens", type=int, help="at most so many; default: 200, or as many as the model has room for"
-    )
+    parser.add_argument("--tokens", type=int, help="at most so many, and as the model has room for (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest; 0: all")
     parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that together reach p")

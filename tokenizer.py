@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import config
 import documents
+import files
 from bpe import ASCII_SPLITS, BYTES, SPLITS, WORDS, count_pieces, learn_merges, skips
 from config import ConfigError
 
@@ -44,6 +45,7 @@ NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no text contains
 
 ENDS_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 FILES = ("tokenizer.model", "tokenizer.json")
+RECORD = "training.json"  # beside them: what a tokenizer was trained with
 WINDOW = 1 << 16  # characters; see long_blank
 
 
@@ -536,8 +538,13 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
         settings, sources, workers = config.Tokenizer(**eot), [config.Source("files", tuple(inputs))], 0
     settings = dataclasses.replace(settings, **flags)
     folder = Path(out or settings.path or f"tokenizers/{settings.kind}-{settings.vocab_size}")
+    if folder.is_file() and not out and settings.path:
+        print(f"{folder} is a published tokenizer; used as it is")
+        return
     if folder.is_file() or folder.suffix in (".json", ".model"):
         raise ConfigError(f"{folder} is a file's name; --out or tokenizer.path name the folder to write")
+    if trained(folder, settings, sources):
+        return
     started, n_documents, n_bytes = time.perf_counter(), 0, 0
 
     def texts() -> Iterator[str]:
@@ -551,10 +558,39 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
     learn = {"bpe": train_byte_pair, "sentencepiece": train_sentencepiece}[settings.kind]
     tokenizer = learn(texts(), settings, workers)
     tokenizer.save(folder)
+    record = {"format": 1, "sha256": tokenizer.sha256, **record_of(settings, sources)}
+    files.write_json(folder / RECORD, record)
     print(
         f"{folder / tokenizer.file}: {tokenizer.vocab_size:,} entries from {n_documents:,} documents, "
         f"{n_bytes / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s; sha256 {tokenizer.sha256}"
     )
+
+
+def record_of(settings: config.Tokenizer, sources: Iterable[config.Source]) -> dict:
+    """What a tokenizer was trained with, as it stands in RECORD."""
+    values = {name: value for name, value in vars(settings).items() if name != "path"}
+    return json.loads(json.dumps({"settings": values, "sources": [vars(source) for source in sources]}))
+
+
+def trained(folder: Path, settings: config.Tokenizer, sources: Iterable[config.Source]) -> bool:
+    """Whether the folder holds this tokenizer already. Raises ConfigError where it holds another one."""
+    if not any((folder / name).exists() for name in FILES):
+        return False
+    try:
+        had, now = json.loads((folder / RECORD).read_text()), record_of(settings, sources)
+    except (OSError, ValueError):
+        print(f"{folder} holds a tokenizer that was not trained here; it stays as it is")
+        return True
+    differs = [f"{k}={had['settings'].get(k)} (now {v})" for k, v in now["settings"].items()
+               if had["settings"].get(k) != v]  # fmt: skip
+    differs += ["other sources"] if had["sources"] != now["sources"] else []
+    if differs:
+        raise ConfigError(
+            f"{folder} was trained with {'; '.join(differs)}; remove it, or train into another folder: --out "
+            "or tokenizer.path"
+        )
+    print(f"{folder} is already trained")
+    return True
 
 
 def is_config(name: str) -> bool:
@@ -565,7 +601,7 @@ def is_config(name: str) -> bool:
     return path.suffix in ("", ".py") and not set(name) & set("*?[")
 
 
-def compare(names: list[str], files: list[str]) -> None:
+def compare(names: list[str], paths: list[str]) -> None:
     """Prints bytes of text per token, and the share of tokens that are a part of a character, by file.
 
     Those are SentencePiece's tokens for a byte (of line ends, too), and byte-level tokens that are not UTF-8.
@@ -575,14 +611,14 @@ def compare(names: list[str], files: list[str]) -> None:
     for tokenizer in tokenizers:
         broken = ["\ufffd" in token.decode(errors="replace") for token in tokenizer.token_bytes]
         parts.append(np.array(broken) | np.isin(np.arange(len(broken)), tokenizer.byte_ids))
-    width = max(len(name) for name in (*files, "source"))
+    width = max(len(name) for name in (*paths, "source"))
     short = [Path(name).parent.name if Path(name).name in FILES else Path(name).name for name in names]
     titles = [f"  {f'{name} ({t.vocab_size:,})'[-26:]:>26}" for name, t in zip(short, tokenizers)]
     print(" " * (width + 21) + "".join(titles))
     print(f"{'source':{width}}  documents        MB" + "   bytes/token   byte tokens" * len(names))
     # documents and bytes; then every tokenizer's tokens and parts of characters
     total = np.zeros((len(names) + 1, 2), np.int64)
-    for file in (*files, "all"):
+    for file in (*paths, "all"):
         sums = total if file == "all" else np.zeros_like(total)
         for document in documents.read(config.Source("files", (file,))) if sums is not total else ():
             sums[0] += 1, len(document.text.encode())

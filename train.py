@@ -1,7 +1,7 @@
 """The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
 
     python train.py configs/demo.py                              # one process
-    torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same batches, the same loss
+    torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
 checkpoint and leave; the same command again goes on from the newest complete one, and ends with the same
@@ -17,6 +17,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,10 +27,11 @@ import torch
 
 import checkpoint
 import config
+import files
 import optim
 import parallel
 from config import Config, ConfigError
-from dataset import Dataset
+from dataset import Dataset, differences
 from model import Transformer
 
 
@@ -71,6 +73,7 @@ def train(cfg: Config) -> None:
     resumed = (checkpoint.checkpoints(run) or [None])[-1]
     if resumed and resumed.step >= last_step:
         everyone.once(say, f"{run} is trained: {resumed.path.name} is its last checkpoint; nothing to do")
+        everyone.once(close_ledger, cfg, resumed.step, changed)
         LOCKS.clear()
         return everyone.leave()
     interrupted = Interrupted()
@@ -91,9 +94,7 @@ def train(cfg: Config) -> None:
     wrapped = everyone.wrap(model)
 
     def log(event: str, **record) -> None:
-        everyone.once(
-            checkpoint.append, run / "ledger.jsonl", {"event": event, "time": time.time(), **record}
-        )
+        everyone.once(files.append, run / "ledger.jsonl", {"event": event, "time": time.time(), **record})
 
     def save() -> None:
         rows = step * cfg.train.batch_size
@@ -110,7 +111,8 @@ def train(cfg: Config) -> None:
         everyone.once(checkpoint.save, run, model, optimizer, state, tokenizer_files(dataset))
         log("checkpoint", step=step, chunk=state["chunk"], checkpoint=f"step-{step:08d}")
 
-    everyone.once(write_run, cfg, dataset, everyone, model)
+    machine = about_machine(everyone)
+    everyone.once(write_run, cfg, dataset, machine, model)
     log(
         "resume" if resumed else "start",
         step=step,
@@ -119,6 +121,7 @@ def train(cfg: Config) -> None:
         accumulation=accumulation,
         rows_never_trained=dataset.n_rows - n_steps * cfg.train.batch_size,
         changed=changed,
+        **machine,
     )
     everyone.once(greet, cfg, dataset, everyone, model, step, last_step, n_steps, accumulation)
     if not resumed:
@@ -202,6 +205,14 @@ def open_dataset(cfg: Config) -> Dataset:
             f"{cfg.dataset} has ids up to {dataset.vocab_size - 1} and model.vocab_size="
             f"{cfg.model.vocab_size}; set model.vocab_size to at least {dataset.vocab_size}"
         )
+    # Rows need not come in multiples of this batch; and the same files may lie elsewhere on another machine.
+    names = [source.name for source in cfg.data.sources]
+    differs = [d for d in differences(dataset.manifest, cfg) if not d.startswith(("train.", "data.sources="))]
+    if differs or names != dataset.sources:
+        raise ConfigError(
+            f"{cfg.dataset} is not what the config asks for: {'; '.join(differs) or 'other sources'}; "
+            "build it again with python data.py, or name another with --dataset=FOLDER"
+        )
     if dataset.n_rows < cfg.train.batch_size:
         raise ConfigError(
             f"{cfg.dataset} has {dataset.n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
@@ -252,7 +263,7 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
             "go on with those, or start another run with --run=FOLDER"
         )
     manifest = Path(cfg.run) / "dataset.json"
-    if manifest.exists() and checkpoint.sha256(manifest) != dataset.sha256:
+    if manifest.exists() and files.sha256(manifest) != dataset.sha256:
         raise ConfigError(
             f"{cfg.run} was begun with another dataset than the one now in {cfg.dataset} (their manifests "
             "differ); start another run with --run=FOLDER, or restore the dataset"
@@ -275,32 +286,42 @@ def lock(run: Path) -> None:
     LOCKS.append(file)
 
 
-def write_run(cfg: Config, dataset: Dataset, everyone: parallel.Everyone, model: Transformer) -> None:
-    """config.json and dataset.json of the run folder."""
+def close_ledger(cfg: Config, step: int, changed: list[str]) -> None:
+    """Writes what a kill after the last checkpoint, or new settings for the evaluation, left unwritten."""
     run = Path(cfg.run)
+    if changed:  # of eval's and the like; eval.py reads them here
+        about = json.loads((run / "config.json").read_text())
+        files.write_json(run / "config.json", {**about, "config": config.to_dict(cfg)})
+    if changed or not any(r.get("event") == "finish" for r in files.read_lines(run / "ledger.jsonl")):
+        files.append(
+            run / "ledger.jsonl", {"event": "finish", "time": time.time(), "step": step, "changed": changed}
+        )
+
+
+def about_machine(everyone: parallel.Everyone) -> dict:
+    """Code, versions and hardware: what may differ between the parts of a run that was resumed."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     cuda = everyone.device.type == "cuda"
-    about = {
-        "format": checkpoint.FORMAT,
-        "config": config.to_dict(cfg),
+    packages = {"torch": torch, "numpy": np, "safetensors": safetensors}
+    return {
         "git": git.stdout.strip() or None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": {"python": platform.python_version(), **{n: p.__version__ for n, p in packages.items()}},
         "device": torch.cuda.get_device_name(everyone.device) if cuda else processor(),
         "platform": platform.platform(),
         "processes": everyone.world_size,
         "threads": torch.get_num_threads(),
         "precision": str(everyone.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
     }
-    checkpoint.write_json(run / "config.json", about)
+
+
+def write_run(cfg: Config, dataset: Dataset, machine: dict, model: Transformer) -> None:
+    """config.json and dataset.json of the run folder."""
+    run, parameters = Path(cfg.run), sum(p.numel() for p in model.parameters())
+    settings = {"format": checkpoint.FORMAT, "config": config.to_dict(cfg)}
+    files.write_json(run / "config.json", {**settings, **machine, "parameters": parameters})
     copy = run / ".dataset.json"
     shutil.copyfile(dataset.folder / "manifest.json", copy)
     os.replace(copy, run / "dataset.json")
@@ -332,10 +353,7 @@ def say(text: str) -> None:
 
 
 def log_step(run: Path, record: dict) -> None:
-    with open(
-        run / "metrics.jsonl", "a", encoding="utf-8"
-    ) as log:  # not synced: a lost line is trained again
-        log.write(json.dumps(record) + "\n")
+    files.append(run / "metrics.jsonl", record, durable=False)  # a line that is lost is trained again
 
 
 def greet(cfg, dataset, everyone, model, step, last_step, n_steps, accumulation) -> None:
@@ -383,7 +401,7 @@ def not_finite(cfg: Config, dataset: Dataset, step: int, loss: float, norm: floa
         f"loss {loss} and gradient norm {norm} in the step after step {step}: chunk {chunk}, rows {first} to "
         f"{last}, {len(names)} documents: {some} (all of them in "
         f"{cfg.run}/ledger.jsonl). The optimizer has not moved and the newest checkpoint is good; a lower "
-        "optim.lr or a tighter optim.grad_clip is the usual remedy"
+        "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual remedy"
     )
 
 
@@ -395,6 +413,8 @@ def main() -> None:
         config.fail(error)
     except NotFinite as error:
         config.fail(error, code=1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # before the first step, or a second Ctrl-C: what is on disk is whole
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
         config.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
 

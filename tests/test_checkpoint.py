@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import files
 import optim
 from config import ConfigError, Model, Optim
 from model import Transformer
@@ -137,7 +138,7 @@ def test_hashes_in_the_state_are_those_of_the_files(tmp_path):
         "config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
     }  # fmt: skip
     for name, digest in found.state["files"].items():
-        assert checkpoint.sha256(folder / name) == digest
+        assert files.sha256(folder / name) == digest
 
 
 def test_steps_are_numbers_and_incomplete_folders_are_ignored(tmp_path):
@@ -153,9 +154,9 @@ def test_steps_are_numbers_and_incomplete_folders_are_ignored(tmp_path):
 
 def test_a_step_that_is_saved_again_replaces_the_folder(tmp_path):
     net, adamw = trained(LLAMA)
-    first = checkpoint.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
+    first = files.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
     update(net, adamw)
-    second = checkpoint.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
+    second = files.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
     assert first != second and len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
@@ -169,25 +170,23 @@ def test_a_kill_during_a_save_leaves_whole_checkpoints_only(tmp_path):
         "    print(step, flush=True)\n"
     )
     reached = 0
-    for attempt in range(6):
+    for attempt in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path / str(attempt))],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         for _ in range(2):
             process.stdout.readline()
-        time.sleep(0.007 * attempt)  # somewhere inside the next save
+        time.sleep(0.011 * attempt)  # somewhere inside the next save
         process.send_signal(signal.SIGKILL)
         last = int(([2] + [int(line) for line in process.stdout.read().split()])[-1])
         found = checkpoint.checkpoints(tmp_path / str(attempt))
         assert [c.step for c in found][:last] == list(range(1, last + 1))
         for each in found:
             checkpoint.load_model(each.path)
-            assert (
-                checkpoint.sha256(each.path / "model.safetensors") == each.state["files"]["model.safetensors"]
-            )
+            assert files.sha256(each.path / "model.safetensors") == each.state["files"]["model.safetensors"]
         reached += len(found)
-    assert reached >= 12
+    assert reached >= 8
 
 
 def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypatch):
@@ -197,7 +196,7 @@ def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypa
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, net, adamw, state(4), {})
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
@@ -206,13 +205,13 @@ def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypa
 
 def test_a_log_survives_half_a_line(tmp_path):
     log = tmp_path / "evals.jsonl"
-    checkpoint.append(log, {"a": 1})
+    files.append(log, {"a": 1})
     with open(log, "a") as file:
         file.write('{"a": 2')
-    assert checkpoint.read_lines(log) == [{"a": 1}]
-    checkpoint.append(log, {"a": 3})
-    assert checkpoint.read_lines(log) == [{"a": 1}, {"a": 3}]
-    assert checkpoint.read_lines(tmp_path / "none.jsonl") == []
+    assert files.read_lines(log) == [{"a": 1}]
+    files.append(log, {"a": 3})
+    assert files.read_lines(log) == [{"a": 1}, {"a": 3}]
+    assert files.read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):

@@ -363,7 +363,6 @@ def test_mistakes_are_named_and_leave_nothing_behind(tmp_path):
     )
     refuses(change(sources=()), "data.sources")
     refuses(change(sources=(Source("x", paths=(str(tmp_path / "no.txt"),)),)), r"source 'x'.*no\.txt")
-    refuses(change(stages=(Stage("../up"),)), r"stage name '\.\./up'")
     (tmp_path / "nothing.txt").write_text("")
     refuses(change(sources=(Source("x", paths=(str(tmp_path / "nothing.txt"),)),)), "'x'.* is empty")
 
@@ -562,7 +561,9 @@ def test_memory_is_bounded_however_large_the_corpus(tmp_path):
     for n in (1500, 5000):
         (tmp_path / str(n)).mkdir()
         python, *arguments = command(tmp_path / str(n), n, workers=1)
-        done = subprocess.run([python, "-c", script, *arguments], capture_output=True, text=True)
+        # a process inherits the peak of the one that it is forked from: here a small shell, not this large one
+        shell = ["bash", "-c", '"$@"; exit $?', "bash"]
+        done = subprocess.run([*shell, python, "-c", script, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 150e6 and peaks[1] - peaks[0] < 15e6, peaks

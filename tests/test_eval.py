@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from test_memorize import make_run
 
-import checkpoint
 import config
 import eval as evaluation
+import files
 import memorize
 import sample
 import tokenizer
@@ -200,7 +200,7 @@ def whole(run):
     cfg = dataclasses.replace(
         cfg, eval=dataclasses.replace(cfg.eval, expect_bits_per_byte={"code": 2.0, "docs": 2.0})
     )
-    checkpoint.write_json(run / "config.json", {"format": 1, "config": config.to_dict(cfg)})
+    files.write_json(run / "config.json", {"format": 1, "config": config.to_dict(cfg)})
     dataset = Dataset(cfg.dataset)
     shutil.rmtree(run / "checkpoints" / "step-00000009")
     for chunk in range(3):
@@ -209,7 +209,7 @@ def whole(run):
         shutil.copytree(run / "checkpoints" / "step-00000000", folder)
         state = json.loads((folder / "state.json").read_text())
         state["files"]["model.safetensors"] = str(rows) * 8
-        checkpoint.write_json(folder / "state.json", {**state, "step": rows, "rows": rows, "chunk": chunk})
+        files.write_json(folder / "state.json", {**state, "step": rows, "rows": rows, "chunk": chunk})
     of = sample.chosen(run)
     evaluate(run)
     memorize.memorize(cfg, dataset, of)
@@ -264,7 +264,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsy
     shutil.copytree(run, tmp_path / "moved")
     about = json.loads((run / "config.json").read_text())
     about["config"]["dataset"] = "datasets/none"
-    checkpoint.write_json(tmp_path / "moved" / "config.json", about)
+    files.write_json(tmp_path / "moved" / "config.json", about)
     for arguments, message in [
         ((tmp_path,), "is not a run folder"),
         ((tmp_path / "fresh",), "no complete checkpoint yet"),

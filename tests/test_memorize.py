@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import config
 import data
+import files
 import memorize
 import optim
 import sample
@@ -73,7 +74,7 @@ def make_run(folder):
         data.build(cfg)
     dataset, run = Dataset(cfg.dataset), folder / "run"
     run.mkdir()
-    checkpoint.write_json(run / "config.json", {"format": 1, "config": config.to_dict(cfg)})
+    files.write_json(run / "config.json", {"format": 1, "config": config.to_dict(cfg)})
     for step, chunk in ((0, -1), (9, dataset.chunk_of(18) - 1)):
         model = Transformer(cfg.model)
         model.init_weights(step)
@@ -87,8 +88,8 @@ def make_run(folder):
             "tokenizer_sha256": dataset.manifest["tokenizer"]["sha256"],
         }
         names = ("tokenizer.json", "tokenizer_config.json")
-        files = {name: (dataset.folder / name).read_bytes() for name in names}
-        checkpoint.save(run, model, optim.adamw(model, cfg.optim), state, files)
+        own = {name: (dataset.folder / name).read_bytes() for name in names}
+        checkpoint.save(run, model, optim.adamw(model, cfg.optim), state, own)
     return run
 
 

@@ -15,24 +15,36 @@ SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
 # Who may import whom (the design's table): a file may import only those before it in one of these orders.
 MAY_IMPORT = {
     "config": [],
+    "files": [],
     "model": ["config"],
     "documents": ["config"],
     "bpe": ["config"],
-    "tokenizer": ["config", "documents", "bpe"],
-    "dataset": ["config"],
-    "data": ["config", "documents", "tokenizer", "dataset"],
+    "tokenizer": ["config", "files", "documents", "bpe"],
+    "dataset": ["config", "files"],
+    "data": ["config", "files", "documents", "tokenizer", "dataset"],
     "optim": ["config"],
     "parallel": ["config"],
-    "checkpoint": ["config", "model", "parallel"],
-    "train": ["config", "model", "dataset", "data", "optim", "parallel", "checkpoint", "tokenizer"],
-    "sample": ["config", "model", "parallel", "checkpoint", "tokenizer"],
-    "memorize": ["config", "model", "dataset", "parallel", "checkpoint", "sample", "tokenizer"],
-    "eval": ["config", "model", "dataset", "parallel", "checkpoint", "sample", "tokenizer", "memorize"],
+    "checkpoint": ["config", "files", "model"],
+    "train": ["config", "files", "model", "dataset", "optim", "parallel", "checkpoint"],
+    "sample": ["config", "files", "model", "parallel", "checkpoint", "tokenizer"],
+    "memorize": ["config", "files", "model", "dataset", "parallel", "checkpoint", "sample"],
+    "eval": ["config", "files", "dataset", "parallel", "checkpoint", "sample", "tokenizer", "memorize"],
     "run_folder": ["config"],
     "figures": ["run_folder"],
     "report": ["config", "run_folder", "figures"],
 }
-NO_TORCH = {"config", "documents", "bpe", "tokenizer", "dataset", "data", "run_folder", "figures", "report"}
+NO_TORCH = {
+    "config",
+    "files",
+    "documents",
+    "bpe",
+    "tokenizer",
+    "dataset",
+    "data",
+    "run_folder",
+    "figures",
+    "report",
+}
 
 
 def imported(path: Path) -> set[str]:

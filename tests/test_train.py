@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import data
+import files
 import optim
 import parallel
 import train
@@ -70,7 +71,7 @@ def load(recipe: Path, run: Path, *overrides: str) -> config.Config:
 
 def metrics(run: Path) -> list[dict]:
     """One record a step: the last one, where a resumed run came to a step again."""
-    return list({record["step"]: record for record in checkpoint.read_lines(run / "metrics.jsonl")}.values())
+    return list({record["step"]: record for record in files.read_lines(run / "metrics.jsonl")}.values())
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -97,7 +98,7 @@ def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     for _ in range(6000):
-        if (run / "metrics.jsonl").exists() and len(checkpoint.read_lines(run / "metrics.jsonl")) >= step:
+        if (run / "metrics.jsonl").exists() and len(files.read_lines(run / "metrics.jsonl")) >= step:
             return
         if process.poll() is not None:
             raise AssertionError(f"training ended before step {step}: {process.stderr.read()}")
@@ -118,12 +119,12 @@ def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe
     assert [c.state["rows"] for c in found] == [6 * s for s in [0, *ends]]
     assert [c.state["tokens"] for c in found] == [144 * s for s in [0, *ends]]
     assert {c.state["dataset_sha256"] for c in found} == {dataset.sha256}
-    events = [record["event"] for record in checkpoint.read_lines(whole / "ledger.jsonl")]
+    events = [record["event"] for record in files.read_lines(whole / "ledger.jsonl")]
     assert events == ["start", *["checkpoint"] * 6, "finish"]
-    first = checkpoint.read_lines(whole / "ledger.jsonl")[0]
+    first = files.read_lines(whole / "ledger.jsonl")[0]
     assert first["rows_never_trained"] == dataset.n_rows - 6 * n_steps
     assert config.load_run(whole) == load(recipe, whole)
-    assert checkpoint.sha256(whole / "dataset.json") == dataset.sha256
+    assert files.sha256(whole / "dataset.json") == dataset.sha256
 
 
 def test_loss_gradient_norm_rate_and_speed_are_those_worked_out_by_hand(recipe, whole):
@@ -192,7 +193,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(recipe, whole, tm
     assert process.wait() == 0, process.stderr.read()
     assert weights(run) == weights(whole)
     assert [r["loss"] for r in metrics(run)] == [r["loss"] for r in metrics(whole)]
-    assert "resume" in {record["event"] for record in checkpoint.read_lines(run / "ledger.jsonl")}
+    assert "resume" in {record["event"] for record in files.read_lines(run / "ledger.jsonl")}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -203,7 +204,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(recipe, whole, t
     process.send_signal(number)
     out, err = process.communicate()
     assert process.returncode == 0 and "interrupted and saved at step" in out and err == ""
-    last = checkpoint.read_lines(run / "ledger.jsonl")[-1]
+    last = files.read_lines(run / "ledger.jsonl")[-1]
     assert last["event"] == "interrupted" and last["step"] == checkpoint.checkpoints(run)[-1].step
     for _ in range(2):  # the second finds nothing to do
         train.train(load(recipe, run))
@@ -215,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_chunk_and_documents(recipe, t
     process = start(recipe, run, "--optim.lr=1e30", "--optim.warmup_steps=0")
     err = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in err
-    record = checkpoint.read_lines(run / "ledger.jsonl")[-1]
+    record = files.read_lines(run / "ledger.jsonl")[-1]
     assert record["event"] == "nonfinite" and f"after step {record['step']}: chunk {record['chunk']}" in err
     dataset, first = Dataset(config.load(str(recipe)).dataset), 6 * record["step"]
     expected = {f"{d[0]}:{d[1]}" for p in range(first, first + 6) for d in dataset.documents(p)}

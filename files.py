@@ -1,0 +1,70 @@
+"""Files that are whole or not there: written aside, on the disk, renamed; and logs that survive a kill.
+
+write_json("runs/demo/config.json", {...})
+append("runs/demo/ledger.jsonl", {"event": "start", ...})
+read_lines("runs/demo/ledger.jsonl") -> [{...}, ...]
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Writes aside, syncs, renames: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def append(path: Path | str, record: dict, durable: bool = True) -> None:
+    """Adds one line of JSON to a log, on the disk itself when it returns if durable.
+
+    Half a line left by a kill becomes a line of its own.
+    """
+    with open(path, "ab+") as log:
+        if log.seek(0, os.SEEK_END):
+            log.seek(-1, os.SEEK_END)
+            if log.read(1) != b"\n":
+                log.write(b"\n")
+        log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        log.flush()
+        if durable:
+            os.fsync(log.fileno())
+
+
+def read_lines(path: Path | str) -> list[dict]:
+    """The records of a log; [] where there is none. Lines cut off by a kill are left out."""
+    records = []
+    try:
+        with open(path, "rb") as log:
+            for line in log:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    continue
+    except FileNotFoundError:
+        pass
+    return [record for record in records if isinstance(record, dict)]
+
+
+def sha256(path: Path | str) -> str:
+    """Of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
