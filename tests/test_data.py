@@ -561,7 +561,7 @@ def test_memory_is_bounded_however_large_the_corpus(tmp_path):
     for n in (1500, 5000):
         (tmp_path / str(n)).mkdir()
         python, *arguments = command(tmp_path / str(n), n, workers=1)
-        # a process inherits the peak of the one that it is forked from: here a small shell, not this large one
+        # a process inherits the peak of the one that forked it: here a small shell, not this large one
         shell = ["bash", "-c", '"$@"; exit $?', "bash"]
         done = subprocess.run([*shell, python, "-c", script, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
