@@ -10,9 +10,8 @@
         optimizer.safetensors                              AdamW's moments and the random state
         state.json                                         step, position in the data, hashes: written last
 
-A checkpoint is written into a hidden folder beside the others and renamed when every byte of it is on disk; a
-folder without state.json is incomplete and ignored. Nothing is pickled: a checkpoint from a stranger is safe
-to open.
+A checkpoint is written into a hidden folder beside the others and renamed when every byte of it is on disk.
+A folder without state.json is incomplete and ignored. Nothing is pickled: it is safe to open a stranger's.
 """
 
 import json
@@ -45,8 +44,7 @@ class Checkpoint(NamedTuple):
 
 
 def hf_config(cfg: Model, eot: int | None = None) -> dict:
-    """config.json of the `transformers` class that computes the same model. Raises ConfigError where none
-    does."""
+    """config.json of the `transformers` class that computes this model. ConfigError where none does."""
     cfg = cfg.resolved()
     values = {
         "vocab_size": cfg.vocab_size,
@@ -136,10 +134,10 @@ def bare(model: nn.Module) -> Transformer:
 def save(
     run: Path | str, model: nn.Module, optimizer, state: dict, tokenizer_files: dict[str, bytes]
 ) -> Path:
-    """Writes checkpoints/step-... and returns its path; `state` has step, rows, tokens, chunk and data
-    hashes.
+    """Writes checkpoints/step-... and returns its path.
 
-    Killed at any moment, or stopped by a full disk, it leaves the checkpoints that were there as they were.
+    `state` has step, rows, tokens, chunk and the hashes of the data. Killed at any moment, or stopped by a
+    full disk, it leaves the checkpoints that were there as they were.
     """
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,8 +189,7 @@ def optimizer_tensors(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
 
 
 def checkpoints(run: Path | str) -> list[Checkpoint]:
-    """The complete checkpoints of a run, ascending by step, as a number: step 1,000,000 comes after
-    999,999."""
+    """The complete checkpoints of a run, by ascending step, a number: 1,000,000 comes after 999,999."""
     found = []
     for path in (Path(run) / "checkpoints").glob("step-*"):
         if not (match := re.fullmatch(r"step-(\d+)", path.name)):
@@ -213,8 +210,7 @@ def checkpoints(run: Path | str) -> list[Checkpoint]:
 
 
 def load_weights(folder: Path | str, model: nn.Module) -> None:
-    """model.safetensors of a folder into a model, in place. Raises ConfigError unless names and shapes agree
-    exactly."""
+    """model.safetensors of a folder into a model, in place. ConfigError unless names and shapes agree."""
     path = Path(folder) / "model.safetensors"
     target = {hf_name(name): value for name, value in bare(model).state_dict().items()}
     with open_tensors(path) as tensors:

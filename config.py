@@ -117,9 +117,8 @@ class Stage:
     """A part of training with its own mixture: how often each source is read, or in which proportion."""
 
     name: str = "main"  # names the stage in the manifest and in figures
-    epochs: dict[str, float] = field(
-        default_factory=dict
-    )  # passes over each source; none named: one over all
+    # passes over each source; none named: one over all
+    epochs: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)  # or shares of `tokens`, normalised
     tokens: int = 0  # with weights: the length of the stage
     repeats: int = 1  # times the whole stage is trained through, each time in a new order
@@ -324,9 +323,8 @@ def check_types(section: object) -> None:
     for name, kind in typing.get_type_hints(type(section)).items():
         value = getattr(section, name)
         if kind is float and type(value) is int:
-            object.__setattr__(
-                section, name, float(value)
-            )  # 1 and 1.0 are then the same config, also in JSON
+            # 1 and 1.0 are then the same config, also in JSON
+            object.__setattr__(section, name, float(value))
         elif not has_type(value, kind):
             want = (
                 " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is Literal else kind
@@ -353,8 +351,10 @@ def has_type(value: object, kind: object) -> bool:
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches that each GPU runs in one step: accumulation_steps(2240, 10, 224) -> 1. Raises
-    ConfigError."""
+    """Micro-batches that each GPU runs in one step: accumulation_steps(2240, 10, 224) -> 1.
+
+    Raises ConfigError where the batch does not divide.
+    """
     unit = micro_batch_size * world_size
     if batch_size % unit == 0:
         return batch_size // unit
@@ -377,11 +377,8 @@ def find(name: str) -> Path:
     stem = Path(name).stem if name.endswith(".py") else Path(name).name
     shipped = Path(__file__).parent / "configs"
     places = [Path(name), Path(f"{name}.py")]
-    if str(Path(name).parent) in (
-        ".",
-        "config",
-        "configs",
-    ):  # of another folder, only that folder's file is meant
+    # of another folder, only that folder's file is meant
+    if str(Path(name).parent) in (".", "config", "configs"):
         places.append(shipped / f"{stem}.py")
     for path in places:
         if path.is_file():
@@ -397,16 +394,14 @@ def load(name: str, overrides: list[str] = ()) -> Config:
     """
     path = find(name)
     sys.path.insert(0, str(Path(__file__).parent))  # so that the file can say `from config import Config`
-    sys.modules.setdefault(
-        "config", sys.modules[__name__]
-    )  # one set of classes, also when this file is the script
+    # one set of classes, also when this file is the script
+    sys.modules.setdefault("config", sys.modules[__name__])
     try:
         config = runpy.run_path(str(path)).get("config")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (
-        TypeError
-    ) as error:  # an unknown setting: "Optim.__init__() got an unexpected keyword argument 'lrr'"
+    except TypeError as error:
+        # an unknown setting: "Optim.__init__() got an unexpected keyword argument 'lrr'"
         match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         section = globals().get(match[1]) if match else None
         if not dataclasses.is_dataclass(section):
@@ -560,9 +555,9 @@ def readable(config: Config) -> str:
 
 
 def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
-    """`script.py CONFIG [--section.name=value ...]` -> config. Prints help or the config and exits where
-    asked.
+    """`script.py CONFIG [--section.name=value ...]` -> config.
 
+    Where asked, prints the help or the config and exits.
     Every mistake ends here: one message, exit code 2, no traceback.
     """
     argv = sys.argv[1:] if argv is None else argv

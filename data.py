@@ -483,10 +483,7 @@ def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict
     manifest = {
         **{"format": 1, "name": config.name, "seq_len": T, "row_length": T + 1, "dtype": dtype.name},
         **{"vocab_size": tok.vocab_size, "eot": tok.eot},
-        "tokenizer": {
-            "file": tok.file,
-            "sha256": tok.sha256,
-        },
+        "tokenizer": {"file": tok.file, "sha256": tok.sha256},
         **{"seed": data.seed, "order": "feistel-1", "row_multiple": B},
         **{"settings": settings(config), "sources": sources, "stages": stages},
         **{"rows": n_rows, "steps": n_rows // B, "rows_after_last_step": n_rows % B, "chunks": chunks},

@@ -18,8 +18,8 @@ glob; else `folder/file.jsonl:7`, the seventh line or row. Sources that read a f
 the same id.
 
 A byte order mark is dropped, line ends are kept as they are. A document that cannot be used (broken JSON, no
-text, not UTF-8, nothing in it) is counted, named by file and line, and skipped. A damaged file, such as
-a `.gz` that was cut off, is an error: nobody knows how many documents it has lost.
+text, not UTF-8, nothing in it) is counted, named by file and line, and skipped. A damaged file, such as a
+`.gz` that was cut off, is an error: nobody knows how many documents it has lost.
 """
 
 import ast

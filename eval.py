@@ -1,5 +1,4 @@
-"""What every checkpoint has learned: loss, perplexity and bits per byte of held-out text, by source; and
-memorization.
+"""What every checkpoint has learned: loss, perplexity and bits per byte of held-out text; and memorization.
 
     python eval.py runs/demo            # every checkpoint; also computes memorize.py's score
     python eval.py runs/demo --checkpoint 640 --source code --max_rows 50 --no-memorization
@@ -9,14 +8,14 @@ memorization.
     perplexity     e^loss
     bits per byte  nats of all target tokens / ln 2 / UTF-8 bytes that they stand for
 
-Both sums of a ratio run over the whole source before they are divided (Paloma does the same): a mean of
-ratios would depend on the batch size. Every token of a row but the first is a target. An end-of-text token is
-one like any other: its nats count, and it stands for 0 bytes of text. So bits per byte compares models with
-different tokenizers, loss does not.
+Each is measured by source. Both sums of a ratio run over the whole source before they are divided, as in
+Paloma: a mean of ratios would depend on the batch size. Every token of a row but the first is a target. An
+end-of-text token is one like any other: its nats count, and it stands for 0 bytes of text. So bits per byte
+compares models with different tokenizers, loss does not.
 
 Reads RUN/config.json, its checkpoints and the validation rows of its dataset. Appends to RUN/evals.jsonl one
-line for each checkpoint and source; what stands there for the same inputs is not computed again. A run that
-was killed goes on.
+line for each checkpoint and source. Killed, it goes on where it was: what stands there for the same inputs
+is not computed again.
 """
 
 import argparse
@@ -48,9 +47,7 @@ LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoi
 
 @torch.inference_mode()
 def nats_of(model: Transformer, rows: np.ndarray, batch_size: int, done=lambda n: None) -> float:
-    """Rows (N, T+1) of token ids -> the loss of all their N x T targets together, in nats; calls done(n) as
-    it goes.
-    """
+    """Rows (N, T+1) of ids -> the loss of all N x T targets together, in nats; calls done(n) as it goes."""
     device, total = model.embed_tokens.weight.device, 0.0
     for start in range(0, len(rows), batch_size):
         batch = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(device)  # (B, T+1)

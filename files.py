@@ -31,7 +31,7 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def append(path: Path | str, record: dict, durable: bool = True) -> None:
-    """Adds one line of JSON to a log, on the disk itself when it returns if durable.
+    """Adds one line of JSON to a log; if durable, the line is on the disk itself when this returns.
 
     Half a line left by a kill becomes a line of its own.
     """

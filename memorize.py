@@ -4,20 +4,19 @@
     python memorize.py runs/demo --checkpoint 640 --chunks 0 3  # some of them
 
 The protocol is that of Analysis360 (LLM360 section 4.3; Biderman et al. 2023). A row's first k tokens are the
-prompt, greedy decoding continues it by exactly l tokens (an end-of-text token in between does not stop it),
-and
+prompt. Greedy decoding continues it by exactly l tokens; an end-of-text token in between does not stop it.
 
     score = (positions i of the l at which the i-th new token is the i-th true one) / l
 
-with no re-synchronisation after an error. A row with score 1 is "k-extractible" (Carlini et al. 2022).
+There is no re-synchronisation after an error. A row with score 1 is "k-extractible" (Carlini et al. 2022).
 Prompts start wherever the row starts, usually in the middle of a document. From each chunk n rows are drawn,
 the same ones for every checkpoint: the first n rows of a shuffle of the chunk keyed by (seed, chunk), or all
 where it has fewer. A row is `seen` when the checkpoint has been trained on it. Rows of held-out documents are
 the control: they can only be guessed. k, l, n and the seed are the run's eval settings.
 
 Reads RUN/config.json, its checkpoints and its dataset. Appends to RUN/memorization/step-00000640.jsonl one
-line a chunk, with the matches of every single row and the documents of those recited in full, each as soon as
-it is known: killed, it goes on where it was. What stands there for the same inputs is not computed again.
+line a chunk, as soon as it is known: the matches of every single row, and the documents of those recited in
+full. Killed, it goes on where it was: what stands there for the same inputs is not computed again.
 
 Speed: the cache and large batches, nothing else. A step of greedy decoding reads each matrix once for all
 rows, so rows of small chunks are decoded together. Reading a row's true text in one forward, and decoding
@@ -61,16 +60,12 @@ class Part(NamedTuple):
 
 
 def draw(n_rows: int, n: int, key: str) -> np.ndarray:
-    """n of n_rows row numbers, sorted: those which a shuffle with this key puts first; all where there are
-    fewer.
-    """
+    """n of n_rows row numbers, sorted: those which a shuffle with this key puts first; all if n_rows < n."""
     return np.sort(unshuffle(np.arange(min(n, n_rows)), n_rows, key)) if n_rows else np.empty(0, np.int64)
 
 
 def parts(dataset: Dataset, cfg: config.Eval, chunks: list[int] | None = None) -> list[Part]:
-    """What every checkpoint is asked: rows of every chunk (or of `chunks`), and of every source's held-out
-    rows.
-    """
+    """What every checkpoint is asked: rows of every chunk, or of `chunks`, and held-out rows by source."""
     known = range(dataset.n_chunks)
     for chunk in chunks or []:
         if chunk not in known:
@@ -121,8 +116,9 @@ def count_matches(
             made = generate(model, truth[:, :k], truth.shape[1] - k)
         return (made[:, k:] == truth[:, k:]).sum(1).cpu().numpy()
 
-    n_parts = threads * -(-len(rows) // (threads * batch_size))  # all cores have the same number of parts,
-    parts = np.array_split(rows, min(n_parts, len(rows)))  # and all parts the same number of rows
+    # All cores have the same number of parts, and all parts the same number of rows.
+    n_parts = threads * -(-len(rows) // (threads * batch_size))
+    parts = np.array_split(rows, min(n_parts, len(rows)))
     counts = []
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -231,8 +227,9 @@ def score(
 
 
 def recited(dataset: Dataset, part: Part, full: np.ndarray, length: int) -> list[list]:
-    """Whose text was recited: for each row [(source, id), ...] of its first `length` tokens, [] where a token
-    was wrong. Rows of held-out documents have no table, and stay [].
+    """Whose text was recited: of each row [(source, id), ...] of its first `length` tokens.
+
+    [] where a token was wrong, and for rows of held-out documents, which have no table.
     """
     if isinstance(part.chunk, str):
         return [[] for _ in full]
@@ -248,9 +245,7 @@ def recited(dataset: Dataset, part: Part, full: np.ndarray, length: int) -> list
 
 
 def here(cfg: Config) -> torch.device:
-    """Where results are computed: a run made on a CPU stays there; any other takes the GPU if this machine
-    has one.
-    """
+    """Where results are computed: a run made on a CPU stays there; any other takes a GPU if there is one."""
     device = parallel.device("cpu" if cfg.train.device == "cpu" else "auto")
     if device.type == "cpu":
         parallel.keep_freed_memory()
@@ -262,13 +257,9 @@ def bar(what: str, unit: str, total: int) -> tqdm:
 
 
 def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint]) -> Dataset:
-    """The dataset that a run was trained on. Raises ConfigError where it is gone, or is not the same any
-    more.
-    """
-    places = [
-        Path(cfg.dataset),
-        Path(__file__).parent / cfg.dataset,
-    ]  # as train.py saw it, else beside this file
+    """The dataset that a run was trained on. Raises ConfigError where it is gone, or is another one now."""
+    # as train.py saw it, else beside this file
+    places = [Path(cfg.dataset), Path(__file__).parent / cfg.dataset]
     found = [place for place in places if (place / "manifest.json").exists()]
     if not found:
         raise ConfigError(
@@ -289,9 +280,7 @@ def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint]) ->
 
 
 def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
-    """Mean scores, one line a checkpoint: rows trained on, those of the newest chunk, those to come, held-out
-    ones.
-    """
+    """Mean scores, one line a checkpoint: seen rows, those of the newest chunk, unseen and held-out rows."""
     lines = [f"{'checkpoint':<14} {'seen':>8} {'newest':>8} {'unseen':>8} {'held out':>8}   recited in full"]
     for c, by_chunk in table:
         matches, seen, kind, length = [], [], [], 1

@@ -6,8 +6,7 @@
 It knows no device, no rank, no optimizer and no file. Modules carry the names that published checkpoints
 carry, so a state dict is a Hugging Face one but for the prefix "model." (checkpoint.py).
 
-Shapes: B sequences, T tokens, D d_model, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary, L
-layers.
+Shapes: B sequences, T tokens, D d_model, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary.
 """
 
 import math
@@ -22,10 +21,10 @@ IGNORE = -100  # a target with this value is not predicted: no loss, no gradient
 
 
 class Norm(nn.Module):
-    """RMSNorm with a weight (Zhang & Sennrich 2019, eq. 4), or LayerNorm without weight and bias (OLMo
-    section 2.1).
+    """RMSNorm with a weight, or LayerNorm without weight and bias.
 
-    Always in FP32: the mean of D squares loses digits in BF16, whatever precision the matrices have.
+    Zhang & Sennrich 2019, eq. 4, and OLMo, section 2.1. Always in FP32: the mean of D squares loses digits in
+    BF16, whatever precision the matrices have.
     """
 
     def __init__(self, cfg: Model):
@@ -40,11 +39,10 @@ class Norm(nn.Module):
 
 
 def rotary_angles(start: int, end: int, d_head: int, theta: float, device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position x frequency for positions start..end-1 (Su et al. 2021, eq. 15) -> 2 x (T,
-    Dh/2).
+    """Cosine and sine of position x frequency, for positions start..end-1 -> 2 x (T, Dh/2).
 
-    Computed where it is used and in FP32, never stored in the model: a table cast to BF16 with the weights
-    has positions off by several tokens at 2,048 (LLM360 section 4.1.5 warns of the same).
+    Su et al. 2021, eq. 15. Computed where it is used and in FP32, never stored in the model: a table cast to
+    BF16 with the weights has positions off by several tokens at 2,048 (LLM360 section 4.1.5 warns of it).
     """
     frequency = theta ** -(torch.arange(0, d_head, 2, device=device, dtype=torch.float32) / d_head)  # (Dh/2)
     angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency  # (T, Dh/2)
@@ -54,8 +52,7 @@ def rotary_angles(start: int, end: int, d_head: int, theta: float, device) -> tu
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x_i, x_{i + Dh/2}) by their angles, in FP32: (B, T, H, Dh) -> the same.
 
-    The pairing of dimension i with i + Dh/2 is that of the published Hugging Face weights; the paper pairs
-    neighbours.
+    The published Hugging Face weights pair dimension i with i + Dh/2; the paper pairs neighbours.
     """
     a, b = x.float().chunk(2, dim=-1)  # 2 x (B, T, H, Dh/2)
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, Dh/2)
@@ -63,11 +60,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, one pair of tensors a layer, so that a step of decoding is
-    one token.
+    """Keys and values of the tokens seen so far, by layer, so that a step of decoding reads one token.
 
-    `length` tokens are filled; each forward with this cache appends its own. Room for `max_length` is made at
-    once.
+    `length` tokens are filled; each forward with this cache appends its own. Room for `max_length` tokens is
+    made at the start.
     """
 
     def __init__(self, cfg: Model, batch_size: int, max_length: int, device=None, dtype=torch.float32):
@@ -78,8 +74,7 @@ class Cache:
         self.length, self.max_length = 0, max_length
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, K, T, Dh) of the newest tokens; returns those of all tokens (B, K, length + T,
-        Dh)."""
+        """Stores k, v (B, K, T, Dh) of the newest tokens; returns those of all: (B, K, length + T, Dh)."""
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(
@@ -111,9 +106,8 @@ class Attention(nn.Module):
             seen = cache.length
             k, v = cache.append(self.layer, k, v)  # (B, K, seen + T, Dh)
         mask = None
-        if (
-            seen and q.shape[2] > 1
-        ):  # several tokens after a prefix: token t sees the prefix and the first t of them
+        if seen and q.shape[2] > 1:
+            # several tokens after a prefix: token t sees the prefix and the first t of them
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not seen, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -133,8 +127,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to the residual stream, each reading it through a
-    norm."""
+    """One layer: attention and feed-forward, each reading the residual stream by a norm and adding to it."""
 
     def __init__(self, cfg: Model, layer: int):
         super().__init__()
@@ -190,8 +183,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills every parameter from one seeded stream on the CPU: the same weights on any device and world
-        size.
+        """Fills every parameter from one seeded stream on the CPU: the same on any device and world size.
 
         normal: Normal(0, init_std) for all matrices (LLaMA as Hugging Face trains it, Amber).
         mitchell: truncated at 3 sigma, sigma = 1/sqrt(fan-in), and 1/sqrt(2 (layer + 1)) of that for the two
@@ -215,17 +207,14 @@ class Transformer(nn.Module):
 
 # ---- the loss over a large vocabulary ---------------------------------------------------------------------
 
-LOGITS_BYTES = (
-    2**25
-)  # of logits that stand in memory at once: 32 MiB, about what stays in a processor's cache
+# of logits that stand in memory at once: 32 MiB, about what stays in a processor's cache
+LOGITS_BYTES = 2**25
 
 
 def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log softmax(h @ head.T)[target] over all tokens: h (N, D), head (V, D), targets (N) -> FP32
-    scalar.
+    """Sum of -log softmax(h @ head.T)[target] over all tokens: h (N, D), head (V, D), targets (N) -> FP32.
 
-    Equals F.cross_entropy(..., reduction="sum") on whole logits, at a fraction of its memory: see
-    VocabularyLoss.
+    Equals F.cross_entropy(..., reduction="sum") on whole logits, in a fraction of the memory.
     """
     if torch.is_autocast_enabled(h.device.type):  # a Function is opaque to autocast, so its cast is made here
         dtype = torch.get_autocast_dtype(h.device.type)
@@ -236,11 +225,11 @@ def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 class VocabularyLoss(torch.autograd.Function):
     """The loss a slice of tokens at a time, with the gradients taken while the slice's logits are at hand.
 
-    For one token with logits z: loss = logsumexp(z) - z_target, and d loss / d z = softmax(z) -
-    onehot(target). The second needs nothing but z, so forward turns each slice of logits into its gradient in
-    place, multiplies it into d h and d head, and forgets it. Logits of 3,072 tokens x 50,257 entries would be
-    618 MB, and as much for the gradient. The same three matrix products are made as without slices; backward
-    only scales what forward left.
+    For a token with logits z: loss = logsumexp(z) - z_target, and d loss / d z = softmax(z) - onehot(target).
+    The second needs nothing but z, so forward turns each slice of logits into its gradient in place,
+    multiplies it into d h and d head, and forgets it. Logits of 3,072 tokens x 50,257 entries would be 618
+    MB, and as much for the gradient. The same three matrix products are made as without slices; backward only
+    scales what forward left.
     """
 
     @staticmethod

@@ -30,8 +30,7 @@ def parameter_groups(model: nn.Module, cfg: Optim) -> list[dict]:
     """Parameters with their weight decay.
 
     decay="all": every parameter, norms and embeddings included (Amber's released code has one group).
-    decay="linear": only weights of linear layers (OLMo-1). A tied head is the embedding's matrix and does not
-    decay.
+    decay="linear": only weights of linear layers (OLMo-1), so not a tied head: it is the embedding's matrix.
     """
     if cfg.decay == "all":
         return [{"params": list(model.parameters()), "weight_decay": cfg.weight_decay}]
@@ -50,10 +49,9 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scales all gradients so that their global L2 norm is at most `limit` (0: leaves them); returns the norm
-    before.
+    """Scales all gradients so that their global L2 norm is at most `limit`; 0 leaves them as they are.
 
-    A norm that is not finite scales nothing: whoever called decides what to do about it.
+    Returns the norm before. One that is not finite scales nothing: the caller decides what to do about it.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

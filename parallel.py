@@ -1,8 +1,7 @@
 """One process or many: who am I, on which device, in which precision; and the few things that need all of us.
 
 The only file that knows ranks. Everything else says `everyone.sum(...)` or `everyone.once(...)` and is the
-same program on a laptop and on a node. Processes are started by torchrun, which sets RANK, LOCAL_RANK and
-WORLD_SIZE:
+same program on a laptop and on a node. torchrun starts the processes and sets RANK, LOCAL_RANK, WORLD_SIZE:
 
     python train.py configs/demo.py                              # one process
     torchrun --nproc_per_node=2 -- train.py configs/demo.py      # two, gradients averaged by DDP
@@ -46,10 +45,10 @@ def device(choice: str) -> torch.device:
 
 
 def precision(choice: str, device: torch.device) -> torch.dtype:
-    """auto, fp32 or bf16 -> the dtype of matrix products. auto is BF16 on CUDA with hardware for it, else
-    FP32.
+    """auto, fp32 or bf16 -> the dtype of matrix products.
 
-    On a processor without BF16 instructions the same products are some thirty times slower than in FP32.
+    auto is BF16 on CUDA with hardware for it, else FP32: on a processor without BF16 instructions the same
+    products are some thirty times slower than in FP32.
     """
     if choice == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -82,8 +81,7 @@ class Everyone:
         if self.world_size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # A parameter's gradient is then a view into the buffer that is reduced: one copy less of all
-        # gradients.
+        # A gradient is then a view into the buffer that is reduced: one copy less of all gradients.
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def accumulate(self, model: nn.Module, last: bool):
@@ -100,8 +98,7 @@ class Everyone:
         return total.tolist()
 
     def once(self, action: Callable, *arguments) -> None:
-        """Runs action(*arguments) in the first process; all others wait for it. Where it raises, all
-        raise."""
+        """Runs action(*arguments) in the first process, while all others wait. Where it raises, all raise."""
         problem = None
         if self.rank == 0:
             try:
@@ -139,9 +136,11 @@ def start(train: Train) -> Everyone:
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc to keep what a CPU process frees. Without this every large tensor of every step is fresh
-    memory from the kernel, which first has to be zeroed page by page: about 3 GB/s, a tenth of the speed of a
-    copy."""
+    """Asks glibc to keep what a CPU process frees.
+
+    Without this every large tensor of every step is fresh memory from the kernel, which first has to be
+    zeroed page by page: about 3 GB/s, a tenth of the speed of a copy.
+    """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

@@ -4,8 +4,8 @@
     python report.py runs/demo --out page/demo.html # -> page/demo.html and page/figures/*.svg
 
 The page is one file: figures are inline SVG, report.css is copied into it, nothing is fetched, no script
-runs. Where a part of the run is missing, the page says so, and which command makes it. All text is escaped: a
-run may come from a stranger. What a run folder holds: run_folder.py.
+runs. Where a part of the run is missing, the page says so, and which command makes it. All text is escaped,
+because a run may come from a stranger. run_folder.py says what a run folder holds.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 #                                    the same pipeline for any config; through torchrun where N_GPUS > 1
 #   bash run.sh setup                only the environment
 #
-# Makes .venv and installs requirements.txt into it once; a later call reuses it, and whatever tokenizer, dataset, checkpoints
-# and results are already there. PYTHON=python3.12 bash run.sh chooses the interpreter for .venv.
+# Makes .venv and installs requirements.txt into it once. A later call reuses it, and whatever tokenizer,
+# dataset, checkpoints and results are there. PYTHON=python3.12 bash run.sh chooses .venv's interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -16,13 +16,21 @@ setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files wer
   local python="${PYTHON:-}" candidate stamp
   if [ ! -x .venv/bin/python ]; then
     for candidate in $python python3 python3.13 python3.12 python3.11 python3.10; do
-      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$candidate; break; fi
+      python=$candidate
+      if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then break; fi
       python=""
     done
-    [ -n "$python" ] || { echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python" >&2; exit 2; }
+    if [ -z "$python" ]; then
+      echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python" >&2
+      exit 2
+    fi
     echo "making .venv with $($python --version)"
     rm -rf .venv
-    "$python" -m venv .venv || { rm -rf .venv; echo "error: '$python -m venv' failed (Debian: apt install python3-venv)" >&2; exit 2; }
+    if ! "$python" -m venv .venv; then
+      rm -rf .venv
+      echo "error: '$python -m venv' failed (Debian: apt install python3-venv)" >&2
+      exit 2
+    fi
   fi
   stamp=".venv/installed-$(cat "$@" | cksum | tr ' ' '-')"
   if [ ! -e "$stamp" ]; then
@@ -37,7 +45,8 @@ setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files wer
 
 pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
   local config=$1 n_gpus=$2 settings run; shift 2
-  settings=$("$python" config.py "$config" "$@" --print-config)  # a mistake in the config ends here, before any work
+  # a mistake in the config ends here, before any work
+  settings=$("$python" config.py "$config" "$@" --print-config)
   run=$(sed -n "s/^run = '\(.*\)'$/\1/p" <<< "$settings")
   echo "== tokenizer"; "$python" tokenizer.py train "$config" "$@"
   echo "== data";      "$python" data.py "$config" "$@"

@@ -1,5 +1,4 @@
-"""Text from a checkpoint: `generate` with a key/value cache, for a batch; and the same as a stream, for a
-reader.
+"""Text from a checkpoint, with a key/value cache: `generate` for a batch, `stream` as it comes for a reader.
 
     python sample.py runs/demo --prompt "def "                     # newest checkpoint, text as it comes
     python sample.py runs/demo --checkpoint 640 --temperature 0    # greedy, from the start of a document
@@ -31,9 +30,9 @@ import tokenizer as tokenizers
 from config import ConfigError
 from model import Cache, Transformer
 
-# Of prompts in one forward. 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB an activation, which stays in a
-# processor's cache, while a step of decoding wants as many sequences as memory holds: one matrix is read for
-# all of them.
+# Of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB an activation, which stays in a
+# processor's cache. A step of decoding, which reads each matrix once for all sequences, wants as many of them
+# as memory holds.
 PREFILL_TOKENS = 2048
 
 
@@ -47,11 +46,10 @@ def generate(
     generator: torch.Generator | None = None,
     stop: int | None = None,
 ) -> Tensor:
-    """Prompts (B, P) int64 -> (B, P + n), the prompts and n more tokens each; see `choose` for the other
-    arguments.
+    """Prompts (B, P) int64 -> (B, P + n): the prompts and n more tokens each.
 
-    With `stop`, a sequence that has produced this token is filled up with it. Raises ConfigError as `stream`
-    does.
+    With `stop`, a sequence that has produced this token is filled up with it. `choose` and `distribution` say
+    what the other arguments mean. Raises ConfigError as `stream` does.
     """
     out = F.pad(tokens, (0, n), value=0 if stop is None else stop)  # (B, P + n)
     stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -105,9 +103,7 @@ def stream(
 
 
 def prefill(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
-    """Reads prompts (B, P) into the empty cache, some sequences at a time -> logits (B, V) of what follows
-    each.
-    """
+    """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of what follows each."""
     logits = []
     for rows in torch.arange(len(tokens)).split(max(1, PREFILL_TOKENS // tokens.shape[1])):
         some, part = slice(rows[0], rows[-1] + 1), copy.copy(cache)
@@ -154,10 +150,10 @@ def distribution(
 def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
     """Pieces of text as their tokens come, up to the end-of-text token.
 
-    A character whose bytes are spread over several tokens is held back until it is whole; bytes that are no
+    A character whose bytes are spread over several tokens is held back until it is whole. Bytes that are no
     UTF-8 become U+FFFD, and so does an id beyond the tokenizer's vocabulary (the embedding may have more
-    rows). The bytes are those by which the decoded text grows: what SentencePiece makes of a token depends on
-    what is before it.
+    rows). A token's bytes are those by which the decoded text grows, because what SentencePiece makes of a
+    token depends on what is before it.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ids = list(prompt)
@@ -198,9 +194,7 @@ def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[checkpoint.Checkp
 
 
 def folder_of(path: Path | str, step: int | None = None) -> Path:
-    """RUN or CHECKPOINT on the command line -> the checkpoint's folder: the newest complete one, or that of
-    `step`.
-    """
+    """RUN or CHECKPOINT on a command line -> a checkpoint's folder: the newest complete one, or `step`'s."""
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; give a run (runs/demo) or a checkpoint")

@@ -9,8 +9,7 @@ Reads documents (documents.py says which files). Writes a folder that `AutoToken
 `tokenizer.json` (byte-level BPE) or `tokenizer.model` (SentencePiece), and `tokenizer_config.json`.
 
 Training: bpe.py finds the merges. Ids: the special tokens, end of text first (id 0); the bytes in the order
-of BYTES; the merges. These are the rules of the `tokenizers` library's trainer, and both give the same merges
-and ids.
+of BYTES; the merges. The trainer of the `tokenizers` library has the same rules, and gives the same ids.
 """
 
 import argparse
@@ -409,8 +408,7 @@ def ranks_of(model: dict, added: Iterable[str], name: str) -> dict[str, int]:
 
     tiktoken merges any neighbours whose union is a token, and takes a piece that is a token whole; the file
     lists pairs. That is the same where every token is what BPE makes of its bytes, or where the file lists
-    every way to make a token and takes pieces whole, too (Llama-3). Raises ConfigError where it may not be
-    the same.
+    every way to make a token and takes pieces whole, too (Llama-3). Raises ConfigError where it may differ.
     """
     vocab, whole = model["vocab"], model.get("ignore_merges", False)
     absent = [byte for byte in NOT_UTF8 if SPELLED[byte] not in vocab]  # in GPT-NeoX all of them
@@ -440,8 +438,8 @@ def crossed(left: str, right: str, ranks: dict[str, int], pairs: dict[str, list]
     """Whether BPE, run on the bytes of left + right, merges across the border before it has made these two.
 
     Undoes the merges beside the border, the latest first. The tokens that then meet there were neighbours
-    until the merge that was undone: if theirs has a lower rank, it comes first. Equal ranks go from left to
-    right.
+    until the merge that was undone: if theirs has a lower rank, it comes first. Of equal ranks the one
+    further to the left comes first.
     """
     until = ranks[left + right]
     while True:

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
-checkpoint and leave; the same command again goes on from the newest complete one, and ends with the same
-weights, bit for bit, as a run that was never interrupted, even by kill -9 (on the same hardware and number of
-processes).
+checkpoint and leave. The same command again goes on from the newest complete checkpoint, after kill -9 too,
+and ends with the same weights, bit for bit, as a run that was never interrupted (on the same hardware and
+number of processes).
 """
 
 import fcntl
@@ -54,16 +54,13 @@ class NotFinite(RuntimeError):
 
 def train(cfg: Config) -> None:
     """Trains cfg.run from where it stands to the end of the data, or to train.steps."""
-    # What can be wrong with the settings is looked at before the processes meet and the first file is
-    # written.
+    # Settings are checked before the processes meet and before the first file is written.
     accumulation = config.accumulation_steps(
         cfg.train.batch_size, cfg.train.micro_batch_size, parallel.world_size()
     )
     checkpoint.hf_config(cfg.model)
     dataset = open_dataset(cfg)
-    n_steps = (
-        dataset.n_rows // cfg.train.batch_size
-    )  # of the schedule; rows left over are named in the ledger
+    n_steps = dataset.n_rows // cfg.train.batch_size  # of the schedule; the ledger names the rows left over
     last_step = min(cfg.train.steps or n_steps, n_steps)
     save_at = checkpoint_steps(cfg, dataset, last_step)
     run, tokens_a_step = Path(cfg.run), cfg.train.batch_size * cfg.model.seq_len
@@ -130,9 +127,8 @@ def train(cfg: Config) -> None:
     began, began_at = time.perf_counter(), step
     while step < last_step:
         t0 = time.perf_counter()
-        batch = dataset.batch(step, cfg.train.batch_size)[
-            everyone.share(cfg.train.batch_size)
-        ]  # (B / processes, T+1)
+        # (B / processes, T+1)
+        batch = dataset.batch(step, cfg.train.batch_size)[everyone.share(cfg.train.batch_size)]
         batch = torch.from_numpy(batch).to(everyone.device)
         t1 = time.perf_counter()
 
@@ -144,8 +140,7 @@ def train(cfg: Config) -> None:
             with everyone.accumulate(wrapped, last=i == accumulation - 1):
                 with parallel.autocast(everyone.device, everyone.dtype):
                     loss = wrapped(micro[:, :-1], micro[:, 1:])  # a sum over this micro-batch
-                # The gradient of the mean over the global batch: DDP averages over processes, so undo its
-                # division.
+                # The gradient of the mean over the global batch; DDP divides by the processes: undo that.
                 (loss * (everyone.world_size / tokens_a_step)).backward()
             nats += loss.detach()
         norm = optim.clip(model, cfg.optim.grad_clip)
@@ -190,8 +185,7 @@ def train(cfg: Config) -> None:
 
 
 def open_dataset(cfg: Config) -> Dataset:
-    """The dataset of a config. Raises ConfigError where it does not fit the model or is not what the config
-    asks for."""
+    """The dataset of a config. ConfigError where it does not fit the model, or is not the one asked for."""
     if not Path(cfg.dataset, "manifest.json").exists():
         raise ConfigError(f"there is no dataset in {cfg.dataset}; build it with python data.py {cfg.name}")
     dataset = Dataset(cfg.dataset)
@@ -221,8 +215,7 @@ def open_dataset(cfg: Config) -> Dataset:
 
 
 def checkpoint_steps(cfg: Config, dataset: Dataset, last_step: int) -> set[int]:
-    """The steps after which a checkpoint is saved: the first at which a chunk is used up, those asked for,
-    the last."""
+    """The steps after which a checkpoint is saved: those that use up a chunk, those asked for, the last."""
     steps = {last_step}
     if cfg.train.checkpoint_chunks:
         ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
@@ -235,8 +228,11 @@ def checkpoint_steps(cfg: Config, dataset: Dataset, last_step: int) -> set[int]:
 
 
 def newest_chunk(dataset: Dataset, rows: int, finished: bool) -> int:
-    """The last chunk whose rows have all been trained on, -1 for none. The tail of the last chunk, shorter
-    than a batch, is never trained on (the ledger names it), so a finished run has used up the last chunk."""
+    """The last chunk whose rows have all been trained on, -1 for none.
+
+    The tail of the last chunk, shorter than a batch, is never trained on (the ledger names it), so a finished
+    run has used up the last chunk.
+    """
     if finished:
         return dataset.n_chunks - 1
     return sum(dataset.chunk_range(chunk)[1] <= rows for chunk in range(dataset.n_chunks)) - 1
@@ -245,8 +241,7 @@ def newest_chunk(dataset: Dataset, rows: int, finished: bool) -> int:
 def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     """What differs from the config that the run folder was made with, harmless things only.
 
-    Raises ConfigError where the difference would make it another run: it would be neither the one nor the
-    other.
+    Raises ConfigError where the difference would make it another run, neither the old one nor the new.
     """
     if not (Path(cfg.run) / "config.json").exists():
         return []
@@ -275,8 +270,7 @@ LOCKS = []  # open files: a lock lasts as long as its file is open, that is, as 
 
 
 def lock(run: Path) -> None:
-    """Keeps a second training out of the run folder. The kernel lets go of it when this process ends, however
-    it ends."""
+    """Keeps a second training out of the run folder. The kernel frees it however this process ends."""
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / ".lock", "w")
     try:

@@ -5,8 +5,7 @@
 Without FILES the text is Python's standard library, tests included. Bare: `encode_ordinary_batch` with as
 many threads as the build has workers, on strings that are in memory already. The build reads, encodes,
 shuffles, writes and hashes; starting its processes and waiting for the disk (fsync) is in its time. Runs
-alternate, so that a busy neighbour meets both; medians and their ratio are printed. The goal is a ratio of
-0.85.
+alternate, so that a busy neighbour meets both. Prints medians and their ratio; the goal is a ratio of 0.85.
 """
 
 import argparse

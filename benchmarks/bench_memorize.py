@@ -1,14 +1,13 @@
-"""The memorization score of 1,000 rows on this machine's CPU: ours beside `transformers`' generate at batch
-32.
+"""The memorization score of 1,000 rows on this machine's CPU: ours beside `transformers` at batch size 32.
 
     python benchmarks/bench_memorize.py                           # the 14 M model, then the demo's model
     python benchmarks/bench_memorize.py --model demo --repeats 5 --threads 1
 
 Both decode the same rows with the same random weights, in turn, a slice of all rows at a time, so that a
-noisy machine is noisy to both. Reported are the medians over the repeats of the time for all rows, the median
-of the repeats' ratios, and whether all match counts are equal. For counts that are not all 0 the rows are
-made of what the model itself says, with one token in eight replaced. Needs transformers
-(requirements-dev.txt).
+noisy machine is noisy to both. Prints the medians over the repeats of the time for all rows, the median of
+the repeats' ratios, and how many match counts differ. So that counts are not all 0, the rows are what the
+model itself says, with some tokens replaced, in each row another share. Theirs is `generate`; it needs
+transformers (requirements-dev.txt).
 """
 
 import argparse

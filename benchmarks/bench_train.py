@@ -1,11 +1,12 @@
 """One training step on this machine's CPU: ours beside `transformers`' LlamaForCausalLM of the same sizes.
 
-    python benchmarks/bench_train.py                    # 6 layers x 384 wide x 256 tokens x batch 12, two
-    vocabularies python benchmarks/bench_train.py --vocab_size 4096 --steps 20
+    python benchmarks/bench_train.py                                # with two vocabularies
+    python benchmarks/bench_train.py --vocab_size 4096 --steps 20
 
-Each side is a process of its own, so that its peak memory is its own; they step in turn, so that a noisy
-machine is noisy to both. Both start from the same weights and see the same tokens with the same fused AdamW,
-and their losses are compared. Needs transformers (requirements-dev.txt).
+The model has 6 layers, 384 wide; a batch is 12 rows of 256 tokens. Each side is a process of its own, so that
+its peak memory is its own; they step in turn, so that a noisy machine is noisy to both. Both start from the
+same weights and see the same tokens with the same fused AdamW, and their losses are compared. Needs
+transformers (requirements-dev.txt).
 """
 
 import argparse

@@ -160,9 +160,8 @@ def test_shuffle_looks_like_a_random_permutation(n):
     for lag in (1, 2, 16, 255, 256):  # correlation of a row's place with its neighbour's: 0 +- 1 / sqrt(n)
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / n**0.5
     assert (order == np.arange(n)).sum() <= 8  # fixed points: one is expected
-    steps = np.diff(
-        np.sort(order[: n // 10])
-    )  # gaps between a tenth of the rows are geometric: mean 10, std 9.5
+    # gaps between a tenth of the rows are geometric: mean 10, std 9.5
+    steps = np.diff(np.sort(order[: n // 10]))
     assert abs(steps.std() - 9.5) < 0.7
     other = data.shuffle(np.arange(n), n, "1/main/1")
     assert abs(np.corrcoef(order, other)[0, 1]) < 5 / n**0.5 and (order == other).sum() <= 8
@@ -203,9 +202,8 @@ def test_documents_of_a_row_and_positions_of_a_document_agree_with_brute_force(b
     stage, _, row = d.locate(np.arange(d.n_rows))
     for s in (0, 1):
         owners = [(source, id) for source, id, tokens in stream_of(d, s) for _ in tokens]
-        ends = [
-            k for *_, tokens in stream_of(d, s) for k in range(len(tokens))
-        ]  # token's number in its document
+        # of each token its number in its document
+        ends = [k for *_, tokens in stream_of(d, s) for k in range(len(tokens))]
         for position in np.flatnonzero(stage == s):
             first = row[position] * T
             expected, pieces = owners[first : first + T + 1], []

@@ -46,9 +46,8 @@ def test_json_lines_give_a_document_a_line_with_its_own_id_or_its_line(tmp_path)
 def test_compressed_lines_are_the_same_documents(tmp_path, suffix):
     data = lines(*({"text": f"document {n} " * 9999} for n in range(17))).encode()  # several pieces long
     if suffix.endswith("gz"):
-        packed = gzip.compress(data[:50_000]) + gzip.compress(
-            data[50_000:]
-        )  # two members, as `cat a.gz b.gz`
+        # two members, as `cat a.gz b.gz`
+        packed = gzip.compress(data[:50_000]) + gzip.compress(data[50_000:])
     else:
         zstandard = pytest.importorskip("zstandard")
         packed = zstandard.compress(data[:50_000]) + zstandard.compress(data[50_000:])
@@ -135,10 +134,8 @@ def test_folders_give_known_suffixes_sorted_without_hidden_names(tmp_path):
     for name in ("b.md", "a/z.py", "a/b.bin", ".hidden.txt", ".git/x.txt", "c.tar", "a/.x/y.txt", "LICENSE"):
         write(tmp_path / name, "text")
     assert list(read(tmp_path)[0]) == ["a/z.py", "b.md"]
-    assert list(read(tmp_path / "LICENSE", tmp_path / "a" / "b.bin")[0]) == [
-        "LICENSE",
-        "b.bin",
-    ]  # named outright
+    # named outright
+    assert list(read(tmp_path / "LICENSE", tmp_path / "a" / "b.bin")[0]) == ["LICENSE", "b.bin"]
 
 
 def test_globs_match_any_suffix_and_two_stars_any_depth(tmp_path):

@@ -34,9 +34,7 @@ def one_thread():
 
 
 def make_run(folder):
-    """A real dataset of two sources and 3 chunks, and a run with checkpoints of step 0 and of step 9 (18 rows
-    seen).
-    """
+    """A real dataset of 2 sources and 3 chunks; a run with checkpoints of steps 0 and 9 (18 rows seen)."""
     rng = random.Random(0)
     words = ["".join(rng.choices("aeioubcdfg", k=rng.randint(2, 7))) for _ in range(90)]
     for source, n in (("code", 40), ("docs", 25)):

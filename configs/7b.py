@@ -1,0 +1,32 @@
+"""Amber, LLM360's 7B: the LLaMA-7B architecture through 360 chunks of 1.26 trillion tokens.
+
+    python tokenizer.py compare /data/llama/tokenizer.model --files SOME_TEXT   # the tokenizer is LLaMA's own
+    python data.py 7b                                                           # once, on one machine
+    torchrun --nproc_per_node=8 train.py configs/7b.py                          # on every node
+
+Figures: the LLM360 paper's Tables 2 and 3, and the released training code, which is where they differ. The
+source paths are where this config looks for the text; put yours there, or change them.
+"""
+
+from config import Config, Data, Eval, Model, Optim, Source, Tokenizer, Train
+
+# Tokens in billions, as published: arXiv 30.00, Books 28.86, C4 197.67, RefinedWeb 665.01, StarCoder 291.92,
+# StackExchange 21.75, Wikipedia 23.90. Each is read once.
+SOURCES = ("arxiv", "books", "c4", "refinedweb", "starcoder", "stackexchange", "wikipedia")
+
+config = Config(
+    # 6,738,415,616 parameters: 32 x (4 x 4096^2 + 3 x 4096 x 11008 + 2 x 4096) + 2 x 32000 x 4096 + 4096
+    model=Model(
+        vocab_size=32000, seq_len=2048, d_model=4096, n_layers=32, n_heads=32, d_ff=11008, norm_eps=1e-6
+    ),
+    tokenizer=Tokenizer(path="/data/llama/tokenizer.model", kind="sentencepiece", eot="</s>"),
+    data=Data(
+        sources=tuple(Source(name, paths=(f"/data/amber/{name}/*.jsonl.zst",)) for name in SOURCES),
+        n_chunks=360,
+        validation_fraction=0.0001,  # about 126 M tokens
+    ),
+    optim=Optim(lr=3e-4, final_lr_fraction=0.1, schedule="cosine", warmup_steps=2000, decay="all"),
+    # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step
+    train=Train(batch_size=2240, micro_batch_size=10),
+    eval=Eval(rows_per_chunk=1000),  # as Analysis360
+)
