@@ -46,6 +46,7 @@ from model import Transformer
 from sample import chosen, generate, step_number
 
 PROTOCOL = "first-k+l-greedy-1"  # of scoring and of drawing rows; a change of either gives it a new name
+BEST = 10  # rows of a chunk whose documents are written down although they are not recited in full
 GROUP_ROWS = 1000  # decoded between two writes, from as many small chunks as it takes: one of Amber's chunks
 
 
@@ -216,7 +217,7 @@ def score(
             "continuation_tokens": l,
             "rows": part.rows.tolist(),
             "matches": matches.tolist(),
-            "documents": recited(dataset, part, matches == l, k + l),
+            "documents": whose(dataset, part, matches, l, k + l),
             "seen": [not held_out and position < c.state["rows"] for position in part.rows.tolist()],
             "full": int((matches == l).sum()),
             "total": len(matches),
@@ -226,19 +227,20 @@ def score(
         files.append(log_of(c), record)
 
 
-def recited(dataset: Dataset, part: Part, full: np.ndarray, length: int) -> list[list]:
-    """Whose text was recited: of each row [(source, id), ...] of its first `length` tokens.
+def whose(dataset: Dataset, part: Part, matches: np.ndarray, full: int, length: int) -> list[list]:
+    """Whose text a part's rows begin with: [(source, id), ...] of each row's first `length` tokens.
 
-    [] where a token was wrong, and for rows of held-out documents, which have no table.
+    Only of the rows that are recited in full, and of the BEST with the most matches, so that a log stays
+    small; [] for the others, and for held-out rows, which have no table.
     """
     if isinstance(part.chunk, str):
-        return [[] for _ in full]
-    return [
-        [document[:2] for document in dataset.documents(position) if document[2] < length]
-        if all_right
-        else []
-        for position, all_right in zip(part.rows.tolist(), full)
-    ]
+        return [[] for _ in matches]
+    named = {*np.argsort(-matches, kind="stable")[:BEST].tolist(), *np.flatnonzero(matches == full).tolist()}
+    names = [[] for _ in matches]
+    for i in named:
+        spans = dataset.documents(int(part.rows[i]))
+        names[i] = [(source, id) for source, id, first, _ in spans if first < length]
+    return names
 
 
 # ---- the command line -------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ matching tokens. Filled: training rows that it has seen; outlined, as a control:
 the square root of the share of rows, so that rare bins show; the scale is at the lower right. The last bin,
 in orange, holds the full matches. {which}"""
     out += captioned(run, {"ridge": figures.draw_ridge(run, some)}, caption)
-    return out + by_chunk(run, some, which) + reproduced_rows(run)
+    return out + by_chunk(run, some, which) + best_rows(run)
 
 
 def by_chunk(run: Run, some: list[int], which: str) -> str:
@@ -241,21 +241,24 @@ correlation. {which}"""
     return out + captioned(run, panels, caption)
 
 
-def reproduced_rows(run: Run) -> str:
-    """The training rows that the newest checkpoint reproduces in full, and the documents they are from."""
+def best_rows(run: Run) -> str:
+    """The training rows that the newest checkpoint continues best, and the documents they are from."""
     step, rows = max(run.scores), []
     for chunk, line in run.training_lines(step).items():
-        for i in np.flatnonzero(line["matches"] == run.l):
+        for i in np.flatnonzero(line["matches"] > 0):
             pairs = line["documents"][i]
-            row = {"source": " + ".join(dict.fromkeys(source for source, _ in pairs)) or None}
-            row |= {"document": " + ".join(name for _, name in pairs) or None, "chunk": str(chunk)}
-            rows.append(row | {"position": int(line["rows"][i]), "row": str(line["kind"][i])})
+            row = {"right": f"{line['matches'][i]} of {run.l}", "chunk": str(chunk)}
+            row |= {"position": int(line["rows"][i]), "row": str(line["kind"][i])}
+            row |= {"source": " + ".join(dict.fromkeys(source for source, _ in pairs)) or None}
+            row |= {"document": " + ".join(name for _, name in pairs) or None}
+            rows.append((-int(line["matches"][i]), row))
+    rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])[:MOST_ROWS]]
     seen, unseen = (count_full(run.matches(step, kind), run.l) for kind in ("seen", "unseen"))
-    shown = f"The table shows {MOST_ROWS} of them, evenly spaced." * (len(rows) > MOST_ROWS)
     unnamed = "A dash: the documents are not recorded." * any(row["source"] is None for row in rows)
-    return f"""<h3>Training rows reproduced in full</h3><p>At step {step:,} there are {len(rows):,}:
-seen {seen}, unseen {unseen}. {shown} A position is the row's place in the training order. {unnamed}</p>
-{table(evenly(rows, MOST_ROWS))}"""
+    return f"""<h3>Training rows continued best</h3><p>At step {step:,}, rows reproduced in full: seen {seen},
+unseen {unseen}. The table has the {len(rows)} rows with the most right tokens, and the documents that their
+first {run.k} + {run.l} tokens are from. A position is the row's place in the training order. {unnamed}</p>
+{table(rows)}"""
 
 
 def part_data(run: Run) -> str:

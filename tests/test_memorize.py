@@ -348,3 +348,20 @@ def test_another_dataset_than_the_one_trained_on_is_refused(run, tmp_path):
         memorize.dataset_of(run, dataclasses.replace(cfg, dataset=str(tmp_path / "other")), of)
     with pytest.raises(ConfigError, match="which is not here"):
         memorize.dataset_of(run, dataclasses.replace(cfg, dataset="datasets/none"), of)
+
+
+def test_the_rows_with_most_matches_have_their_documents_named(run):
+    of, cfg = checkpoint.checkpoints(run), config.load_run(run)
+    dataset = memorize.dataset_of(run, cfg, of)
+    for _, lines in memorize.memorize(cfg, dataset, of):
+        for chunk, line in lines.items():
+            named = [i for i, names in enumerate(line["documents"]) if names]
+            assert len(line["documents"]) == line["total"]
+            if isinstance(chunk, str):
+                assert named == []
+                continue
+            assert named == sorted(np.argsort(-np.array(line["matches"]), kind="stable")[: memorize.BEST])
+            for i in named:
+                spans = dataset.documents(line["rows"][i])
+                expected = [[source, id] for source, id, first, _ in spans if first < K + L]
+                assert [list(pair) for pair in line["documents"][i]] == expected

@@ -472,7 +472,7 @@ def test_another_l_is_not_mixed_in(small):
     assert "2 pairs of k and l; shown is k = 32, l = 32" in notes_of(small)
 
 
-def test_rows_reproduced_in_full_are_counted_and_named(small):
+def test_rows_continued_best_are_listed_with_their_documents(small):
     path = small / "memorization/step-00000024.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -480,20 +480,19 @@ def test_rows_reproduced_in_full_are_counted_and_named(small):
     lines[0] |= {"matches": [0, 5, 31, 0, 32, 32, 32]}
     lines[0]["documents"] = [[], [], [], [], [["code", "a<b>.py"]], [["code", "c.py"], ["docs", "d.py"]], []]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part = report.reproduced_rows(run_folder.load(small))
-    assert "At step 24 there are 3: seen 3 of 21, unseen \u2013." in words_of(part)
+    part = report.best_rows(run_folder.load(small))
+    assert "reproduced in full: seen 3 of 21, unseen \u2013. The table has the 5 rows" in words_of(part)
     cells = re.findall("<td[^>]*>(.*?)</td>", part)
     where = [f"{row:,}" for row in lines[0]["rows"]]
-    assert cells[:5] == ["code", "a&lt;b&gt;.py", "0", where[4], "seen"]
-    assert cells[5:10] == ["code + docs", "c.py + d.py", "0", where[5], "seen"]
-    assert cells[10:] == ["\u2013", "\u2013", "0", where[6], "seen"] and "not recorded" in part
+    assert cells[:6] == ["32 of 32", "0", where[4], "seen", "code", "a&lt;b&gt;.py"]
+    assert cells[6:12] == ["32 of 32", "0", where[5], "seen", "code + docs", "c.py + d.py"]
+    assert cells[12:18] == ["32 of 32", "0", where[6], "seen", "\u2013", "\u2013"] and "not recorded" in part
+    assert cells[18] == "31 of 32" and cells[24] == "5 of 32"
 
     for line in lines:
         line["matches"] = [32] * 7
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part = report.reproduced_rows(run_folder.load(small))
-    assert "there are 21: seen 21 of 21" in words_of(part) and "shows 20 of them" in part
-    assert part.count("<tr>") == 1 + 20
+    assert report.best_rows(run_folder.load(small)).count("<tr>") == 1 + 20
 
 
 def test_common_rows_equal_a_worked_example(small):
