@@ -258,7 +258,9 @@ def open_tensors(path: Path):
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error}; where it is damaged, remove its folder to go on without it"
+        ) from None
 
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Transformer:

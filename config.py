@@ -384,7 +384,7 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in shipped.glob("*.py"))
-    raise ConfigError(f"no config {name!r}{did_you_mean(stem, known)}")
+    raise ConfigError(f"no config {name!r}; {did_you_mean(stem, known).partition('; ')[2]}")
 
 
 def load(name: str, overrides: list[str] = ()) -> Config:
@@ -503,7 +503,7 @@ def load_run(run: str | Path) -> Config:
     path = Path(run) / "config.json"
     try:
         return from_dict(json.loads(path.read_text())["config"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{run} is not a run folder: it has no config.json; train one with train.py"
         ) from None
@@ -574,9 +574,8 @@ def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
             argument for argument in argv if argument.startswith("--") and argument != "--print-config"
         ]
         if len(names) != 1:
-            raise ConfigError(
-                f"give exactly one config, not {len(names)}: {' '.join(names) or 'there is none'}"
-            )
+            given = f"not {len(names)}: {' '.join(names)}" if names else "there is none"
+            raise ConfigError(f"give exactly one config, {given}; settings are written --section.name=value")
         config = load(names[0], overrides)
     except ConfigError as error:
         fail(error)

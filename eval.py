@@ -168,9 +168,8 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
     problems += [
         f"eval.expect_bits_per_byte names {s!r}, no source" for s in expected if s not in dataset.sources
     ]
-    problems += [
-        f"eval.expect_bits_per_byte names no bound for {s!r}" for s in dataset.sources if s not in expected
-    ]
+    unbound = [s for s in dataset.sources if s not in expected] if expected else []
+    problems += [f"eval.expect_bits_per_byte names no bound for {s!r}" for s in unbound]
     if of[0].step != 0:
         problems.append("there is no checkpoint of step 0")
     for source in dataset.sources:

@@ -59,7 +59,7 @@ pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
   echo "== eval";      "$python" eval.py "$run"
   echo "== samples"
   local prompt
-  for prompt in "def " "The " "class "; do
+  for prompt in "def" "The" "class"; do
     "$python" sample.py "$run" --prompt "$prompt" --tokens 80 --temperature 0.8 --seed 1 --save
   done
   echo "== report";    "$python" report.py "$run"

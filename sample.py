@@ -14,6 +14,7 @@ Shapes: B sequences, P tokens of prompt, V vocabulary.
 import argparse
 import codecs
 import copy
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -214,6 +215,8 @@ def sample(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--save writes beside the run's results, and {folder} is in no run; leave --save out"
         )
+    if args.tokens is not None and args.tokens < 1:
+        raise ConfigError(f"--tokens {args.tokens}: use 1 or more")
     device = parallel.device("auto")
     model = checkpoint.load_model(folder, device)
     tokenizer = tokenizers.load(folder)
@@ -225,11 +228,13 @@ def sample(args: argparse.Namespace) -> None:
     generator = torch.Generator(device).manual_seed(args.seed)
     how = (args.temperature, args.top_k, args.top_p)
     tokens = stream(model, torch.tensor([ids], device=device), n, *how, generator)
+    tokens = (token.item() for token in tokens)
+    first = list(itertools.islice(tokens, 1))  # what stream refuses, it refuses before anything is printed
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
     text = prompt
     print(prompt, end="", flush=True)
     try:
-        for piece in text_of(tokenizer, ids, (token.item() for token in tokens)):
+        for piece in text_of(tokenizer, ids, itertools.chain(first, tokens)):
             text += piece
             print(piece, end="", flush=True)
     finally:

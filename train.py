@@ -6,8 +6,13 @@
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
 checkpoint and leave. The same command again goes on from the newest complete checkpoint, after kill -9 too,
 and ends with the same weights, bit for bit, as a run that was never interrupted (on the same hardware and
-number of processes).
+number of processes, a CPU; on CUDA this is not secured yet).
 """
+
+if __name__ == "__main__":  # before torch, which takes seconds to import: help and mistakes answer at once
+    import config
+
+    CONFIG = config.from_command_line(__doc__)
 
 import fcntl
 import json
@@ -59,6 +64,8 @@ def train(cfg: Config) -> None:
         cfg.train.batch_size, cfg.train.micro_batch_size, parallel.world_size()
     )
     checkpoint.hf_config(cfg.model)
+    if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
+        raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
     n_steps = dataset.n_rows // cfg.train.batch_size  # of the schedule; the ledger names the rows left over
     last_step = min(cfg.train.steps or n_steps, n_steps)
@@ -187,7 +194,9 @@ def train(cfg: Config) -> None:
 def open_dataset(cfg: Config) -> Dataset:
     """The dataset of a config. ConfigError where it does not fit the model, or is not the one asked for."""
     if not Path(cfg.dataset, "manifest.json").exists():
-        raise ConfigError(f"there is no dataset in {cfg.dataset}; build it with python data.py {cfg.name}")
+        raise ConfigError(
+            f"there is no dataset in {cfg.dataset}; build it: python data.py, same config, same overrides"
+        )
     dataset = Dataset(cfg.dataset)
     if dataset.seq_len != cfg.model.seq_len:
         raise ConfigError(
@@ -399,8 +408,7 @@ def not_finite(cfg: Config, dataset: Dataset, step: int, loss: float, norm: floa
     )
 
 
-def main() -> None:
-    cfg = config.from_command_line(__doc__)
+def main(cfg: Config) -> None:
     try:
         train(cfg)
     except ConfigError as error:
@@ -414,4 +422,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

@@ -171,3 +171,18 @@ def test_accumulation_follows_from_the_global_batch_and_errors_name_sizes_that_w
     with pytest.raises(ConfigError) as error:
         config.accumulation_steps(90, 4, 3)
     assert "train.micro_batch_size=3 or 5" in str(error.value)
+
+
+def test_a_file_in_place_of_a_run_folder_is_an_error_not_a_traceback(tmp_path):
+    (tmp_path / "a.py").write_text("")
+    for path in (tmp_path / "a.py", tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="not a run folder"):
+            config.load_run(path)
+
+
+def test_train_answers_a_mistake_before_it_imports_torch():
+    began = time.perf_counter()
+    command = [sys.executable, ROOT / "train.py", "demo", "--optim.lrr=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "did you mean" in result.stderr
+    assert time.perf_counter() - began < 1

@@ -237,6 +237,7 @@ def test_a_dataset_that_does_not_fit_is_refused_before_anything_is_written(recip
         ("--dataset=/nowhere", "python data.py"),
         ("--train.batch_size=600", "not one step"),
         ("--train.micro_batch_size=4", "does not divide"),
+        ("--data.seed=7", "data.seed=1234 .now 7."),
     ):
         with pytest.raises(ConfigError, match=message):
             train.train(load(recipe, tmp_path / "run", override))
