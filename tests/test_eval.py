@@ -186,7 +186,6 @@ def test_the_check_names_what_is_missing_or_not_good_enough(run, monkeypatch, ca
     code, _, errors = main(monkeypatch, capsys, run, "--no-memorization", "--check")
     assert code == 1
     for problem in (
-        "names no bound for 'code'",
         "bits per byte, not below 60% of step 0's",  # nothing was trained
         "chunk 2 has no checkpoint",
         "step-00000009, memorization of validation:docs: missing",
@@ -232,6 +231,12 @@ def test_the_check_passes_a_whole_run_and_sees_every_single_damage(run, monkeypa
         "eval.expect_bits_per_byte names 'web', no source",
         "code: 1.9000 bits per byte, expected below 1.8",
     ]
+    for bounds, problems in (
+        ({"code": 2.0}, ["eval.expect_bits_per_byte names no bound for 'docs'"]),
+        ({}, []),
+    ):
+        other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, expect_bits_per_byte=bounds))
+        assert evaluation.check(run, other, dataset, 0) == problems
     path = sorted((run / "memorization").iterdir())[1]
     good = path.read_text()
     for field, change in (
