@@ -20,14 +20,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path | str, value: object) -> None:
+def write(path: Path | str, content: bytes) -> None:
     """Writes aside, syncs, renames: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_bytes(content)
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """A JSON file, written whole or not at all."""
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def append(path: Path | str, record: dict, durable: bool = True) -> None:

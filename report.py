@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import html
 import json
-import os
 import re
 import shlex
 import time
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 
 import config
 import figures
+import files
 from figures import DASHED, INK, MUTED, SOLID, count_full, short
 from run_folder import NONE, Run, duration, fits, load, moment, plural, show
 
@@ -452,16 +452,6 @@ Every figure is also a file in figures/.</footer>
 """
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def write(folder: str | Path, out: str | Path = "") -> Path:
     """Writes the page and its figures, and returns the page's path. Raises ConfigError if there is no run."""
     run = load(folder)
@@ -470,8 +460,8 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
         text = page(run)
     (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, svg in run.figures.items():
-        replace(out.parent / "figures" / f"{name}.svg", svg)
-    replace(out, text)
+        files.write(out.parent / "figures" / f"{name}.svg", svg.encode())
+    files.write(out, text.encode())
     return out
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -131,16 +130,12 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         names = {"eos_token": self.token_bytes[self.eot].decode(), "clean_up_tokenization_spaces": False}
         settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=2).encode()
-        files = {"tokenizer_config.json": settings, "tokenizer.json": self.hf_file(), self.file: self.content}
-        written = {name: content for name, content in files.items() if content}
+        named = {"tokenizer_config.json": settings, "tokenizer.json": self.hf_file(), self.file: self.content}
+        written = {name: content for name, content in named.items() if content}
         for name in set(FILES) - written.keys():  # one from before would be opened in place of this
             (folder / name).unlink(missing_ok=True)
         for name, content in written.items():
-            with open(folder / f"{name}.tmp", "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(folder / f"{name}.tmp", folder / name)
+            files.write(folder / name, content)
 
 
 def matcher(texts: Iterable[str]) -> re.Pattern | None:

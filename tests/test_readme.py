@@ -41,7 +41,7 @@ MAY_IMPORT = {
     ],
     "run_folder": ["config"],
     "figures": ["run_folder"],
-    "report": ["config", "run_folder", "figures"],
+    "report": ["config", "files", "run_folder", "figures"],
 }
 NO_TORCH = {
     "config",
