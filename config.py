@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """The transformer. A 0 marked "derived" is filled in when the config is loaded."""
+    """The transformer; the defaults are LLaMA-7B. A 0 marked "derived" is filled in when a config loads."""
 
     vocab_size: int = 32000  # rows of the embedding; at least the tokenizer's vocabulary
     seq_len: int = 2048  # tokens of context, T
@@ -42,19 +42,47 @@ class Model:
     n_heads: int = 32  # query heads, H
     n_kv_heads: int = 0  # key/value heads, K: H/K queries share one; derived: n_heads
     d_head: int = 0  # width of a head, Dh; derived: d_model / n_heads
-    d_ff: int = 11008  # hidden width of the SwiGLU feed-forward, F
-    norm: Literal["rmsnorm", "nonparametric_layernorm"] = "rmsnorm"  # LLaMA's; OLMo-1's
+    d_ff: int = 11008  # hidden width of the feed-forward, F
+    # the feed-forward: gated by SiLU (LLaMA) or GELU; or two matrices around GELU (Pythia) or squared ReLU
+    ffn: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    # with a weight (LLaMA); with weight and bias (Pythia); with neither (OLMo-1)
+    norm: Literal["rmsnorm", "layernorm", "nonparametric_layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5  # added to the variance
+    norm_place: Literal["before", "after"] = "before"  # on a sub-layer's input; or its output (OLMo 2)
+    qk_norm: bool = False  # of queries and keys, over their whole width, before heads are cut (OLMo 2)
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to +- this; 0: not (OLMo-1.7: 8)
+    bias: bool = False  # in every linear layer but the head (Pythia, CrystalCoder)
+    parallel_residual: bool = False  # attention and feed-forward read the same stream (Pythia)
+    positions: Literal["rope", "alibi", "learned", "none"] = "rope"  # how a token knows where it stands
     rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_fraction: float = 1.0  # of each head's dimensions that are turned, the first ones (Pythia: 0.25)
+    # dimensions that turn together: i and i + half (Hugging Face's LLaMA); 2i and 2i + 1 (CrystalCoder)
+    rope_pairs: Literal["halves", "neighbours"] = "halves"
+    rope_scaling: float = 1.0  # slow frequencies are divided by this, as Llama 3.1 does; 1: none
+    rope_scaling_low: float = 1.0  # slow: fewer turns than this over the original context
+    rope_scaling_high: float = 4.0  # fast, left alone: more turns than this; between: a blend
+    rope_scaling_seq_len: int = 8192  # the original context
+    window: int = 0  # tokens that a token sees, itself included; 0: all before it
+    document_mask: bool = False  # tokens see their own document only, and positions restart with it
     tie_embeddings: bool = False  # lm_head shares the embedding's matrix (OLMo-1B)
-    init: Literal["normal", "mitchell"] = "normal"  # Normal(0, init_std), or OLMo-1's
-    init_std: float = 0.02  # for init="normal"
+    embedding_multiplier: float = 1.0  # times the embedding's output (CrystalCoder: 14.6)
+    logits_multiplier: float = 1.0  # times the logits; under muP also times mup_base_width / d_model
+    # muP: the width whose learning rate and multipliers carry over to this one (CrystalCoder: 256); 0: no muP
+    mup_base_width: int = 0
+    # how weights begin: Normal(0, init_std); the same, shrunk where a sub-layer ends (GPT-2); OLMo-1's;
+    # Pythia's; CrystalCoder's
+    init: Literal["normal", "gpt2", "mitchell", "small_wang", "mup"] = "normal"
+    init_std: float = 0.02  # for normal, gpt2 and mup
+    init_cut: float = 0.0  # no weight lies further out than so many deviations; 0: any may
 
     def __post_init__(self):
         check_types(self)
-        at_least(self, 1, "vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "d_ff")
-        at_least(self, 0, "n_kv_heads", "d_head", "init_std")
-        above(self, 0, "norm_eps", "rope_theta")
+        at_least(self, 1, "vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "d_ff", "rope_scaling")
+        at_least(
+            self, 0, "n_kv_heads", "d_head", "init_std", "init_cut", "clip_qkv", "window", "mup_base_width"
+        )
+        above(self, 0, "norm_eps", "rope_theta", "rope_fraction", "embedding_multiplier", "logits_multiplier")
+        above(self, 0, "rope_scaling_low", "rope_scaling_seq_len")
 
     def resolved(self) -> "Model":
         """The same model with every derived value filled in and checked."""
@@ -71,11 +99,33 @@ class Model:
                 f"model.n_kv_heads={n_kv_heads} does not divide model.n_heads={self.n_heads}; "
                 f"use one of {divisors}"
             )
-        if d_head % 2:
+        turned = d_head * self.rope_fraction
+        if self.positions == "rope" and (turned % 2 or self.rope_fraction > 1):
             raise ConfigError(
-                f"model.d_head={d_head} is odd; rotary embedding turns pairs, use an even width"
+                f"model.d_head={d_head} x model.rope_fraction={self.rope_fraction} = {turned} dimensions to "
+                f"turn; rotary embedding turns pairs: use an even number of at most {d_head}"
+            )
+        if self.rope_scaling_high <= self.rope_scaling_low:
+            raise ConfigError(
+                f"model.rope_scaling_high={self.rope_scaling_high} must be above "
+                f"model.rope_scaling_low={self.rope_scaling_low}"
+            )
+        if self.parallel_residual and self.norm_place == "after":
+            raise ConfigError(
+                "model.parallel_residual=True and model.norm_place='after' contradict each other: in a "
+                "parallel block both sub-layers read the stream through a norm; use norm_place='before'"
+            )
+        if (self.init == "mup") != bool(self.mup_base_width):
+            raise ConfigError(
+                f"model.init={self.init!r} and model.mup_base_width={self.mup_base_width}: muP is both or "
+                "neither; use init='mup' with the base width, or another init with mup_base_width=0"
             )
         return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head)
+
+    @property
+    def mup_scale(self) -> float:
+        """m, base width / width: 1/16 for CrystalCoder; 1 without muP."""
+        return self.mup_base_width / self.d_model if self.mup_base_width else 1.0
 
 
 @dataclass(frozen=True)
@@ -149,11 +199,12 @@ class Data:
     seed: int = 1234  # keys the shuffle and the choice of validation documents
     workers: int = 0  # processes that encode; derived: one a core
     max_bad_fraction: float = 0.01  # a build stops where more of a source's documents are unreadable
+    expected_tokens: int = 0  # to train on, for plan.py while there is no dataset yet (Amber: 1.258e12)
 
     def __post_init__(self):
         check_types(self)
         at_least(self, 1, "n_chunks")
-        at_least(self, 0, "workers")
+        at_least(self, 0, "workers", "expected_tokens")
         for name in ("validation_fraction", "max_bad_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} is a share; use 0 <= share < 1")
@@ -184,7 +235,9 @@ class Optim:
     beta2: float = 0.95  # decay of the running mean of their squares
     eps: float = 1e-8  # added to the root of the second moment (OLMo-1: 1e-5)
     weight_decay: float = 0.1  # decoupled, times the learning rate
-    decay: Literal["all", "linear"] = "all"  # every parameter (Amber); weights of linear layers (OLMo-1)
+    # which parameters decay: every one (Amber); linear layers' weights, a tied head not (OLMo-1); all
+    # matrices, embeddings included (Pythia, CrystalCoder); all but embeddings (OLMo 2)
+    decay: Literal["all", "linear", "matrices", "not_embeddings"] = "all"
     grad_clip: float = 1.0  # limit of the global L2 norm of the gradient; 0: no limit
 
     def __post_init__(self):
@@ -251,6 +304,7 @@ class Config:
     name: str = ""  # derived: the config file's name
     run: str = ""  # the run folder; derived: runs/<name>
     dataset: str = ""  # the dataset folder; derived: datasets/<name>
+    init_from: str = ""  # begin with the weights of this checkpoint or model folder, not with model.init
 
     def __post_init__(self):
         check_types(self)
@@ -280,6 +334,7 @@ SETTINGS = [  # every spelling on a command line: "optim.lr", ..., "run"
     *(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)),
     "run",
     "dataset",
+    "init_from",
 ]
 
 
@@ -372,8 +427,11 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
 # ---- loading ----------------------------------------------------------------------------------------------
 
 
-def find(name: str) -> Path:
-    """The file that a name on the command line means: find("demo") -> configs/demo.py."""
+def find(name: str) -> tuple[Path, str]:
+    """The file that a name on the command line means, and the entry in it where it holds a table of configs.
+
+    find("demo") -> configs/demo.py, ""; find("pythia-160m") -> configs/pythia.py, "160m".
+    """
     stem = Path(name).stem if name.endswith(".py") else Path(name).name
     shipped = Path(__file__).parent / "configs"
     places = [Path(name), Path(f"{name}.py")]
@@ -382,7 +440,11 @@ def find(name: str) -> Path:
         places.append(shipped / f"{stem}.py")
     for path in places:
         if path.is_file():
-            return path
+            return path, ""
+    family, dash, size = Path(name).name.removesuffix(".py").partition("-")
+    for folder in (Path(name).parent, shipped):
+        if dash and (folder / f"{family}.py").is_file():
+            return folder / f"{family}.py", size
     known = sorted(path.stem for path in shipped.glob("*.py"))
     raise ConfigError(f"no config {name!r}; {did_you_mean(stem, known).partition('; ')[2]}")
 
@@ -392,12 +454,13 @@ def load(name: str, overrides: list[str] = ()) -> Config:
 
     load("demo", ["--optim.lr=1e-3"]).optim.lr -> 0.001
     """
-    path = find(name)
+    path, entry = find(name)
     sys.path.insert(0, str(Path(__file__).parent))  # so that the file can say `from config import Config`
     # one set of classes, also when this file is the script
     sys.modules.setdefault("config", sys.modules[__name__])
     try:
-        config = runpy.run_path(str(path)).get("config")
+        found = runpy.run_path(str(path))
+        config, table = found.get("config"), found.get("configs", {})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except TypeError as error:
@@ -413,13 +476,19 @@ def load(name: str, overrides: list[str] = ()) -> Config:
         raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     finally:
         sys.path.pop(0)
+    if table and entry not in table:
+        names = [f"{path.stem}-{known}" for known in table]
+        asked = f"{path} has several configs" if not entry else f"{path} has no {name!r}"
+        raise ConfigError(f"{asked}; use {' or '.join(names)}")
+    config = table.get(entry, config)
     if not isinstance(config, Config):
         raise ConfigError(f"{path} must end in `config = Config(...)`")
-    config = dataclasses.replace(config, name=config.name or path.stem)
+    config = dataclasses.replace(config, name=config.name or "-".join(filter(None, (path.stem, entry))))
 
     changes: dict[str, dict] = {}
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
+        key = key.replace("-", "_")  # --init-from is --init_from
         if not override.startswith("--") or not equals:
             raise ConfigError(f"{override!r} is not an override; write --section.name=value")
         if key not in SETTINGS:
@@ -527,8 +596,10 @@ def settings_help() -> str:
             name = node.target.id if section == "Config" else f"{section.lower()}.{node.target.id}"
             if name not in SETTINGS:
                 continue
-            above = lines[node.lineno - 2].strip()  # a long comment stands on the line before
-            comment = lines[node.end_lineno - 1].partition("  # ")[2] or above.removeprefix("# ")
+            comment, above = lines[node.end_lineno - 1].partition("  # ")[2], node.lineno - 2
+            while not lines[node.end_lineno - 1].count("  # ") and lines[above].strip().startswith("# "):
+                comment = f"{lines[above].strip()[2:]} {comment}".strip()  # a long one stands on lines before
+                above -= 1
             annotation, default = ast.unparse(node.annotation), ast.unparse(node.value).strip("'")
             if annotation.startswith("Literal"):
                 choices = " | ".join(re.findall("'([^']*)'", annotation))
@@ -541,7 +612,7 @@ def settings_help() -> str:
 
 def readable(config: Config) -> str:
     """What `--print-config` shows: one setting a line, sections in order."""
-    out = [f"name = {config.name!r}", f"run = {config.run!r}", f"dataset = {config.dataset!r}"]
+    out = [f"{name} = {getattr(config, name)!r}" for name in ("name", "run", "dataset", "init_from")]
     for name in SECTIONS:
         section = getattr(config, name)
         out.append("")

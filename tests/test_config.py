@@ -32,7 +32,7 @@ def test_every_shipped_config_loads_and_survives_json(name):
 
 def test_three_names_mean_the_same_file():
     names = ("demo", "configs/demo.py", "config/demo.py", "configs/demo", str(ROOT / "configs" / "demo.py"))
-    assert len({str(config.find(name).resolve()) for name in names}) == 1
+    assert len({str(config.find(name)[0].resolve()) for name in names}) == 1
 
 
 def test_an_override_is_spelled_like_the_setting_and_typed():
@@ -58,10 +58,12 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--optim.lr=fast", "a number"),
         ("--optim.lr=nan", "above 0"),
         ("--optim.lr=-1", "above 0"),
-        ("--model.norm=rms", "'rmsnorm' or 'nonparametric_layernorm'"),
+        ("--model.norm=rms", "'rmsnorm' or 'layernorm' or 'nonparametric_layernorm'"),
         ("--model.tie_embeddings=yes", "true or false"),
         ("--model.n_kv_heads=3", "use one of [1, 2, 4]"),
-        ("--model.d_head=33", "odd"),
+        ("--model.d_head=33", "use an even number"),
+        ("--model.rope_fraction=0.3", "dimensions to turn"),
+        ("--model.init=mup", "both or neither"),
         ("--model.n_layers=0", "at least 1"),
         ("--eval.prompt_tokens=250", "do not fit"),
         ("--data.validation_fraction=1", "0 <= share < 1"),
