@@ -1,69 +1,107 @@
-"""The decoder-only transformer: the LLaMA family and OLMo-1, every difference a setting of `config.Model`.
+"""The decoder-only transformer: LLaMA, OLMo, OLMo 2, Pythia, CrystalCoder, baichuan; all one, by settings.
 
     tokens --embed_tokens--> h --[ h += self_attn(norm(h));  h += mlp(norm(h)) ] x n_layers--> norm
     --lm_head--> logits
 
-It knows no device, no rank, no optimizer and no file. Modules carry the names that published checkpoints
-carry, so a state dict is a Hugging Face one but for the prefix "model." (checkpoint.py).
+`config.Model` says what each setting means, and `configs/` which model has which. The file knows no device,
+no rank, no optimizer and no file. Modules carry the names that published checkpoints of the LLaMA family
+carry; families.py has the names of the others.
 
-Shapes: B sequences, T tokens, D d_model, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary.
+Shapes: B sequences, T tokens, S tokens seen so far (keys), D d_model, H query heads, K key/value heads,
+Dh d_head, R of them turned, F d_ff, V vocabulary.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import Model
-
-IGNORE = -100  # a target with this value is not predicted: no loss, no gradient (PyTorch's own convention)
+from config import ConfigError, Model
+from loss import vocabulary_loss
 
 
 class Norm(nn.Module):
-    """RMSNorm with a weight, or LayerNorm without weight and bias.
+    """RMSNorm (Zhang & Sennrich 2019, eq. 4), LayerNorm, or LayerNorm without weight and bias (OLMo, 2.1).
 
-    Zhang & Sennrich 2019, eq. 4, and OLMo, section 2.1. Always in FP32: the mean of D squares loses digits in
-    BF16, whatever precision the matrices have.
+    Always in FP32: the mean of D squares loses digits in BF16, whatever precision the matrices have.
     """
 
-    def __init__(self, cfg: Model):
+    def __init__(self, cfg: Model, width: int = 0):
         super().__init__()
-        self.shape, self.eps, self.rms = (cfg.d_model,), cfg.norm_eps, cfg.norm == "rmsnorm"
-        self.weight = nn.Parameter(torch.ones(cfg.d_model)) if self.rms else None
+        self.shape, self.eps, self.rms = (width or cfg.d_model,), cfg.norm_eps, cfg.norm == "rmsnorm"
+        with_weight, with_bias = cfg.norm != "nonparametric_layernorm", cfg.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(self.shape)) if with_weight else None
+        self.bias = nn.Parameter(torch.zeros(self.shape)) if with_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rms:
             return F.rms_norm(x.float(), self.shape, self.weight, self.eps)
-        return F.layer_norm(x.float(), self.shape, None, None, self.eps)
+        return F.layer_norm(x.float(), self.shape, self.weight, self.bias, self.eps)
 
 
-def rotary_angles(start: int, end: int, d_head: int, theta: float, device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position x frequency, for positions start..end-1 -> 2 x (T, Dh/2).
+# ---- where a token stands ---------------------------------------------------------------------------------
 
-    Su et al. 2021, eq. 15. Computed where it is used and in FP32, never stored in the model: a table cast to
-    BF16 with the weights has positions off by several tokens at 2,048 (LLM360 section 4.1.5 warns of it).
+
+def rotary_frequencies(cfg: Model, device=None) -> Tensor:
+    """Radians a position, of each of the pairs that are turned: (R/2), R = d_head x rope_fraction.
+
+    theta^(-2i/R) (Su et al. 2021, section 3.2.2). Llama 3.1 divides those with fewer than `low` turns over
+    the original context by `scaling`, leaves those with more than `high`, and blends between them, linearly
+    in the number of turns (its released code, apply_scaling).
     """
-    frequency = theta ** -(torch.arange(0, d_head, 2, device=device, dtype=torch.float32) / d_head)  # (Dh/2)
-    angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency  # (T, Dh/2)
+    turned = int(cfg.d_head * cfg.rope_fraction)
+    frequency = cfg.rope_theta ** -(torch.arange(0, turned, 2, device=device, dtype=torch.float32) / turned)
+    if cfg.rope_scaling == 1:
+        return frequency
+    turns = cfg.rope_scaling_seq_len * frequency / (2 * math.pi)
+    keep = (turns - cfg.rope_scaling_low) / (cfg.rope_scaling_high - cfg.rope_scaling_low)
+    return torch.lerp(frequency / cfg.rope_scaling, frequency, keep.clamp(0, 1))
+
+
+def rotary_angles(positions: Tensor, cfg: Model) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position x frequency: positions (T) or (B, T) -> 2 x (..., T, 1, R/2).
+
+    Computed where it is used and in FP32, never stored in the model: a table cast to BF16 with the weights
+    has positions off by several tokens at 2,048 (LLM360 section 4.1.5 warns of it).
+    """
+    angle = positions[..., None, None].float() * rotary_frequencies(cfg, positions.device)
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_{i + Dh/2}) by their angles, in FP32: (B, T, H, Dh) -> the same.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
+    """Turns pairs of the first R dimensions of each head by their angles, in FP32: (B, T, H, Dh) -> the same.
 
-    The published Hugging Face weights pair dimension i with i + Dh/2; the paper pairs neighbours.
+    A pair is (x_i, x_{i + R/2}), as published Hugging Face weights have it, or (x_{2i}, x_{2i+1}), as the
+    paper has it (Su et al. 2021, eq. 15).
     """
-    a, b = x.float().chunk(2, dim=-1)  # 2 x (B, T, H, Dh/2)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, Dh/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    x_turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    x_turned = x_turned.float()
+    if neighbours:
+        a, b = x_turned[..., 0::2], x_turned[..., 1::2]  # 2 x (B, T, H, R/2)
+        y = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = x_turned.chunk(2, dim=-1)
+        y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((y.type_as(x), rest), dim=-1) if rest.shape[-1] else y.type_as(x)
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """How much a head's score falls with each token of distance (Press et al. 2022, section 3).
+
+    For 8 heads 1/2, 1/4, ..., 1/256. For a number that is no power of two, the slopes of the power below it,
+    then every second one of the power above (the authors' released code).
+    """
+    power = 2 ** int(math.log2(n_heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + [2.0 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
 
 
 class Cache:
     """Keys and values of the tokens seen so far, by layer, so that a step of decoding reads one token.
 
-    `length` tokens are filled; each forward with this cache appends its own. Room for `max_length` tokens is
-    made at the start.
+    Each forward with this cache appends its tokens. Room for `max_length` a sequence is made at the start.
     """
 
     def __init__(self, cfg: Model, batch_size: int, max_length: int, device=None, dtype=torch.float32):
@@ -71,83 +109,139 @@ class Cache:
         shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, max_length, cfg.d_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length, self.max_length = 0, max_length
+        self.max_length, self.end = max_length, 0  # end: tokens in the longest sequence
+        self.length: int | Tensor = 0  # tokens in each: (B, 1) where they differ
+        self.document: int | Tensor = 0  # index at which the next token's document begins: (B, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, K, T, Dh) of the newest tokens; returns those of all: (B, K, length + T, Dh)."""
-        end = self.length + k.shape[2]
+        """Stores k, v (B, K, T, Dh) of the newest tokens; returns those of all: (B, K, S, Dh)."""
+        end = self.end + k.shape[2]
         if end > self.max_length:
             raise ValueError(
                 f"the cache holds {self.max_length} tokens and {end} were asked for; make it longer"
             )
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
+        if isinstance(self.length, int):
+            self.keys[layer, :, :, self.length : end] = k
+            self.values[layer, :, :, self.length : end] = v
+        else:
+            at = self.length + torch.arange(k.shape[2], device=k.device)  # (B, T)
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            self.keys[layer][rows, :, at] = k.transpose(1, 2).to(self.keys.dtype)
+            self.values[layer][rows, :, at] = v.transpose(1, 2).to(self.values.dtype)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n_tokens: int, lengths: Tensor | None) -> None:
+        """Counts what a forward has appended. What it appended beyond a row's `lengths` is written over."""
+        self.end += n_tokens
+        self.length = self.length + (n_tokens if lengths is None else lengths[:, None])
+
+
+# ---- the layers -------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; groups of H/K query heads share a key/value head (GQA)."""
+    """Causal self-attention; groups of H/K query heads share a key/value head (Ainslie et al. 2023)."""
 
     def __init__(self, cfg: Model, layer: int):
         super().__init__()
         self.layer, self.d_head, self.grouped = layer, cfg.d_head, cfg.n_kv_heads < cfg.n_heads
-        self.q_proj = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
-        self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
-        self.o_proj = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        self.clip, self.neighbours = cfg.clip_qkv, cfg.rope_pairs == "neighbours"
+        # under muP the products of queries and keys grow with d_head, not with its root (Yang et al. 2022)
+        self.scale = 1 / cfg.d_head if cfg.mup_base_width else cfg.d_head**-0.5
+        self.slopes = alibi_slopes(cfg.n_heads) if cfg.positions == "alibi" else None
+        q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+        self.q_proj = nn.Linear(cfg.d_model, q_width, bias=cfg.bias)
+        self.k_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
+        self.v_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
+        self.o_proj = nn.Linear(q_width, cfg.d_model, bias=cfg.bias)
+        self.q_norm = Norm(cfg, q_width) if cfg.qk_norm else None
+        self.k_norm = Norm(cfg, kv_width) if cfg.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        heads = (*x.shape[:2], -1, self.d_head)
-        q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)  # (B, H, T, Dh)
-        k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)  # (B, K, T, Dh)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, Dh)
-        seen = 0
+    def forward(self, x: Tensor, rope, mask, cache: Cache | None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); rope: what rotary_angles gives, or None; mask: what visible gives."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H Dh), 2 x (B, T, K Dh)
+        if self.clip:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        q, k, v = (y.view(*x.shape[:2], -1, self.d_head) for y in (q, k, v))
+        if rope is not None:
+            q, k = rotate(q, *rope, self.neighbours), rotate(k, *rope, self.neighbours)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, Dh), 2 x (B, K, T, Dh)
         if cache is not None:
-            seen = cache.length
-            k, v = cache.append(self.layer, k, v)  # (B, K, seen + T, Dh)
-        mask = None
-        if seen and q.shape[2] > 1:
-            # several tokens after a prefix: token t sees the prefix and the first t of them
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(seen)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not seen, enable_gqa=self.grouped)
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, Dh)
+        if mask is None or isinstance(mask, Tensor):
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+            causal = mask is None and q.shape[2] > 1
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
+            )
+        else:
+            y = flex(q, k, v, mask, self.slopes, self.scale, self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, eq. 6): down(silu(gate(x)) * up(x))."""
+    """The feed-forward: down(act(gate(x)) * up(x)) (Shazeer 2020, eq. 6), or down(act(up(x)))."""
 
     def __init__(self, cfg: Model):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.kind = cfg.ffn
+        gated = cfg.ffn in ("swiglu", "geglu")
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias) if gated else None
+        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias)
+        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.kind == "swiglu":
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.kind == "geglu":
+            return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+        if self.kind == "gelu":
+            return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.relu(self.up_proj(x)).square())  # So et al. 2021, Primer
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each reading the residual stream by a norm and adding to it."""
+    """One layer: attention and feed-forward, each reading the residual stream h and adding to it."""
 
     def __init__(self, cfg: Model, layer: int):
         super().__init__()
-        self.input_layernorm = Norm(cfg)
+        self.after, self.parallel = cfg.norm_place == "after", cfg.parallel_residual
+        # The names are those of the published checkpoints, in which "post_attention_layernorm" is the norm
+        # before the feed-forward (LLaMA), or the one on attention's output (OLMo 2).
+        self.input_layernorm = None if self.after else Norm(cfg)
         self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = Norm(cfg)
         self.mlp = MLP(cfg)
+        self.post_feedforward_layernorm = Norm(cfg) if self.after else None
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), cos, sin, cache)
+    def forward(self, h: Tensor, rope, mask, cache: Cache | None) -> Tensor:
+        if self.after:
+            h = h + self.post_attention_layernorm(self.self_attn(h, rope, mask, cache))
+            return h + self.post_feedforward_layernorm(self.mlp(h))
+        attended = self.self_attn(self.input_layernorm(h), rope, mask, cache)
+        if self.parallel:
+            return h + attended + self.mlp(self.post_attention_layernorm(h))
+        h = h + attended
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Transformer(nn.Module):
     """The whole model. model(tokens) -> logits; model(tokens, targets) -> summed loss; see forward."""
 
-    def __init__(self, cfg: Model):
+    def __init__(self, cfg: Model, eot: int | None = None):
+        """`eot` is the token that ends a document; only model.document_mask needs it."""
         super().__init__()
         self.cfg = cfg = cfg.resolved()
+        self.eot = eot
+        if cfg.document_mask and eot is None:
+            raise ConfigError(
+                "model.document_mask needs the end-of-text token's id: Transformer(cfg, eot=ID)"
+            )
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        learned = cfg.positions == "learned"
+        self.embed_positions = nn.Embedding(cfg.seq_len, cfg.d_model) if learned else None
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.norm = Norm(cfg)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -156,25 +250,56 @@ class Transformer(nn.Module):
         """tokens (B, T) -> FP32 logits (B, T, V); with targets (B, T) -> the sum of their losses, a scalar.
 
         The loss is a sum, in nats, so that whoever knows the global batch divides: a mean of means is wrong
-        wherever micro-batches differ in size. With targets, logits never stand in memory whole (see
-        VocabularyLoss). With a cache, tokens are the next ones after those in it, and it grows by T.
+        wherever micro-batches differ in size. With targets, logits never stand in memory whole (loss.py).
+        With a cache, tokens are the next ones after those in it, and it grows by T.
         """
         h = self.hidden(tokens, cache)
         if targets is None:
             return F.linear(h, self.head).float()
         return vocabulary_loss(h.flatten(0, 1), self.head, targets.flatten())
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head reads: tokens (B, T) -> (B, T, D)."""
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """What the head reads: tokens (B, T) -> (B, T, D).
+
+        With a cache, `lengths` (B) says that row b has lengths[b] tokens and that the rest of it is padding:
+        nothing sees it, and the next forward goes on where each row ended.
+        """
+        cfg, T = self.cfg, tokens.shape[1]
         start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        cos, sin = rotary_angles(start, end, self.cfg.d_head, self.cfg.rope_theta, tokens.device)
+        index = start + torch.arange(T, device=tokens.device)  # of each token in its row: (T) or (B, T)
+        positions, first = index, None
+        if cfg.document_mask:
+            first = self.document_starts(tokens, index, cache, lengths)
+            positions = index - first
+        if cfg.window:  # `first`: the first token that each token sees, (T) or (B, T); None: the row's first
+            first = (index - cfg.window + 1).clamp(min=0 if first is None else first)
+
         h = self.embed_tokens(tokens)  # (B, T, D)
+        if cfg.embedding_multiplier != 1:
+            h = h * cfg.embedding_multiplier
+        if self.embed_positions is not None:
+            if T + (0 if cache is None else cache.end) > cfg.seq_len:
+                raise ValueError(f"there are learned positions for {cfg.seq_len} tokens, and no more")
+            h = h + self.embed_positions(positions)
+        rope = rotary_angles(positions, cfg) if cfg.positions == "rope" else None
+        mask = visible(cfg, index, first, cache)
         for layer in self.layers:
-            h = layer(h, cos, sin, cache)
+            h = layer(h, rope, mask, cache)
         if cache is not None:
-            cache.length = end
-        return self.norm(h)
+            cache.advance(T, lengths)
+        h, multiplier = self.norm(h), cfg.logits_multiplier * cfg.mup_scale
+        return h if multiplier == 1 else h * multiplier
+
+    def document_starts(self, tokens: Tensor, index: Tensor, cache: Cache | None, lengths) -> Tensor:
+        """The index at which the document of each token begins: tokens (B, T) -> (B, T).
+
+        The end-of-text token belongs to the document that it ends.
+        """
+        begun = torch.zeros_like(tokens[:, :1]) + (0 if cache is None else cache.document)  # (B, 1)
+        after = torch.where(tokens == self.eot, index + 1, begun).cummax(dim=1).values  # of the next token's
+        if cache is not None:
+            cache.document = after[:, -1:] if lengths is None else after.gather(1, lengths[:, None] - 1)
+        return torch.cat((begun, after[:, :-1]), dim=1)
 
     @property
     def head(self) -> Tensor:
@@ -183,88 +308,100 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills every parameter from one seeded stream on the CPU: the same on any device and world size.
-
-        normal: Normal(0, init_std) for all matrices (LLaMA as Hugging Face trains it, Amber).
-        mitchell: truncated at 3 sigma, sigma = 1/sqrt(fan-in), and 1/sqrt(2 (layer + 1)) of that for the two
-        matrices that write into the residual stream (OLMo's released code, model.py reset_parameters).
-        """
+        """Fills every parameter from one seeded stream on the CPU: the same on any device and world size."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:  # a norm's weight
-                parameter.fill_(1.0)
+            if parameter.ndim < 2:  # a norm's weight, or a bias
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            value = torch.empty(parameter.shape)
-            if self.cfg.init == "normal":
-                nn.init.normal_(value, std=self.cfg.init_std, generator=generator)
+            value, std = torch.empty(parameter.shape), self.deviation(name, parameter.shape[1])
+            cut = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_cut
+            if cut:
+                nn.init.trunc_normal_(value, std=std, a=-cut * std, b=cut * std, generator=generator)
             else:
-                std = self.cfg.d_model**-0.5 if "embed_tokens" in name else parameter.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * (int(name.split(".")[1]) + 1))
-                nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+                nn.init.normal_(value, std=std, generator=generator)
             parameter.copy_(value)
 
+    def deviation(self, name: str, fan_in: int) -> float:
+        """The standard deviation with which a matrix begins, before values far out are cut off.
 
-# ---- the loss over a large vocabulary ---------------------------------------------------------------------
+        normal: init_std for all (LLaMA as Hugging Face trains it; Amber; OLMo 2, cut at 3 deviations).
+        gpt2: init_std, and init_std / sqrt(2 L) for the two matrices a layer that write into the residual
+            stream (Radford et al. 2019, section 2.3; GPT-NeoX's default, so Pythia 6.9B and 12B).
+        mitchell: 1/sqrt(fan-in), those two divided by sqrt(2 (layer + 1)) (OLMo's code, reset_parameters).
+        small_wang: sqrt(2 / (5 D)) (Nguyen & Salazar 2019), those two 2 / (L sqrt(D)) (GPT-J; Pythia).
+        mup: embedding and head init_std; the rest init_std sqrt(m), m = mup_base_width / D; those two that
+            / sqrt(2 L) (CrystalCoder's released parameters).
+        """
+        cfg = self.cfg
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))  # into the residual stream
+        if cfg.init == "mitchell":
+            std = cfg.d_model**-0.5 if "embed_" in name else fan_in**-0.5
+            return std / math.sqrt(2 * (int(name.split(".")[1]) + 1)) if writes else std
+        if cfg.init == "small_wang":
+            return 2 / (cfg.n_layers * math.sqrt(cfg.d_model)) if writes else math.sqrt(2 / (5 * cfg.d_model))
+        std = cfg.init_std * (math.sqrt(cfg.mup_scale) if name.startswith("layers.") else 1.0)
+        return std / math.sqrt(2 * cfg.n_layers) if writes and cfg.init in ("gpt2", "mup") else std
 
-# of logits that stand in memory at once: 32 MiB, about what stays in a processor's cache
-LOGITS_BYTES = 2**25
+
+# ---- who sees whom ----------------------------------------------------------------------------------------
 
 
-def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log softmax(h @ head.T)[target] over all tokens: h (N, D), head (V, D), targets (N) -> FP32.
+def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None):
+    """What attention is told about who sees whom: token t the tokens first[t] ... t.
 
-    Equals F.cross_entropy(..., reduction="sum") on whole logits, in a fraction of the memory.
+    None where order alone decides, else a mask for PyTorch's attention: of booleans, or for ALiBi of numbers
+    to add, (T, S), (H, T, S), (B, 1, T, S) or (B, H, T, S). On CUDA, where a row is read whole, flex
+    attention's own form of it, which skips what is not seen instead of computing it.
     """
-    if torch.is_autocast_enabled(h.device.type):  # a Function is opaque to autocast, so its cast is made here
-        dtype = torch.get_autocast_dtype(h.device.type)
-        h, head = h.to(dtype), head.to(dtype)
-    return VocabularyLoss.apply(h, head, targets)
+    T = index.shape[-1]
+    plain = first is None and cfg.positions != "alibi"
+    same_lengths = cache is None or isinstance(cache.length, int)
+    if plain and same_lengths and (cache is None or cache.length == 0 or T == 1):
+        return None
+    if cache is None and index.device.type == "cuda":
+        return block_mask(first, T, index.device)
+    keys = torch.arange(T if cache is None else cache.end + T, device=index.device)
+    distance = index[..., None] - keys  # (T, S) or (B, T, S)
+    seen = distance >= 0
+    if first is not None:
+        seen = seen & (keys >= first[..., None])
+    if seen.ndim == 3:
+        seen, distance = seen[:, None], distance[:, None] if distance.ndim == 3 else distance  # (B, 1, T, S)
+    if cfg.positions != "alibi":
+        return seen
+    slopes = torch.tensor(alibi_slopes(cfg.n_heads), device=index.device)[:, None, None]
+    return (-slopes * distance).masked_fill(~seen, -torch.inf)
 
 
-class VocabularyLoss(torch.autograd.Function):
-    """The loss a slice of tokens at a time, with the gradients taken while the slice's logits are at hand.
+def block_mask(first: Tensor | None, T: int, device):
+    """`visible` for flex attention: first (T) or (B, T), or None."""
+    from torch.nn.attention.flex_attention import create_block_mask  # loads the compiler: seconds
 
-    For a token with logits z: loss = logsumexp(z) - z_target, and d loss / d z = softmax(z) - onehot(target).
-    The second needs nothing but z, so forward turns each slice of logits into its gradient in place,
-    multiplies it into d h and d head, and forgets it. Logits of 3,072 tokens x 50,257 entries would be 618
-    MB, and as much for the gradient. The same three matrix products are made as without slices; backward only
-    scales what forward left.
-    """
+    first = torch.zeros(T, dtype=torch.long, device=device) if first is None else first
+    first = first.expand(1, T) if first.ndim == 1 else first
 
-    @staticmethod
-    def forward(ctx, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        with_gradient = any(ctx.needs_input_grad)
-        rows = max(1, LOGITS_BYTES // (4 * head.shape[0]))
-        total = torch.zeros((), device=h.device, dtype=torch.float32)
-        d_h = torch.empty_like(h) if with_gradient else None
-        d_head = torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
-        room = torch.empty(min(rows, len(h)), head.shape[0], device=h.device, dtype=h.dtype)
-        for start in range(0, len(h), rows):
-            x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
-            keep = target != IGNORE
-            target = target.clamp(min=0)
-            z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V)
-            peak = z.amax(1, keepdim=True)  # so that exp cannot overflow
-            chosen = z.gather(1, target) - peak
-            z.sub_(peak).exp_()
-            partition = z.sum(1, keepdim=True)
-            total += ((partition.log() - chosen) * keep).sum()
-            if with_gradient:
-                z.mul_(keep / partition)  # softmax; zero where the target is ignored
-                z.scatter_add_(1, target, -keep.float())
-                gradient = z.to(h.dtype)
-                torch.mm(gradient, head, out=d_h[start : start + rows])
-                if head.dtype == torch.float32:
-                    d_head.addmm_(gradient.T, x)
-                else:
-                    d_head += gradient.T @ x  # BF16 product, FP32 sum over slices
-        if with_gradient:
-            ctx.save_for_backward(d_h, d_head)
-            ctx.head_dtype = head.dtype
-        return total
+    def sees(b, h, q, k):
+        return (k <= q) & (k >= first[b if len(first) > 1 else 0, q])
 
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        d_h, d_head = ctx.saved_tensors
-        return d_h * scale.to(d_h.dtype), (d_head * scale).to(ctx.head_dtype), None
+    return create_block_mask(sees, len(first) if len(first) > 1 else None, None, T, T, device=device)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask, slopes: list[float] | None, scale: float, grouped: bool):
+    """PyTorch's flex attention: q (B, H, T, Dh), k and v (B, K, T, Dh) -> (B, H, T, Dh)."""
+    bias = None
+    if slopes is not None:
+        slope = torch.tensor(slopes, device=q.device)
+
+        def bias(score, b, h, t, s):
+            return score - slope[h] * (t - s)
+
+    attend = flex_attention(compiled=q.device.type == "cuda")  # what is not compiled holds all scores at once
+    return attend(q, k, v, score_mod=bias, block_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+@functools.cache
+def flex_attention(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention

@@ -10,7 +10,7 @@ import checkpoint
 import config
 import model
 from config import Model
-from model import IGNORE, Cache, Transformer
+from model import Cache, Transformer
 
 # Pairwise different sizes, so that a wrong transpose cannot pass.
 LLAMA = Model(vocab_size=97, seq_len=40, d_model=60, n_layers=3, n_heads=6, n_kv_heads=2, d_head=14, d_ff=44)
@@ -101,26 +101,6 @@ def test_a_uniform_model_has_loss_ln_v():
     assert abs(loss.item() - math.log(97)) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
-def test_the_loss_in_slices_equals_the_loss_on_whole_logits(rows, monkeypatch):
-    monkeypatch.setattr(model, "LOGITS_BYTES", 4 * 53 * rows)
-    torch.manual_seed(0)
-    h, head = torch.randn(64, 19, requires_grad=True), torch.randn(53, 19, requires_grad=True)
-    targets = torch.randint(53, (64,))
-    targets[[3, 40, 41]] = IGNORE
-    ours = torch.autograd.grad(3.0 * model.vocabulary_loss(h, head, targets), (h, head))
-    whole = F.cross_entropy(h @ head.T, targets, reduction="sum", ignore_index=IGNORE)
-    theirs = torch.autograd.grad(3.0 * whole, (h, head))
-    torch.testing.assert_close(model.vocabulary_loss(h, head, targets), whole)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_the_loss_survives_logits_that_would_overflow_exp():
-    h, head = torch.full((2, 3), 100.0), torch.tensor([[10.0] * 3, [9.0] * 3])
-    assert model.vocabulary_loss(h, head, torch.tensor([0, 1])).item() == pytest.approx(300.0)
-
-
 def test_under_bf16_autocast_logits_and_loss_are_fp32_and_close():
     net, tokens = make(LLAMA), tokens_for(LLAMA)
     exact, exact_loss = net(tokens), net(tokens[:, :-1], tokens[:, 1:])
@@ -134,18 +114,21 @@ def test_under_bf16_autocast_logits_and_loss_are_fp32_and_close():
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
 
-def test_rotary_keeps_lengths_and_depends_on_distance_only():
-    cos, sin = model.rotary_angles(0, 50, 8, 10000.0, "cpu")
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_rotary_keeps_lengths_and_depends_on_distance_only(pairs):
+    cfg = Model(d_model=8, n_heads=1, rope_pairs=pairs).resolved()
+    angles, neighbours = model.rotary_angles(torch.arange(50), cfg), pairs == "neighbours"
     q, k = torch.randn(8), torch.randn(8)
-    turned_q = model.rotate(q.expand(1, 50, 1, 8), cos, sin)[0, :, 0]
-    turned_k = model.rotate(k.expand(1, 50, 1, 8), cos, sin)[0, :, 0]
+    turned_q = model.rotate(q.expand(1, 50, 1, 8), *angles, neighbours)[0, :, 0]
+    turned_k = model.rotate(k.expand(1, 50, 1, 8), *angles, neighbours)[0, :, 0]
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(50))
     products = turned_q @ turned_k.T
     torch.testing.assert_close(products.diagonal(3), products[3 - 3, 3].expand(47), atol=1e-5, rtol=1e-4)
-    # position 2, first pair, frequency 1: (a cos 2 - b sin 2, b cos 2 + a sin 2) with b half a head away
-    a, b = q[0].item(), q[4].item()
+    # position 2, first pair, frequency 1: (a cos 2 - b sin 2, b cos 2 + a sin 2)
+    other = 1 if neighbours else 4  # b stands beside a, or half a head away
+    a, b = q[0].item(), q[other].item()
     assert turned_q[2, 0].item() == pytest.approx(a * math.cos(2) - b * math.sin(2), abs=1e-5)
-    assert turned_q[2, 4].item() == pytest.approx(b * math.cos(2) + a * math.sin(2), abs=1e-5)
+    assert turned_q[2, other].item() == pytest.approx(b * math.cos(2) + a * math.sin(2), abs=1e-5)
 
 
 def test_normal_initialisation_has_the_standard_deviation_it_says():

@@ -16,7 +16,8 @@ SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
 MAY_IMPORT = {
     "config": [],
     "files": [],
-    "model": ["config"],
+    "loss": [],
+    "model": ["config", "loss"],
     "documents": ["config"],
     "bpe": ["config"],
     "tokenizer": ["config", "files", "documents", "bpe"],

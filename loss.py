@@ -1,0 +1,73 @@
+"""The loss over a large vocabulary, a slice of tokens at a time: logits never stand in memory whole.
+
+    loss = vocabulary_loss(h, head, targets)     # what model.py calls with what its last layer says
+
+Shapes: N tokens, D d_model, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target with this value is not predicted: no loss, no gradient (PyTorch's own convention)
+
+# of logits that stand in memory at once: 32 MiB, about what stays in a processor's cache
+LOGITS_BYTES = 2**25
+
+
+def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(h @ head.T)[target] over all tokens: h (N, D), head (V, D), targets (N) -> FP32.
+
+    Equals F.cross_entropy(..., reduction="sum") on whole logits, in a fraction of the memory.
+    """
+    if torch.is_autocast_enabled(h.device.type):  # a Function is opaque to autocast, so its cast is made here
+        dtype = torch.get_autocast_dtype(h.device.type)
+        h, head = h.to(dtype), head.to(dtype)
+    return VocabularyLoss.apply(h, head, targets)
+
+
+class VocabularyLoss(torch.autograd.Function):
+    """The loss a slice of tokens at a time, with the gradients taken while the slice's logits are at hand.
+
+    For a token with logits z: loss = logsumexp(z) - z_target, and d loss / d z = softmax(z) - onehot(target).
+    The second needs nothing but z, so forward turns each slice of logits into its gradient in place,
+    multiplies it into d h and d head, and forgets it. Logits of 3,072 tokens x 50,257 entries would be 618
+    MB, and as much for the gradient. The same three matrix products are made as without slices; backward only
+    scales what forward left.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        with_gradient = any(ctx.needs_input_grad)
+        rows = max(1, LOGITS_BYTES // (4 * head.shape[0]))
+        total = torch.zeros((), device=h.device, dtype=torch.float32)
+        d_h = torch.empty_like(h) if with_gradient else None
+        d_head = torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
+        room = torch.empty(min(rows, len(h)), head.shape[0], device=h.device, dtype=h.dtype)
+        for start in range(0, len(h), rows):
+            x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
+            keep = target != IGNORE
+            target = target.clamp(min=0)
+            z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V)
+            peak = z.amax(1, keepdim=True)  # so that exp cannot overflow
+            chosen = z.gather(1, target) - peak
+            z.sub_(peak).exp_()
+            partition = z.sum(1, keepdim=True)
+            total += ((partition.log() - chosen) * keep).sum()
+            if with_gradient:
+                z.mul_(keep / partition)  # softmax; zero where the target is ignored
+                z.scatter_add_(1, target, -keep.float())
+                gradient = z.to(h.dtype)
+                torch.mm(gradient, head, out=d_h[start : start + rows])
+                if head.dtype == torch.float32:
+                    d_head.addmm_(gradient.T, x)
+                else:
+                    d_head += gradient.T @ x  # BF16 product, FP32 sum over slices
+        if with_gradient:
+            ctx.save_for_backward(d_h, d_head)
+            ctx.head_dtype = head.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        d_h, d_head = ctx.saved_tensors
+        return d_h * scale.to(d_h.dtype), (d_head * scale).to(ctx.head_dtype), None
