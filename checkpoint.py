@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import files
-from config import ConfigError, Model
+from config import ConfigError
+from families import NOT_WEIGHTS, end_of_text, hf_config, model_config, place, read_config, to_family, unpack
 from model import Transformer
 
 FORMAT = 1  # of state.json; a reader refuses what it does not know
@@ -38,89 +39,6 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int  # finished updates
     state: dict  # state.json
-
-
-# ---- our names and settings, and Hugging Face's -----------------------------------------------------------
-
-
-def hf_config(cfg: Model, eot: int | None = None) -> dict:
-    """config.json of the `transformers` class that computes this model. ConfigError where none does."""
-    cfg = cfg.resolved()
-    values = {
-        "vocab_size": cfg.vocab_size,
-        "max_position_embeddings": cfg.seq_len,
-        "hidden_size": cfg.d_model,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "intermediate_size": cfg.d_ff,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "rope_theta": cfg.rope_theta,  # transformers 4 reads this one, 5 the next
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "initializer_range": cfg.init_std,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "bos_token_id": None,  # nothing is put before a document; eot follows it
-        "eos_token_id": eot,
-        "pad_token_id": None,
-    }
-    if cfg.norm == "rmsnorm":
-        own = {"rms_norm_eps": cfg.norm_eps, "head_dim": cfg.d_head, "mlp_bias": False}
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **values, **own}
-    if cfg.norm_eps != 1e-5 or cfg.d_head * cfg.n_heads != cfg.d_model:
-        raise ConfigError(
-            f"model.norm_eps={cfg.norm_eps} and model.d_head={cfg.d_head}: OLMo-1, as published and as "
-            f"transformers computes it, has norm_eps 1e-5 and d_head d_model / n_heads; use those"
-        )
-    return {"architectures": ["OlmoForCausalLM"], "model_type": "olmo", **values, "clip_qkv": None}
-
-
-def model_config(folder: Path | str) -> Model:
-    """The settings of the model in a Hugging Face folder, Llama or OLMo. Raises ConfigError for any other."""
-    path = Path(folder) / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        kind = hf["model_type"]
-        if kind not in ("llama", "olmo"):
-            raise ConfigError(
-                f"{path}: model_type {kind!r} is not one that this reads; it reads llama and olmo"
-            )
-        rope = hf.get("rope_parameters") or {
-            "rope_theta": hf.get("rope_theta", 10000.0),
-            **(hf.get("rope_scaling") or {}),
-        }
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(f"{path}: scaled rotary embedding {rope} is not supported")
-        unsupported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None}
-        for name, only in unsupported.items():
-            if hf.get(name, only) != only:
-                raise ConfigError(f"{path}: {name}={hf[name]!r} is not supported, only {only!r}")
-        return Model(
-            vocab_size=hf["vocab_size"],
-            seq_len=hf["max_position_embeddings"],
-            d_model=hf["hidden_size"],
-            n_layers=hf["num_hidden_layers"],
-            n_heads=hf["num_attention_heads"],
-            n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            d_head=hf.get("head_dim") or 0,
-            d_ff=hf["intermediate_size"],
-            norm="rmsnorm" if kind == "llama" else "nonparametric_layernorm",
-            norm_eps=hf["rms_norm_eps"] if kind == "llama" else 1e-5,
-            rope_theta=rope["rope_theta"],
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            init_std=hf.get("initializer_range", 0.02),
-        ).resolved()
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} is not a model folder: it has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged or not a model's: {type(error).__name__}: {error}") from None
-
-
-def hf_name(name: str) -> str:
-    """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight; the head alone stands outside."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def bare(model: nn.Module) -> Transformer:
@@ -148,7 +66,7 @@ def save(
     aside.mkdir()
     try:
         model = bare(model)
-        weights = {hf_name(name): value.contiguous() for name, value in model.state_dict().items()}
+        weights = to_family(model.state_dict(), model.cfg)
         save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
         save_file(
             optimizer_tensors(model, optimizer), aside / "optimizer.safetensors", metadata={"format": "pt"}
@@ -210,25 +128,57 @@ def checkpoints(run: Path | str) -> list[Checkpoint]:
 
 
 def load_weights(folder: Path | str, model: nn.Module) -> None:
-    """model.safetensors of a folder into a model, in place. ConfigError unless names and shapes agree."""
-    path = Path(folder) / "model.safetensors"
-    target = {hf_name(name): value for name, value in bare(model).state_dict().items()}
-    with open_tensors(path) as tensors:
-        names = set(tensors.keys())
-        if bare(model).cfg.tie_embeddings:
-            names.discard("lm_head.weight")  # some writers store the shared matrix twice
-        if names != set(target):
-            strange, missing = sorted(names - set(target))[:3], sorted(set(target) - names)[:3]
+    """The weights of a model folder into a model, in place. ConfigError unless names and shapes agree."""
+    model, family = bare(model), read_config(folder)["model_type"]
+    ours = {name: (value, *place(name, family)) for name, value in model.state_dict().items()}
+    theirs = {stored for _, stored, _ in ours.values()}
+    tensors = open_weights(folder)
+    names = {name for name in tensors if not name.endswith(NOT_WEIGHTS)}
+    if model.cfg.tie_embeddings:  # some writers store the shared matrix twice
+        names -= {place("lm_head.weight", family)[0]}
+    if names != theirs:
+        strange, missing = sorted(names - theirs)[:3], sorted(theirs - names)[:3]
+        raise ConfigError(
+            f"the weights in {folder} are of another model: they have {strange} that this one lacks, and not "
+            f"{missing}"
+        )
+    for value, name, part in ours.values():
+        stored, packed = tensors[name].get_tensor(name), 1 if part is None else 3
+        wanted = (packed * value.shape[0], *value.shape[1:])
+        if stored.shape != wanted:
+            raise ConfigError(f"{folder}: {name} is {tuple(stored.shape)}, the model wants {wanted}")
+        value.copy_(unpack(stored, part, model.cfg, family))
+
+
+def open_weights(folder: Path | str) -> dict:
+    """Tensor name -> the open safetensors file that holds it, of a folder with one file or many shards."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        path = folder / "model.safetensors"
+        pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(kind))]
+        if pickled and not path.exists():
             raise ConfigError(
-                f"{path} is of another model: it has {strange} that this one lacks, and not {missing}"
+                f"{folder} has its weights only as pickle ({pickled[0]}), and opening a pickle can run any "
+                "code; where you trust it, load it with transformers and call save_pretrained, which writes "
+                "safetensors"
             )
-        for name, value in target.items():
-            stored = tensors.get_tensor(name)
-            if stored.shape != value.shape:
-                raise ConfigError(
-                    f"{path}: {name} is {tuple(stored.shape)}, the model wants {tuple(value.shape)}"
-                )
-            value.copy_(stored)
+        file = open_tensors(path)
+        return dict.fromkeys(file.keys(), file)
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = dict.fromkeys(places.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is damaged: {type(error).__name__}: {error}") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ConfigError(f"{index} names {shard!r}, which is no file of its own folder")
+        shards[shard] = open_tensors(folder / shard)
+    held = {shard: set(file.keys()) for shard, file in shards.items()}
+    for name, shard in places.items():
+        if name not in held[shard]:
+            raise ConfigError(f"{index} says that {name} is in {shard}, and it is not")
+    return {name: shards[shard] for name, shard in places.items()}
 
 
 def load_optimizer(folder: Path | str, model: nn.Module, optimizer) -> None:
@@ -263,11 +213,25 @@ def open_tensors(path: Path):
         ) from None
 
 
+def model_folder(path: Path | str) -> Path:
+    """A model folder itself, or the newest complete checkpoint of a run folder. ConfigError for others."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; give a run (runs/demo), a checkpoint or a model folder")
+    if not (path / "checkpoints").is_dir():
+        read_config(path)
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise ConfigError(f"{path} has no complete checkpoint yet; train.py writes the first one at step 0")
+    return found[-1].path
+
+
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a checkpoint folder, or of any Hugging Face folder of its families: FP32, in eval mode."""
+    """The model of a checkpoint folder, or of any folder of families.py: FP32, in eval mode."""
     cfg = model_config(folder)
     with torch.device("meta"):
-        model = Transformer(cfg)
+        model = Transformer(cfg, end_of_text(read_config(folder)))
     model = model.to_empty(device=device)
     with torch.no_grad():
         load_weights(folder, model)

@@ -1,4 +1,4 @@
-"""AdamW as Amber and OLMo set it up: which parameters decay, the learning rate of every step, the clip.
+"""AdamW as published runs set it up: which parameters decay, each one's learning rate at each step, the clip.
 
 Pure functions of the config but for PyTorch's own optimizer; train.py calls them once a step.
 """
@@ -26,26 +26,46 @@ def learning_rate(step: int, n_steps: int, cfg: Optim) -> float:
     return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left)
 
 
-def parameter_groups(model: nn.Module, cfg: Optim) -> list[dict]:
-    """Parameters with their weight decay.
+def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[dict]:
+    """Parameters by their weight decay, and by `lr_scale`, what their learning rate is multiplied by.
 
     decay="all": every parameter, norms and embeddings included (Amber's released code has one group).
     decay="linear": only weights of linear layers (OLMo-1), so not a tied head: it is the embedding's matrix.
+    decay="matrices": those and embeddings; no norm, no bias (Pythia, CrystalCoder).
+    decay="not_embeddings": all but the embedding (OLMo 2).
+
+    Under muP the matrices inside the layers learn at mup_scale = mup_base_width / d_model of the rate, and
+    embeddings, norms, biases and the head at the whole of it (Yang et al. 2022, table 8; CrystalCoder's
+    parameters). Decay is times a group's own rate, as everywhere here.
     """
-    if cfg.decay == "all":
-        return [{"params": list(model.parameters()), "weight_decay": cfg.weight_decay}]
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    decayed = [p for p in model.parameters() if id(p) in linear]
-    kept = [p for p in model.parameters() if id(p) not in linear]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups = {}
+    for name, p in model.named_parameters():
+        decays = {
+            "all": True,
+            "linear": id(p) in linear,
+            "matrices": p.ndim > 1,
+            "not_embeddings": id(p) not in embeddings,
+        }[cfg.decay]
+        scale = mup_scale if name.startswith("layers.") and p.ndim > 1 else 1.0
+        groups.setdefault((decays, scale), []).append(p)
+    return [
+        {"params": parameters, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale}
+        for (decays, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
-def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share of the rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def adamw(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) in PyTorch's fused form, one pass over memory a step."""
-    return torch.optim.AdamW(
-        parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
-    )
+    groups = parameter_groups(model, cfg, mup_scale)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:

@@ -46,19 +46,23 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     stop: int | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Prompts (B, P) int64 -> (B, P + n): the prompts and n more tokens each.
 
-    With `stop`, a sequence that has produced this token is filled up with it. `choose` and `distribution` say
-    what the other arguments mean. Raises ConfigError as `stream` does.
+    Prompts that differ in length are padded on the right, with any token, and `lengths` (B) says how long
+    each is; row b of the result then goes on at lengths[b], and ends with what padding is left. With `stop`,
+    a sequence that has produced this token is filled up with it. `choose` and `distribution` say what the
+    other arguments mean. Raises ConfigError as `stream` does.
     """
     out = F.pad(tokens, (0, n), value=0 if stop is None else stop)  # (B, P + n)
+    ends = torch.full_like(tokens[:, :1], tokens.shape[1]) if lengths is None else lengths[:, None]  # (B, 1)
     stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for i, token in enumerate(stream(model, tokens, n, temperature, top_k, top_p, generator)):
+    for i, token in enumerate(stream(model, tokens, n, temperature, top_k, top_p, generator, lengths)):
         if stop is not None:
             token = token.masked_fill(stopped, stop)
             stopped |= token == stop
-        out[:, tokens.shape[1] + i] = token
+        out.scatter_(1, ends + i, token[:, None])
         if stop is not None and stopped.all():
             break
     return out
@@ -73,11 +77,13 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    lengths: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yields n times the next token of each of the prompts (B, P): (B,) int64.
+    """Yields n times the next token of each prompt (B, P), padded as `generate` says: (B,) int64.
 
     Raises ConfigError where that needs a position the model was never trained on. The last token is not read
-    again, so P + n - 1 positions are used; there is no sliding window, which would silently be another model.
+    again, so P + n - 1 positions are used; nothing is cut off on the left to make room, which would silently
+    be another model.
     """
     B, P = tokens.shape
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
@@ -90,36 +96,40 @@ def stream(
             f"{P} tokens of prompt and {n} more do not fit: a prompt has 1 or more, and the model has seen "
             f"{model.cfg.seq_len} positions, enough for {model.cfg.seq_len + 1} tokens in all"
         )
+    if lengths is not None and not (lengths.shape == (B,) and lengths.min() >= 1 and lengths.max() <= P):
+        raise ConfigError(f"lengths {lengths.tolist()} of {B} prompts of {P} tokens: give each as 1 to {P}")
     if n < 1:
         return
     autocast = torch.is_autocast_enabled(tokens.device.type)
     dtype = torch.get_autocast_dtype(tokens.device.type) if autocast else model.embed_tokens.weight.dtype
     cache = Cache(model.cfg, B, P + n - 1, tokens.device, dtype)
-    logits = prefill(model, tokens, cache)  # (B, V)
+    logits = prefill(model, tokens, cache, lengths)  # (B, V)
     for i in range(n):
         token = choose(logits, temperature, top_k, top_p, generator)  # (B)
         yield token
         if i < n - 1:
-            logits = next_logits(model, token[:, None], cache)
+            logits = F.linear(model.hidden(token[:, None], cache)[:, -1], model.head).float()
 
 
-def prefill(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
-    """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of what follows each."""
-    logits = []
-    for rows in torch.arange(len(tokens)).split(max(1, PREFILL_TOKENS // tokens.shape[1])):
+def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
+    """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of what follows each.
+
+    Only of that: in a prompt of 32 tokens the other 31 rows of logits would be a tenth of all work, and most
+    of the memory.
+    """
+    logits, parts, P = [], [], tokens.shape[1]
+    for rows in torch.arange(len(tokens)).split(max(1, PREFILL_TOKENS // P)):
         some, part = slice(rows[0], rows[-1] + 1), copy.copy(cache)
         part.keys, part.values = cache.keys[:, some], cache.values[:, some]  # views: what is written stays
-        logits.append(next_logits(model, tokens[some], part))
-    cache.length = tokens.shape[1]
+        length = None if lengths is None else lengths[some]
+        h = model.hidden(tokens[some], part, length)  # (b, P, D)
+        last = h[:, -1] if length is None else h[torch.arange(len(h), device=h.device), length - 1]
+        logits.append(F.linear(last, model.head).float())
+        parts.append(part)
+    cache.advance(P, lengths)
+    if model.cfg.document_mask:
+        cache.document = torch.cat([part.document for part in parts])
     return torch.cat(logits)
-
-
-def next_logits(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
-    """What follows the newest tokens (B, T): FP32 logits (B, V) of the last position only.
-
-    In a prompt of 32 tokens the other 31 rows of logits would be a tenth of all work, and most of the memory.
-    """
-    return F.linear(model.hidden(tokens, cache)[:, -1], model.head).float()
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator=None) -> Tensor:
@@ -199,7 +209,7 @@ def folder_of(path: Path | str, step: int | None = None) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; give a run (runs/demo) or a checkpoint")
-    if not (path / "model.safetensors").exists():
+    if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
         return chosen(path, [] if step is None else [step])[-1].path
     if step is not None:
         raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")

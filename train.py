@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
 
     CONFIG = config.from_command_line(__doc__)
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -37,6 +38,7 @@ import optim
 import parallel
 from config import Config, ConfigError
 from dataset import Dataset, differences
+from families import model_config
 from model import Transformer
 
 
@@ -63,10 +65,10 @@ def train(cfg: Config) -> None:
     accumulation = config.accumulation_steps(
         cfg.train.batch_size, cfg.train.micro_batch_size, parallel.world_size()
     )
-    checkpoint.hf_config(cfg.model)
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
+    origin = open_origin(cfg, dataset)
     n_steps = dataset.n_rows // cfg.train.batch_size  # of the schedule; the ledger names the rows left over
     last_step = min(cfg.train.steps or n_steps, n_steps)
     save_at = checkpoint_steps(cfg, dataset, last_step)
@@ -82,15 +84,17 @@ def train(cfg: Config) -> None:
         return everyone.leave()
     interrupted = Interrupted()
 
-    model = Transformer(cfg.model)
+    model = Transformer(cfg.model, dataset.manifest["eot"])
     step = 0
     if resumed:
         step = resumed.step
         checkpoint.load_weights(resumed.path, model)
+    elif origin:
+        checkpoint.load_weights(origin, model)
     else:
         model.init_weights(cfg.train.seed)
     model.to(everyone.device)
-    optimizer = optim.adamw(model, cfg.optim)
+    optimizer = optim.adamw(model, cfg.optim, cfg.model.mup_scale)
     if resumed:
         checkpoint.load_optimizer(resumed.path, model, optimizer)
     else:
@@ -123,6 +127,7 @@ def train(cfg: Config) -> None:
         steps=last_step,
         world_size=everyone.world_size,
         accumulation=accumulation,
+        init_from=str(origin) if origin else None,
         rows_never_trained=dataset.n_rows - n_steps * cfg.train.batch_size,
         changed=changed,
         **machine,
@@ -140,8 +145,7 @@ def train(cfg: Config) -> None:
         t1 = time.perf_counter()
 
         lr = optim.learning_rate(step, n_steps, cfg.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optim.set_rate(optimizer, lr)
         nats = torch.zeros((), device=everyone.device)
         for i, micro in enumerate(batch.split(cfg.train.micro_batch_size)):
             with everyone.accumulate(wrapped, last=i == accumulation - 1):
@@ -221,6 +225,30 @@ def open_dataset(cfg: Config) -> Dataset:
             f"{cfg.dataset} has {dataset.n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
         )
     return dataset
+
+
+def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
+    """The model folder that init_from names. ConfigError where that is another model or tokenizer.
+
+    Only weights are taken from it: the optimizer, the schedule and the data begin anew.
+    """
+    if not cfg.init_from:
+        return None
+    folder = checkpoint.model_folder(cfg.init_from)
+    theirs, ours = dataclasses.asdict(model_config(folder)), dataclasses.asdict(cfg.model)
+    free = ("seq_len", "document_mask") if cfg.model.positions != "learned" else ("document_mask",)
+    free += tuple(name for name in ours if name.startswith("init"))
+    differs = [name for name in ours if name not in free and ours[name] != theirs[name]]
+    if differs:
+        settings = " ".join(f"--model.{name}={theirs[name]}" for name in differs)
+        raise ConfigError(f"--init-from={cfg.init_from} is a model with other settings; add {settings}")
+    name, digest = dataset.manifest["tokenizer"]["file"], dataset.manifest["tokenizer"]["sha256"]
+    if (folder / name).exists() and files.sha256(folder / name) != digest:
+        raise ConfigError(
+            f"{cfg.dataset} was made with another tokenizer than {folder / name}; build it with that one: "
+            f"--tokenizer.path={folder}"
+        )
+    return folder
 
 
 def checkpoint_steps(cfg: Config, dataset: Dataset, last_step: int) -> set[int]:

@@ -40,14 +40,14 @@ def rows_of(model, n: int, rng: np.random.Generator) -> np.ndarray:
 def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from checkpoint import hf_config, hf_name
+    from families import hf_config, to_family
     from memorize import count_matches
     from model import Transformer
 
     ours = Transformer(cfg).eval().requires_grad_(False)
     ours.init_weights(0)
     theirs = LlamaForCausalLM(LlamaConfig(**hf_config(cfg))).eval()
-    theirs.load_state_dict({hf_name(k): v for k, v in ours.state_dict().items()})
+    theirs.load_state_dict(to_family(ours.state_dict(), cfg))
     parameters = sum(p.numel() for p in ours.parameters())
     rows = rows_of(ours, n_rows, np.random.default_rng(0))
 

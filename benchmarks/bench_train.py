@@ -29,8 +29,8 @@ def side(name: str, vocab_size: int, threads: int, pipe) -> None:
 
     import optim
     import parallel
-    from checkpoint import hf_config, hf_name
     from config import Model, Optim
+    from families import hf_config, to_family
     from model import Transformer
 
     torch.set_num_threads(threads)
@@ -45,7 +45,7 @@ def side(name: str, vocab_size: int, threads: int, pipe) -> None:
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        state = {hf_name(k): v for k, v in net.state_dict().items()}
+        state = to_family(net.state_dict(), cfg)
         values = {**hf_config(cfg), "use_cache": False}
         net = LlamaForCausalLM(LlamaConfig(**values))
         net.load_state_dict(state)

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import config
 import data
+import families
 import files
 import memorize
 import optim
@@ -192,9 +193,9 @@ def test_counts_are_those_of_transformers(planted):
     fresh = Transformer(planted[0].cfg).eval()
     fresh.init_weights(2)
     for model in (planted[0], fresh):
-        values = checkpoint.hf_config(model.cfg, eot=0)
+        values = families.hf_config(model.cfg, eot=0)
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
-        theirs.load_state_dict({checkpoint.hf_name(k): v for k, v in model.state_dict().items()})
+        theirs.load_state_dict(families.to_family(model.state_dict(), model.cfg))
         # min_new_tokens forbids the end-of-text token by setting its logit to -inf; the protocol lets it
         # come, and goes on. So here none is told which token that is.
         theirs.generation_config.eos_token_id = None

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import config
+import families
 import model
 from config import Model
 from model import Cache, Transformer
@@ -43,10 +43,10 @@ def test_logits_loss_and_every_gradient_equal_transformers(cfg, tied, kv):
     with torch.no_grad():  # norms' weights that differ from 1 would hide nothing
         for p in ours.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    values = checkpoint.hf_config(cfg)
+    values = families.hf_config(cfg)
     kind = getattr(transformers, values.pop("architectures")[0])
     theirs = kind(kind.config_class(**values)).eval()
-    state = {checkpoint.hf_name(name): value for name, value in ours.state_dict().items()}
+    state = families.to_family(ours.state_dict(), cfg)
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if tied else set())
     theirs.tie_weights()
@@ -60,7 +60,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(cfg, tied, kv):
     assert abs(loss - expected) < 1e-5
     loss.backward()
     expected.backward()
-    gradients = {checkpoint.hf_name(name): p.grad for name, p in ours.named_parameters()}
+    gradients = families.to_family({name: p.grad for name, p in ours.named_parameters()}, cfg)
     for name, parameter in theirs.named_parameters():
         assert (gradients.pop(name) - parameter.grad).abs().max() < 1e-4, name
     assert not gradients

@@ -56,6 +56,40 @@ def test_amber_decays_everything_and_olmo_only_linear_layers():
     assert [p is tied.embed_tokens.weight for p in kept["params"]] == [True]
 
 
+def test_pythia_decays_matrices_and_olmo_2_all_but_embeddings():
+    net = Transformer(Model(**SMALL, norm="layernorm", bias=True))
+    names = {id(p): name for name, p in net.named_parameters()}
+    for decay, is_kept in (
+        ("matrices", lambda name: name.endswith("bias") or "norm" in name),
+        ("not_embeddings", lambda name: name == "embed_tokens.weight"),
+    ):
+        decayed, kept = optim.parameter_groups(net, Optim(decay=decay, weight_decay=0.3))
+        assert {names[id(p)] for p in kept["params"]} == {name for name in names.values() if is_kept(name)}
+        assert len(decayed["params"]) + len(kept["params"]) == len(names)
+        assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+
+
+def test_under_mup_only_matrices_inside_layers_learn_at_the_scale():
+    cfg = Model(
+        **SMALL,
+        norm="layernorm",
+        bias=True,
+        tie_embeddings=True,
+        init="mup",
+        mup_base_width=SMALL["d_model"] // 4,
+    )
+    net = Transformer(cfg)
+    adamw = optim.adamw(net, Optim(decay="matrices", weight_decay=0.1), cfg.mup_scale)
+    optim.set_rate(adamw, 0.012)
+    rates = {
+        id(p): (group["lr"], group["weight_decay"]) for group in adamw.param_groups for p in group["params"]
+    }
+    for name, p in net.named_parameters():
+        inside = name.startswith("layers.") and p.ndim == 2
+        expected = (0.012 / 4 if inside else 0.012, 0.1 if p.ndim == 2 else 0.0)
+        assert rates[id(p)] == pytest.approx(expected), name
+
+
 def test_one_update_of_adamw_equals_the_paper_by_hand():
     weight = torch.nn.Linear(1, 1, bias=False)
     weight.weight.data.fill_(2.0)

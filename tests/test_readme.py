@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "tokenizer": ["config", "files", "documents", "bpe"],
     "dataset": ["config", "files"],
     "data": ["config", "files", "documents", "tokenizer", "dataset"],
+    "families": ["config"],
     "optim": ["config"],
     "parallel": ["config"],
-    "checkpoint": ["config", "files", "model"],
-    "train": ["config", "files", "model", "dataset", "optim", "parallel", "checkpoint"],
+    "checkpoint": ["config", "files", "model", "families"],
+    "train": ["config", "files", "model", "dataset", "optim", "parallel", "families", "checkpoint"],
     "sample": ["config", "files", "model", "parallel", "checkpoint", "tokenizer"],
     "memorize": ["config", "files", "model", "dataset", "parallel", "checkpoint", "sample"],
     "eval": [
