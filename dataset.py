@@ -281,7 +281,8 @@ def settings(config: Config) -> dict:
     """Every setting that says what a dataset is, under the name that a user writes."""
     values = to_dict(config)
     out = {f"{part}.{key}": value for part in ("tokenizer", "data") for key, value in values[part].items()}
-    del out["data.workers"], out["data.max_bad_fraction"]  # these two change nothing in it
+    for name in ("workers", "max_bad_fraction", "expected_tokens"):  # these change nothing in it
+        del out[f"data.{name}"]
     return {"model.seq_len": config.model.seq_len, "train.batch_size": config.train.batch_size, **out}
 
 

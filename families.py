@@ -49,12 +49,13 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def family_of(cfg: Model) -> str:
-    """The first family in which the model can be said: family_of(Model()) -> "llama"."""
+    """The first family that can say the model: family_of(Model()) -> "llama"."""
     cfg = cfg.resolved()
     for family, (fixed, free) in FAMILIES.items():
         own_heads = family not in ("llama", "mistral") and cfg.d_head * cfg.n_heads != cfg.d_model
         grouped = family == "gpt_neox" and cfg.n_kv_heads != cfg.n_heads
-        if all(getattr(cfg, k) == v for k, v in fixed.items() if k not in free) and not own_heads | grouped:
+        odd = own_heads or grouped or cfg.d_model % cfg.n_heads  # which these classes cannot say
+        if not odd and all(getattr(cfg, name) == value for name, value in fixed.items() if name not in free):
             return family
     return "nano360"
 

@@ -68,7 +68,7 @@ def train(cfg: Config) -> None:
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
-    origin = open_origin(cfg, dataset)
+    origin = None if checkpoint.checkpoints(cfg.run) else open_origin(cfg, dataset)
     n_steps = dataset.n_rows // cfg.train.batch_size  # of the schedule; the ledger names the rows left over
     last_step = min(cfg.train.steps or n_steps, n_steps)
     save_at = checkpoint_steps(cfg, dataset, last_step)
@@ -283,11 +283,13 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     if not (Path(cfg.run) / "config.json").exists():
         return []
     before, now = config.to_dict(config.load_run(cfg.run)), config.to_dict(cfg)
-    before = {f"{s}.{k}": v for s in config.SECTIONS for k, v in before[s].items()}
-    now = {f"{s}.{k}": v for s in config.SECTIONS for k, v in now[s].items()}
+    before, now = (
+        {"init_from": c["init_from"], **{f"{s}.{k}": v for s in config.SECTIONS for k, v in c[s].items()}}
+        for c in (before, now)
+    )
     changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     free = ("eval.", "train.log_every", "train.steps", "train.checkpoint_", "train.device", "train.micro_",
-            "data.workers", "data.max_bad_fraction", "tokenizer.path")  # fmt: skip
+            "data.workers", "data.max_bad_fraction", "data.expected_tokens", "tokenizer.path")  # fmt: skip
     fatal = [change for change in changed if not change.startswith(free)]
     if fatal:
         raise ConfigError(

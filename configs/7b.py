@@ -24,6 +24,9 @@ config = Config(
         sources=tuple(Source(name, paths=(f"/data/amber/{name}/*.jsonl.zst",)) for name in SOURCES),
         n_chunks=360,
         validation_fraction=0.0001,  # about 126 M tokens
+        # 360 chunks of 1,706,976 rows: 1.2585e12 tokens, 274,335 steps. Amber dropped 96 rows at the end of
+        # each chunk, which fill no step, and made 360 x 762 = 274,320. Its 1,259.13 B count 2,049 ids a row.
+        expected_tokens=360 * 1_706_976 * 2048,
     ),
     optim=Optim(lr=3e-4, final_lr_fraction=0.1, schedule="cosine", warmup_steps=2000, decay="all"),
     # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step

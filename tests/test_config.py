@@ -12,7 +12,6 @@ import config
 from config import Config, ConfigError, Model, Optim, Stage
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def run(*arguments, **environment):
@@ -22,12 +21,21 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd="/")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_config_loads_and_survives_json(name):
-    cfg = config.load(name)
-    assert cfg.name == name and cfg.run == f"runs/{name}" and cfg.dataset == f"datasets/{name}"
-    assert config.from_dict(config.to_dict(cfg)) == cfg
-    assert config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, 1) >= 1
+def test_a_table_of_configs_is_asked_by_entry_and_says_what_it_has():
+    assert config.load("pythia-160m") == config.load("configs/pythia-160m.py")
+    assert config.load("pythia-160m").model.d_model == 768
+    with pytest.raises(ConfigError, match="several configs; use pythia-14m or pythia-31m"):
+        config.load("pythia")
+    with pytest.raises(ConfigError, match="has no 'pythia-161m'; use pythia-14m or"):
+        config.load("pythia-161m")
+
+
+def test_init_from_is_spelled_with_either_dash():
+    assert (
+        config.load("demo", ["--init-from=x"]).init_from
+        == config.load("demo", ["--init_from=x"]).init_from
+        == "x"
+    )
 
 
 def test_three_names_mean_the_same_file():

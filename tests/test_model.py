@@ -1,5 +1,6 @@
 """model.py: equal to independent implementations, causal, and the same with and without a cache."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,17 +13,43 @@ import model
 from config import Model
 from model import Cache, Transformer
 
-# Pairwise different sizes, so that a wrong transpose cannot pass.
+# Pairwise different sizes, so that a wrong transpose cannot pass; head counts that are no power of two.
 LLAMA = Model(vocab_size=97, seq_len=40, d_model=60, n_layers=3, n_heads=6, n_kv_heads=2, d_head=14, d_ff=44)
 OLMO = Model(
     vocab_size=101, seq_len=36, d_model=48, n_layers=2, n_heads=4, d_ff=70, norm="nonparametric_layernorm",
     init="mitchell", tie_embeddings=True, rope_theta=500.0,
 )  # fmt: skip
-FAMILIES = pytest.mark.parametrize("cfg", [LLAMA, OLMO], ids=["llama", "olmo"])
+NEOX = Model(
+    vocab_size=89, seq_len=38, d_model=72, n_layers=2, n_heads=3, d_ff=53, norm="layernorm", ffn="gelu",
+    bias=True, parallel_residual=True, rope_fraction=0.25, init="small_wang", rope_theta=700.0,
+)  # fmt: skip
+OLMO2 = Model(
+    vocab_size=103, seq_len=44, d_model=56, n_layers=3, n_heads=7, d_ff=66, norm_place="after", qk_norm=True,
+    norm_eps=1e-6, init_cut=3.0,
+)  # fmt: skip
+CRYSTAL = Model(
+    vocab_size=79, seq_len=42, d_model=64, n_layers=2, n_heads=4, d_ff=58, norm="layernorm", bias=True,
+    rope_fraction=0.25, rope_pairs="neighbours", tie_embeddings=True, embedding_multiplier=14.6,
+    logits_multiplier=2.22, mup_base_width=16, init="mup", init_std=0.073, init_cut=2.0,
+)  # fmt: skip
+ALIBI = dataclasses.replace(LLAMA, positions="alibi")
+WINDOW = dataclasses.replace(LLAMA, window=5)
+LEARNED = dataclasses.replace(NEOX, positions="learned", ffn="relu2")
+EVERY = dict(
+    llama=LLAMA,
+    olmo=OLMO,
+    neox=NEOX,
+    olmo2=OLMO2,
+    crystal=CRYSTAL,
+    alibi=ALIBI,
+    window=WINDOW,
+    learned=LEARNED,
+)
+FAMILIES = pytest.mark.parametrize("cfg", EVERY.values(), ids=EVERY)
 
 
 def make(cfg: Model, seed: int = 1) -> Transformer:
-    net = Transformer(cfg)
+    net = Transformer(cfg, eot=0)
     net.init_weights(seed)
     return net.eval()
 
@@ -31,26 +58,60 @@ def tokens_for(cfg: Model, batch: int = 3, length: int = 23, seed: int = 5) -> t
     return torch.randint(cfg.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@FAMILIES
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv", [1, 2, 0])
-def test_logits_loss_and_every_gradient_equal_transformers(cfg, tied, kv):
+# What a class of `transformers` computes: every family, with what it leaves open set in different ways.
+PUBLISHED = {
+    "llama": LLAMA,
+    "llama, one key and value head, tied": dataclasses.replace(LLAMA, n_kv_heads=1, tie_embeddings=True),
+    "llama, five heads": dataclasses.replace(LLAMA, n_heads=5, n_kv_heads=5, d_head=0, rope_theta=300.0),
+    "llama, nine heads, biases": dataclasses.replace(LLAMA, d_model=63, n_heads=9, n_kv_heads=3, bias=True),
+    # slow, blended and fast frequencies: wavelengths from 6 to 2,000 over a context of 64
+    "llama 3.1": dataclasses.replace(LLAMA, rope_theta=2e3, rope_scaling=8.0, rope_scaling_seq_len=64),
+    "mistral": dataclasses.replace(LLAMA, window=7),
+    "olmo": OLMO,
+    "olmo 1.7": dataclasses.replace(OLMO, clip_qkv=0.3, tie_embeddings=False, n_kv_heads=2),
+    "olmo 2": OLMO2,
+    "olmo 2, grouped, tied": dataclasses.replace(OLMO2, n_heads=4, n_kv_heads=2, tie_embeddings=True),
+    "pythia": NEOX,
+    "neox, one after the other, all dimensions turned": dataclasses.replace(
+        NEOX, parallel_residual=False, rope_fraction=1.0
+    ),
+}
+COMPUTED_BY_OTHERS = pytest.mark.parametrize("cfg", PUBLISHED.values(), ids=PUBLISHED)
+
+
+def shaken(cfg: Model) -> Transformer:
+    """A model whose norms and biases, too, are no ones and zeros behind which a mistake could hide."""
+    net = make(cfg)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def in_transformers(net: Transformer):
+    """The same model, computed by `transformers`."""
     transformers = pytest.importorskip("transformers")
-    import dataclasses
-
-    cfg = dataclasses.replace(cfg, tie_embeddings=tied, n_kv_heads=kv, rope_theta=300.0)
-    ours = make(cfg)
-    with torch.no_grad():  # norms' weights that differ from 1 would hide nothing
-        for p in ours.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    values = families.hf_config(cfg)
+    values = families.hf_config(net.cfg)
     kind = getattr(transformers, values.pop("architectures")[0])
-    theirs = kind(kind.config_class(**values)).eval()
-    state = families.to_family(ours.state_dict(), cfg)
+    theirs = kind(kind.config_class(**values, attn_implementation="eager")).eval()
+    state = families.to_family(net.state_dict(), net.cfg)
+    state = {name.replace("embed_out", "lm_head"): value for name, value in state.items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= ({"lm_head.weight"} if tied else set())
+    assert not unexpected and set(missing) <= ({"lm_head.weight"} if net.cfg.tie_embeddings else set())
     theirs.tie_weights()
+    return theirs
 
+
+def published(name: str, theirs) -> str:
+    """A parameter's name in published files: transformers 5 calls GPT-NeoX's head otherwise in memory."""
+    return name.replace("lm_head", "embed_out") if theirs.config.model_type == "gpt_neox" else name
+
+
+@COMPUTED_BY_OTHERS
+def test_logits_loss_and_every_gradient_equal_transformers(cfg):
+    ours = shaken(cfg)
+    theirs = in_transformers(ours)
     tokens = tokens_for(cfg)
     assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -62,8 +123,22 @@ def test_logits_loss_and_every_gradient_equal_transformers(cfg, tied, kv):
     expected.backward()
     gradients = families.to_family({name: p.grad for name, p in ours.named_parameters()}, cfg)
     for name, parameter in theirs.named_parameters():
-        assert (gradients.pop(name) - parameter.grad).abs().max() < 1e-4, name
+        assert (gradients.pop(published(name, theirs)) - parameter.grad).abs().max() < 1e-4, name
     assert not gradients
+
+
+@COMPUTED_BY_OTHERS
+def test_in_bf16_the_distance_to_transformers_is_that_of_bf16_itself(cfg):
+    ours, tokens = shaken(cfg), tokens_for(cfg)
+    theirs = in_transformers(ours)
+    exact = ours(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours_bf16, theirs_bf16 = ours(tokens), theirs(tokens).logits.float()
+    # Two roundings of the same numbers: neither is further from the exact logits than twice the other, and
+    # both are as near as 8 bits a factor let them be.
+    ours_off, theirs_off = ((y - exact).square().mean().sqrt() for y in (ours_bf16, theirs_bf16))
+    assert 0 < ours_off < 2 * theirs_off
+    assert ours_off < 2**-8 * 8 * exact.square().mean().sqrt()
 
 
 @FAMILIES
@@ -85,6 +160,64 @@ def test_with_a_cache_is_the_same_as_without(cfg, pieces):
     logits = torch.cat([net(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], dim=1)
     assert cache.length == 23
     torch.testing.assert_close(logits, net(tokens), atol=2e-6, rtol=1e-5)
+
+
+@FAMILIES
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_rows_padded_on_the_right_are_as_if_each_were_alone(cfg, document_mask):
+    cfg = dataclasses.replace(cfg, document_mask=document_mask)
+    net, tokens, lengths = make(cfg), tokens_for(cfg, batch=4, length=19), torch.tensor([11, 3, 1, 8])
+    tokens[0, [4, 9]] = tokens[3, 7] = tokens[1, 11] = 0  # ends of documents, one of them in padding
+    cache = Cache(cfg, batch_size=4, max_length=19)
+    h = net.hidden(tokens[:, :11], cache, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(h[b : b + 1, :n], net.hidden(tokens[b : b + 1, :n]), atol=2e-5, rtol=1e-4)
+    h = torch.cat([net.hidden(tokens[:, 11:16], cache), net.hidden(tokens[:, 16:17], cache)], dim=1)
+    for b, n in enumerate(lengths.tolist()):
+        alone = torch.cat((tokens[b : b + 1, :n], tokens[b : b + 1, 11:17]), dim=1)
+        torch.testing.assert_close(h[b : b + 1], net.hidden(alone)[:, n:], atol=2e-5, rtol=1e-4)
+
+
+@FAMILIES
+def test_documents_in_a_row_are_as_if_each_were_alone(cfg):
+    cfg = dataclasses.replace(cfg, document_mask=True)
+    net, tokens = make(cfg), tokens_for(cfg, batch=2)
+    tokens = tokens.clamp(min=1)
+    ends = [[6, 7, 18], [0, 11, 22]]
+    for row, at in zip(tokens, ends):
+        row[at] = 0
+    logits = net(tokens)
+    for b, at in enumerate(ends):
+        for first, last in zip([-1, *at], [*at, 22]):
+            alone = tokens[b : b + 1, first + 1 : last + 1]
+            if alone.numel():
+                torch.testing.assert_close(
+                    logits[b : b + 1, first + 1 : last + 1], net(alone), atol=2e-5, rtol=1e-4
+                )
+    without = make(dataclasses.replace(cfg, document_mask=False))(tokens)
+    assert (without - logits)[0, 8:].abs().amax(-1).min() > 1e-5  # and off by default, they are not
+
+
+def test_a_document_mask_needs_to_know_what_ends_a_document():
+    with pytest.raises(config.ConfigError, match="end-of-text"):
+        Transformer(dataclasses.replace(LLAMA, document_mask=True))
+
+
+@pytest.mark.parametrize("kind", ["alibi", "window", "documents", "documents in a window"])
+def test_the_mask_for_cuda_lets_the_same_tokens_be_seen(kind, monkeypatch):
+    """On a CPU flex attention computes a forward, so that what CUDA is given can be checked here."""
+    cfg = dataclasses.replace(
+        LLAMA, positions="alibi" if kind == "alibi" else "rope", window=4 if "window" in kind else 0,
+        document_mask="documents" in kind,
+    )  # fmt: skip
+    net, tokens = make(cfg), tokens_for(cfg, batch=2, length=40)
+    tokens[0, [3, 17]] = tokens[1, 9] = 0
+    expected = net(tokens)
+    monkeypatch.setattr(
+        model, "visible", lambda cfg, index, first, cache: model.block_mask(first, index.shape[-1], "cpu")
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(net(tokens), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_a_full_cache_says_so():
@@ -131,30 +264,57 @@ def test_rotary_keeps_lengths_and_depends_on_distance_only(pairs):
     assert turned_q[2, other].item() == pytest.approx(b * math.cos(2) + a * math.sin(2), abs=1e-5)
 
 
-def test_normal_initialisation_has_the_standard_deviation_it_says():
-    cfg = Model(vocab_size=500, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=300, init_std=0.03)
+def cut_share(sigmas: float) -> float:
+    """Deviation of a standard normal number cut at +- s: sqrt(1 - 2 s phi(s) / (2 Phi(s) - 1))."""
+    if not sigmas:
+        return 1.0
+    density = math.exp(-(sigmas**2) / 2) / math.sqrt(2 * math.pi)
+    return math.sqrt(1 - 2 * sigmas * density / math.erf(sigmas / math.sqrt(2)))
+
+
+# Of d_model 128, d_ff 300, 3 layers: by scheme, the deviation of embeddings and head, of other matrices, and
+# of the two matrices of layer i that write into the residual stream, (attention's, feed-forward's).
+SCHEMES = {
+    "normal": (dict(init_std=0.03), 0.03, 0.03, lambda i: (0.03, 0.03)),
+    "normal, cut": (dict(init_std=0.02, init_cut=3.0), 0.02, 0.02, lambda i: (0.02, 0.02)),  # OLMo 2
+    "gpt2": (dict(init="gpt2"), 0.02, 0.02, lambda i: (0.02 / math.sqrt(6),) * 2),
+    "mitchell": (
+        dict(init="mitchell"), 128**-0.5, 128**-0.5,
+        lambda i: ((2 * 128 * (i + 1)) ** -0.5, (2 * 300 * (i + 1)) ** -0.5),
+    ),
+    "small_wang": (
+        dict(init="small_wang"), math.sqrt(2 / 640), math.sqrt(2 / 640),
+        lambda i: (2 / (3 * math.sqrt(128)),) * 2,
+    ),
+    # m = 1/4: 0.073 x sqrt(1/4) = 0.0365
+    "mup": (
+        dict(init="mup", init_std=0.073, init_cut=2.0, mup_base_width=32), 0.073, 0.0365,
+        lambda i: (0.0365 / math.sqrt(6),) * 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+def test_initialisation_has_the_deviations_that_were_published(scheme, ffn):
+    settings, outer, inner, writes = SCHEMES[scheme]
+    cfg = Model(
+        vocab_size=500, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=300, norm="layernorm",
+        bias=True, ffn=ffn, positions="learned", seq_len=90, **settings,
+    )  # fmt: skip
+    cut = 3.0 if scheme == "mitchell" else cfg.init_cut
     for name, p in make(cfg).named_parameters():
         if p.ndim == 1:
-            assert torch.equal(p, torch.ones_like(p))
-        else:  # the sample deviation of n normal numbers has a relative error of 1/sqrt(2n); five of those
-            assert abs(p.std() / 0.03 - 1) < 5 / math.sqrt(2 * p.numel()), name
-
-
-def test_mitchell_initialisation_shrinks_with_fan_in_and_depth():
-    cfg = Model(vocab_size=500, d_model=128, n_layers=3, n_heads=4, d_ff=300, init="mitchell",
-                norm="nonparametric_layernorm")  # fmt: skip
-    # A normal cut at 3 sigma has 0.98658 of its deviation: sqrt(1 - 2 x 3 phi(3) / (2 Phi(3) - 1)).
-    cut = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))
-    for name, p in make(cfg).named_parameters():
-        expected = 128**-0.5
-        if "layers." in name:
-            depth = int(name.split(".")[1]) + 1
-            if "o_proj" in name:
-                expected = (2 * 128 * depth) ** -0.5
-            if "down_proj" in name:
-                expected = (2 * 300 * depth) ** -0.5
-        assert abs(p.std() / (cut * expected) - 1) < 5 / math.sqrt(2 * p.numel()), name
-        assert p.abs().max() <= 3 * expected
+            assert torch.equal(p, torch.full_like(p, 0.0 if name.endswith("bias") else 1.0)), name
+            continue
+        expected = inner if name.startswith("layers.") else outer
+        for matrix, std in zip(
+            ("o_proj", "down_proj"), writes(int(name.split(".")[1]) if "layers" in name else 0)
+        ):
+            expected = std if matrix in name else expected
+        # the sample deviation of n normal numbers has a relative error of 1/sqrt(2n); five of those
+        assert abs(p.std() / (cut_share(cut) * expected) - 1) < 5 / math.sqrt(2 * p.numel()), name
+        assert not cut or p.abs().max() <= cut * expected
 
 
 def test_the_seed_alone_decides_the_weights():

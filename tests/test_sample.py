@@ -245,3 +245,45 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsy
         code, _, errors = main(monkeypatch, capsys, *arguments)
         assert code == 2
         assert message in errors and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_of_different_lengths_padded_on_the_right_go_on_as_if_alone(model, monkeypatch, temperature):
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 20)  # prompts are read 2 at a time
+    tokens, lengths = prompts(5, 9), torch.tensor([9, 1, 4, 8, 2])
+    if temperature:  # one generator draws for all rows: nothing to compare with but the shapes
+        made = sample.generate(model, tokens, 6, temperature, lengths=lengths)
+        assert made.shape == (5, 15)
+        return
+    made = sample.generate(model, tokens, 11, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        alone = sample.generate(model, tokens[b : b + 1, :n], 11)[0]
+        assert torch.equal(made[b, : n + 11], alone)
+
+
+def test_right_padded_greedy_text_is_that_of_transformers(model):
+    transformers = pytest.importorskip("transformers")
+    import families
+
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**families.hf_config(model.cfg, eot=0)))
+    theirs.load_state_dict(families.to_family(model.state_dict(), model.cfg))
+    tokens, lengths = prompts(4, 8, seed=3).clamp(min=1), torch.tensor([8, 3, 5, 1])
+    made = sample.generate(model, tokens, 7, lengths=lengths)
+    left = torch.zeros_like(tokens)  # `generate` there wants padding on the left
+    for b, n in enumerate(lengths.tolist()):
+        left[b, 8 - n :] = tokens[b, :n]
+    mask = torch.arange(8) >= 8 - lengths[:, None]
+    expected = theirs.eval().generate(
+        left, attention_mask=mask.long(), max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0
+    )
+    for b, n in enumerate(lengths.tolist()):
+        # min_new_tokens forbids the end of text there: what came before it must agree
+        ours = made[b, n : n + 7].tolist()
+        until = ours.index(0) if 0 in ours else 7
+        assert ours[:until] == expected[b, 8 : 8 + until].tolist()
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [9, 3], [3]])
+def test_lengths_that_cannot_be_are_refused(model, lengths):
+    with pytest.raises(ConfigError, match="give each as 1 to 8"):
+        sample.generate(model, prompts(2, 8), 3, lengths=torch.tensor(lengths))

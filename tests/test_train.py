@@ -1,8 +1,10 @@
 """train.py and parallel.py: numbers by hand, interruptions that leave no trace, processes that agree."""
 
 import dataclasses
+import itertools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,3 +346,96 @@ def test_ten_steps_of_the_demo_have_their_golden_losses():
         losses.append(loss.item())
     rounded = [round(loss, 5) for loss in losses]
     assert losses == pytest.approx(GOLDEN, abs=1e-4), f"{rounded}"
+
+
+# ---- beginning with a model of someone else's, and other architectures ------------------------------------
+
+
+def test_init_from_begins_with_those_weights_and_says_so(recipe, whole, tmp_path):
+    run = tmp_path / "adapted"
+    train.train(load(recipe, run, f"--init-from={whole}", "--train.steps=3", "--optim.lr=1e-3"))
+    last = checkpoint.checkpoints(whole)[-1]
+    first, *_ = checkpoint.checkpoints(run)
+    assert first.step == 0
+    assert first.state["files"]["model.safetensors"] == last.state["files"]["model.safetensors"]
+    start, *_ = files.read_lines(run / "ledger.jsonl")
+    assert start["init_from"] == str(last.path)
+    assert metrics(run)[0]["loss"] < 0.8 * metrics(whole)[0]["loss"]  # it knows these sheep already
+
+
+def test_init_from_goes_on_from_its_own_checkpoints_when_the_origin_is_gone(recipe, whole, tmp_path):
+    origin, run = tmp_path / "origin", tmp_path / "run"
+    shutil.copytree(checkpoint.checkpoints(whole)[2].path, origin)
+    train.train(load(recipe, run, f"--init-from={origin}", "--train.steps=4"))
+    shutil.rmtree(origin)
+    train.train(load(recipe, run, f"--init-from={origin}", "--train.steps=6"))
+    assert [c.step for c in checkpoint.checkpoints(run)] == [0, 4, 6]
+    with pytest.raises(ConfigError, match="init_from"):
+        train.train(load(recipe, run, "--train.steps=8"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--model.d_ff=44", "add --model.d_ff=40"),
+        ("--model.rope_theta=300", "add --model.rope_theta=10000.0"),
+        ("--init-from=/nowhere", "not a folder"),
+    ],
+)
+def test_init_from_of_another_model_is_refused_before_anything_is_written(
+    recipe, whole, tmp_path, override, expected
+):
+    with pytest.raises(ConfigError, match=expected):
+        train.train(load(recipe, tmp_path / "run", f"--init-from={whole}", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_a_model_with_another_tokenizer_is_refused(recipe, whole, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
+    (origin / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
+        train.train(load(recipe, tmp_path / "run", f"--init-from={origin}"))
+
+
+ARCHITECTURES = {
+    "documents apart": ["--model.document_mask=true"],
+    "pythia": ["--model.norm=layernorm", "--model.ffn=gelu", "--model.bias=true", "--model.n_kv_heads=4",
+               "--model.parallel_residual=true", "--model.init=small_wang", "--optim.decay=matrices"],
+    "olmo 2": ["--model.norm_place=after", "--model.qk_norm=true", "--optim.decay=not_embeddings"],
+    "mup": ["--model.init=mup", "--model.mup_base_width=8", "--model.rope_pairs=neighbours",
+            "--model.embedding_multiplier=3", "--model.tie_embeddings=true", "--optim.decay=matrices"],
+    "alibi": ["--model.positions=alibi", "--model.window=9"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_learns_resumes_bit_for_bit_and_is_evaluated(recipe, tmp_path, name):
+    overrides = ARCHITECTURES[name]
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    train.train(load(recipe, straight, "--train.steps=20", *overrides))
+    train.train(load(recipe, interrupted, "--train.steps=11", *overrides))
+    train.train(load(recipe, interrupted, "--train.steps=20", *overrides))
+    assert weights(straight)["step-00000020"] == weights(interrupted)["step-00000020"]
+    losses = [record["loss"] for record in metrics(straight)]
+    assert losses[-1] < losses[0] - 0.5
+    result = subprocess.run([sys.executable, ROOT / "eval.py", straight], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    scored = {line["checkpoint"]: line["loss"] for line in files.read_lines(straight / "evals.jsonl")}
+    assert scored["step-00000020"] < scored["step-00000000"] - 0.5
+
+
+def test_a_document_mask_in_training_is_that_of_the_tokenizers_end_of_text(recipe, tmp_path):
+    cfg = load(recipe, tmp_path / "run", "--train.steps=1", "--model.document_mask=true")
+    train.train(cfg)
+    dataset = Dataset(cfg.dataset)
+    net = checkpoint.load_model(tmp_path / "run" / "checkpoints" / "step-00000000")
+    assert net.eot == dataset.manifest["eot"]
+    nats = 0.0
+    for row in torch.from_numpy(dataset.batch(0, 6)):  # each document of each row alone
+        inputs, targets = row[:-1], row[1:]
+        ends = [0, *(i + 1 for i, token in enumerate(inputs.tolist()) if token == net.eot), 24]
+        for first, end in itertools.pairwise(ends):
+            if end > first:
+                nats += net(inputs[None, first:end], targets[None, first:end]).item()
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(nats / 144, abs=2e-6)
