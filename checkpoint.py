@@ -76,6 +76,8 @@ def save(
         )
         for name, content in tokenizer_files.items():
             (aside / name).write_bytes(content)
+        for path in aside.glob("*.safetensors"):  # which are written readable by their owner alone
+            shutil.copymode(aside / "config.json", path)
         written = sorted(aside.iterdir())
         for path in written:
             files.sync(path)
@@ -209,7 +211,7 @@ def open_tensors(path: Path):
         raise ConfigError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{path} cannot be read: {error}; where it is damaged, remove its folder to go on without it"
+            f"{path} cannot be read: {error}; if it is damaged, get it again, or take its folder away"
         ) from None
 
 

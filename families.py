@@ -233,7 +233,7 @@ def require(hf: dict, **values) -> None:
 def end_of_text(hf: dict) -> int | None:
     """The token that ends a document, by a folder's config.json: the first where there are several."""
     eot = hf.get("eos_token_id")
-    return eot[0] if isinstance(eot, list) and eot else eot
+    return (eot[0] if eot else None) if isinstance(eot, list) else eot
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope, mask, cache: Cache | None) -> Tensor:
         """x (B, T, D) -> (B, T, D); rope: what rotary_angles gives, or None; mask: what visible gives."""
+        x = cast_once(x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H Dh), 2 x (B, T, K Dh)
         if self.clip:
             q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
@@ -181,6 +182,12 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """What several matrices read, cast as autocast would for each of them, which keeps a copy for each."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class MLP(nn.Module):
     """The feed-forward: down(act(gate(x)) * up(x)) (Shazeer 2020, eq. 6), or down(act(up(x)))."""
 
@@ -193,6 +200,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast_once(x)
         if self.kind == "swiglu":
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         if self.kind == "geglu":
@@ -351,7 +359,7 @@ def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None
     """What attention is told about who sees whom: token t the tokens first[t] ... t.
 
     None where order alone decides, else a mask for PyTorch's attention: of booleans, or for ALiBi of numbers
-    to add, (T, S), (H, T, S), (B, 1, T, S) or (B, H, T, S). On CUDA, where a row is read whole, flex
+    to add, (B or 1, H or 1, T, S). On CUDA, where a row is read whole, flex
     attention's own form of it, which skips what is not seen instead of computing it.
     """
     T = index.shape[-1]
@@ -362,12 +370,12 @@ def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None
     if cache is None and index.device.type == "cuda":
         return block_mask(first, T, index.device)
     keys = torch.arange(T if cache is None else cache.end + T, device=index.device)
-    distance = index[..., None] - keys  # (T, S) or (B, T, S)
+    index = index.expand(1, T) if index.ndim == 1 else index  # (B or 1, T)
+    distance = index[:, None, :, None] - keys  # (B or 1, 1, T, S)
     seen = distance >= 0
     if first is not None:
-        seen = seen & (keys >= first[..., None])
-    if seen.ndim == 3:
-        seen, distance = seen[:, None], distance[:, None] if distance.ndim == 3 else distance  # (B, 1, T, S)
+        first = first.expand(1, T) if first.ndim == 1 else first
+        seen = seen & (keys >= first[:, None, :, None])
     if cfg.positions != "alibi":
         return seen
     slopes = torch.tensor(alibi_slopes(cfg.n_heads), device=index.device)[:, None, None]

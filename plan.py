@@ -1,0 +1,277 @@
+"""What a config costs, before anything is rented: parameters, FLOPs, memory, disk, hours, energy, money.
+
+    python plan.py configs/7b.py --gpus 8 --gpu a100-80gb --strategy fsdp --checkpointing all
+    python plan.py 124m --gpus 1 --tokens-per-second-per-gpu 150000 --price 2.0    # with a measured speed
+    python plan.py demo --train.micro_batch_size=4                                 # settings as everywhere
+
+Reads the config and, where the dataset is built, its manifest; writes nothing; imports no torch. A plan that
+does not fit into memory is refused (exit code 2) with the smallest change that would fit. Memory is that of
+train.py and model.py as they stand; FSDP and activation checkpointing are planned for, not there yet.
+
+Letters: T seq_len, D d_model, L n_layers, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary.
+"""
+
+import argparse
+import itertools
+
+import config
+from config import Config, ConfigError
+from cost import (
+    GIB,
+    GPUS,
+    USABLE,
+    USABLE_ON_CPU,
+    Schedule,
+    disk,
+    fits,
+    flops_per_token,
+    hours,
+    machine,
+    megawatt_hours,
+    memory,
+    mfu,
+    parameters,
+    precise,
+    schedule,
+    smallest_change,
+    tonnes_co2,
+    total,
+    usable,
+    without_padding,
+)
+
+# ---- the report -------------------------------------------------------------------------------------------
+
+
+def row(name: str, value: object, note: str = "") -> str:
+    value = f"{value:,}" if isinstance(value, int) else value
+    return f"  {name:<28}{value:>16}   {note}".rstrip()
+
+
+def big(n: float, unit: str = "") -> str:
+    """big(9.73e12, "B") -> "9.73 TB"; powers of a thousand, as disks and FLOPs are counted."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:,.{2 if n < 100 * size else 0}f} {prefix}{unit}"
+    return f"{n:.3g} {unit}".rstrip()
+
+
+def amount(n: float, unit: str, thousandth: str) -> str:
+    """amount(22.8, "t", "kg") -> "22.8 t"; amount(0.0032, "t", "kg") -> "3.2 kg"."""
+    return f"{n:,.1f} {unit}" if n >= 1 else f"{n * 1000:,.1f} {thousandth}"
+
+
+def about_parameters(cfg: Config) -> list[str]:
+    counts = parameters(cfg.model)
+    out = ["parameters", *(row(part, count) for part, count in counts.items() if count)]
+    out.append(row("total", sum(counts.values())))
+    entries = cfg.tokenizer.vocab_size
+    if entries < cfg.model.vocab_size:
+        note = f"{entries:,} entries in the tokenizer, {cfg.model.vocab_size:,} rows in the model"
+        out.append(row("total without padding", without_padding(cfg.model, entries), note))
+    return out
+
+
+def about_flops(cfg: Config) -> list[str]:
+    flops = flops_per_token(cfg.model)
+    return [
+        "FLOPs a token, forward and backward",
+        row("6N", big(flops["6N"]), "N: all parameters"),
+        row("6N + 12 L (H Dh) T", big(sum(flops.values())), "with attention as PaLM counts it, appendix B"),
+    ]
+
+
+KINDS = {
+    "weights": "weights, FP32",
+    "gradients": "gradients, FP32",
+    "optimizer": "AdamW's moments, 2 x FP32",
+    "copies": "copies in BF16, gathered",
+    "activations": "activations",
+    "loss": "logits and their gradients",
+    "working": "being computed",
+}
+
+
+def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
+    """The plan, and beside it what DDP, FSDP and checkpointing would change."""
+    cuda, chosen = args.gpu != "cpu", (args.strategy, args.checkpointing)
+    strategies = ("ddp", "fsdp") if args.gpus > 1 and cuda else (args.strategy,)
+    plans = {
+        key: memory(cfg, args.gpus, *key, cuda) for key in itertools.product(strategies, ("none", "all"))
+    }
+
+    def line(name: str, values) -> str:
+        return f"  {name:<28}" + "".join(f"{value:>16}" for value in values)
+
+    where = "each GPU" if cuda else "each process"
+    names = [f"{s.upper()} " * (len(strategies) > 1) + ("ckpt" if c == "all" else "") for s, c in plans]
+    names = [name.strip() or "no ckpt" for name in names]
+    limit, size = usable(args.gpu, args.gpus), machine(args.gpu).memory
+    share, rest = (USABLE, "CUDA, NCCL and gaps") if cuda else (USABLE_ON_CPU, "all else and malloc's gaps")
+    unit, each = ("GiB", GIB) if total(plans[chosen]) >= GIB else ("MiB", 2**20)
+    how = f"micro-batch {cfg.train.micro_batch_size}, {precise(cfg, cuda)}"
+    rows = {name: [plan[kind] for plan in plans.values()] for kind, name in KINDS.items()}
+    rows["total"] = [total(plan) for plan in plans.values()]
+    return [
+        f"memory: {unit} on {where} at its peak; {how}",
+        line("", [f"> {name}" if key == chosen else name for name, key in zip(names, plans)]),
+        *(line(name, [f"{v / each:,.2f}" for v in values]) for name, values in rows.items() if any(values)),
+        line("", ["fits" if value <= limit else "does not fit" for value in rows["total"]]),
+        f"  >: the plan; its peak is when {plans[chosen]['at']}. ckpt: activation checkpointing.",
+        f"  Usable: {limit / GIB:,.1f} GiB, {share:.0%} of {size / GIB:,.1f}"
+        + f" over {args.gpus} processes" * (not cuda and args.gpus > 1)
+        + f"; the rest is for {rest}.",
+        "  FSDP and activation checkpointing: a forecast; train.py has neither yet.",
+    ]
+
+
+def about_steps(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[str]:
+    batch, T, micro = cfg.train.batch_size, cfg.model.seq_len, cfg.train.micro_batch_size
+    accumulation = config.accumulation_steps(batch, micro, args.gpus)
+    each, more = divmod(when.steps, len(when.chunk_ends))
+    chunks = f"{len(when.chunk_ends)} chunks" + f"; {more} of them have one step more" * (more > 0)
+    left = when.rows - when.steps * batch
+    process = "GPU" if args.gpu != "cpu" else "process"
+    early = f"train.steps; the schedule has {when.steps:,}" if when.last_step < when.steps else ""
+    return [
+        f"steps: {when.rows:,} rows of {T:,} tokens, from {when.source}",
+        row("tokens a step", batch * T, f"{batch:,} rows"),
+        row("gradient accumulation", accumulation, f"micro-batches of {micro} rows a step on each {process}"),
+        row("steps", when.last_step, early),
+        row("steps a chunk", each, chunks),
+        row("tokens", when.last_step * batch * T, f"{left:,} rows at the end fill no step" if left else ""),
+    ]
+
+
+def about_disk(cfg: Config, when: Schedule) -> list[str]:
+    n, entry = len(when.checkpoints), 2 if cfg.model.vocab_size < 2**16 else 4
+    b = disk(cfg.model, n)
+    one = f"weights {big(b['weights'], 'B')}, AdamW's moments twice that"
+    rows = when.rows * (cfg.model.seq_len + 1) * entry
+    return [
+        "disk",
+        row("one checkpoint", big(b["weights"] + b["optimizer"], "B"), one),
+        row(f"all {n:,} checkpoints", big(b["all"], "B"), "step 0 included, which has no moments"),
+        row("without the optimizer", big(b["all without optimizer"], "B")),
+        row("the dataset's rows", big(rows, "B"), f"{entry} bytes a token"),
+    ]
+
+
+def about_time(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[str]:
+    gpu, flops = machine(args.gpu), sum(flops_per_token(cfg.model).values())
+    speed, how = args.tokens_per_second_per_gpu, "stated"
+    if not speed and not gpu.flops:
+        way = "train a few steps and give --tokens-per-second-per-gpu"
+        return ["time", f"  No peak is known for a CPU: {way}."]
+    if not speed:
+        speed, how = args.mfu * gpu.flops / flops, "from the MFU"
+    one = "GPU" if gpu.flops else "process"
+    long = hours(when.last_step * cfg.train.batch_size * cfg.model.seq_len, speed, args.gpus)
+    out = [f"time and energy on {args.gpus} x {args.gpu}"]
+    out.append(row(f"tokens a second a {one}", f"{speed:,.0f}", how))
+    if gpu.flops:
+        plain, palm = mfu(cfg.model, speed, gpu.flops)
+        how = "from the speed" if args.tokens_per_second_per_gpu else args.mfu_is
+        note = f"{how}; {plain:.1%} by 6N; of {gpu.flops / 1e12:,.0f} TFLOP/s, dense BF16"
+        out.append(row("MFU, attention counted", f"{palm:.1%}", note))
+    out.append(row("hours", f"{long:,.1f}", f"{long / 24:,.1f} days without a pause"))
+    out.append(row(f"{one}-hours", f"{long * args.gpus:,.1f}"))
+    watts = args.watts or gpu.watts
+    if watts:
+        mwh = megawatt_hours(long * args.gpus, watts)
+        draw = (
+            f"{watts:,.0f} W each on average, {'stated' if args.watts else 'assumed: the limit of the board'}"
+        )
+        out.append(
+            row(f"energy of the {'GPUs' if gpu.flops else 'processes'}", amount(mwh, "MWh", "kWh"), draw)
+        )
+        carbon = tonnes_co2(mwh, args.pue, args.kg_co2_per_kwh)
+        note = f"x PUE {args.pue:g} x {args.kg_co2_per_kwh:g} kg/kWh"
+        out.append(row("CO2 equivalent", amount(carbon, "t", "kg"), note))
+    else:
+        out.append("  Energy: give --watts, what a process's share of the machine draws.")
+    if args.price:
+        out.append(row("money", f"{long * args.gpus * args.price:,.0f}", f"at {args.price:g} a {one}-hour"))
+    return out
+
+
+def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Raises ConfigError for what is not known and for values that make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="plan.py", description=__doc__, epilog=config.settings_help(), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python plan.py CONFIG [flags] [--section.name=value ...]",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("config", help="configs/7b.py, or 7b")
+    add("--gpu", choices=(*GPUS, "cpu"), help="default: a100-80gb, or cpu where train.device is")
+    add("--gpus", type=int, help="processes, one a GPU; default: 8, a node; on a CPU 1")
+    add("--strategy", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, a whole model on each")
+    add("--checkpointing", choices=("none", "all"), default="none", help="of activations; default: none")
+    add("--tokens", type=float, help="to train on; default: the dataset's, or data.expected_tokens")
+    add("--mfu", type=float, help="share of the peak, attention counted; default: 0.4")
+    add("--tokens-per-second-per-gpu", type=float, help="measured, instead of --mfu")
+    add("--watts", type=float, help="average of one GPU; default: its board's limit")
+    add("--pue", type=float, default=1.1, help="power usage effectiveness; default: 1.1, as OLMo and LLaMA")
+    add("--kg-co2-per-kwh", type=float, default=0.385, help="of the grid; default: 0.385, as LLaMA")
+    add("--price", type=float, help="of a GPU-hour, in any currency; default: no money is named")
+    args, overrides = parser.parse_known_args(argv)
+    flags = [action.option_strings[-1][2:] for action in parser._actions if action.option_strings]
+    for override in overrides:
+        name = override.removeprefix("--").partition("=")[0]
+        if override.startswith("--") and name not in config.SETTINGS:
+            raise ConfigError(f"--{name}{config.did_you_mean(name, [*flags, *config.SETTINGS])}")
+    cfg = config.load(args.config, overrides)
+    for name, value in vars(args).items():
+        flag, zero = name.replace("_", "-"), name == "kg_co2_per_kwh"  # a grid may be free of it
+        if isinstance(value, (int, float)) and not (value > 0 or (zero and value == 0)):
+            raise ConfigError(f"--{flag}={value} must be a number above 0")
+        if value == float("inf"):
+            raise ConfigError(f"--{flag}={value} must be finite")
+    if args.mfu and args.tokens_per_second_per_gpu:
+        raise ConfigError("--mfu and --tokens-per-second-per-gpu say the same thing twice; keep one")
+    if args.mfu and args.mfu > 1:
+        raise ConfigError(f"--mfu={args.mfu} is a share of the peak: 40 % is 0.4")
+    args.mfu_is, args.mfu = ("stated", args.mfu) if args.mfu else ("assumed", 0.4)
+    args.gpu = args.gpu or ("cpu" if cfg.train.device == "cpu" else "a100-80gb")
+    args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
+    if args.pue < 1:
+        raise ConfigError(f"--pue={args.pue}: all power over the computers' power is at least 1")
+    if args.gpu == "cpu" and args.strategy == "fsdp":
+        raise ConfigError("--strategy=fsdp is planned for GPUs; on a CPU use ddp")
+    config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, args.gpus)  # they must divide
+    return cfg, args
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        cfg, args = command_line(argv)
+        when = schedule(cfg, args.tokens or 0)
+        how = f", {args.strategy.upper()}" * (args.gpus > 1)
+        how += ", activation checkpointing" * (args.checkpointing == "all")
+        print(f"{cfg.name} on {args.gpus} x {args.gpu}{how}")
+        for section in (about_parameters(cfg), about_flops(cfg), about_memory(cfg, args)):
+            print("\n" + "\n".join(section))
+        plan = (cfg, args.gpus, args.strategy, args.checkpointing)
+        if not fits(*plan, args.gpu):
+            need, have = total(memory(*plan, args.gpu != "cpu")), usable(args.gpu, args.gpus)
+            change = " ".join(smallest_change(*plan, args.gpu))
+            advice = f"it would with {change}" if change else (
+                "no smaller micro-batch, checkpointing, FSDP or number of GPUs up to 4,096 makes it fit; "
+                "use a larger GPU or a smaller model"
+            )  # fmt: skip
+            raise ConfigError(
+                f"this does not fit: {need / GIB:,.1f} GiB where {have / GIB:,.1f} are usable; {advice}"
+            )
+        if when is None:
+            missing = f"{cfg.dataset} is not built and data.expected_tokens is not set; state --tokens"
+            print(f"\nsteps, disk and time\n  Not known: {missing}.")
+            return
+        for section in (about_steps(cfg, args, when), about_disk(cfg, when), about_time(cfg, args, when)):
+            print("\n" + "\n".join(section))
+    except ConfigError as error:
+        config.fail(error)
+
+
+if __name__ == "__main__":
+    main()
