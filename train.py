@@ -1,6 +1,7 @@
 """The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
 
     python train.py configs/demo.py                              # one process
+    python train.py demo --init_from=models/mine --run=runs/new  # from someone's weights, not from init_weights
     torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
@@ -241,7 +242,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     differs = [name for name in ours if name not in free and ours[name] != theirs[name]]
     if differs:
         settings = " ".join(f"--model.{name}={theirs[name]}" for name in differs)
-        raise ConfigError(f"--init-from={cfg.init_from} is a model with other settings; add {settings}")
+        raise ConfigError(f"--init_from={cfg.init_from} is a model with other settings; add {settings}")
     name, digest = dataset.manifest["tokenizer"]["file"], dataset.manifest["tokenizer"]["sha256"]
     if (folder / name).exists() and files.sha256(folder / name) != digest:
         raise ConfigError(
