@@ -50,6 +50,7 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
         }[cfg.decay]
         scale = mup_scale if name.startswith("layers.") and p.ndim > 1 else 1.0
         groups.setdefault((decays, scale), []).append(p)
+    assert mup_scale == 1 or any(scale != 1 for _, scale in groups), "muP knows matrices by the name layers.*"
     return [
         {"params": parameters, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale}
         for (decays, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)

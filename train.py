@@ -1,7 +1,7 @@
 """The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
 
     python train.py configs/demo.py                              # one process
-    python train.py demo --init_from=models/mine --run=runs/new  # from someone's weights, not from init_weights
+    python train.py demo --init_from=models/mine --run=runs/new  # from weights that are there
     torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
