@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import files
-from config import ConfigError
+from config import ConfigError, load_run
 from families import NOT_WEIGHTS, end_of_text, hf_config, model_config, place, read_config, to_family, unpack
 from model import Transformer
 
@@ -215,18 +216,36 @@ def open_tensors(path: Path):
         ) from None
 
 
-def model_folder(path: Path | str) -> Path:
-    """A model folder itself, or the newest complete checkpoint of a run folder. ConfigError for others."""
+def step_number(name: str) -> int:
+    """640 and step-00000640 both name a checkpoint on a command line."""
+    return int(name.removeprefix("step-"))
+
+
+def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
+    """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
+    load_run(run)  # only for its message where this is no run
+    found = {c.step: c for c in checkpoints(run)}
+    if not found:
+        raise ConfigError(f"{run} has no complete checkpoint yet; train.py writes the first one at step 0")
+    for step in steps:
+        if step not in found:
+            raise ConfigError(
+                f"{run} has no complete checkpoint of step {step}; it has {', '.join(map(str, found))}"
+            )
+    return [found[step] for step in sorted(set(steps) or found)]
+
+
+def model_folder(path: Path | str, step: int | None = None) -> Path:
+    """A run -> the folder of its newest complete checkpoint, or of `step`'s; any model folder -> itself."""
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; give a run (runs/demo), a checkpoint or a model folder")
-    if not (path / "checkpoints").is_dir():
-        read_config(path)
-        return path
-    found = checkpoints(path)
-    if not found:
-        raise ConfigError(f"{path} has no complete checkpoint yet; train.py writes the first one at step 0")
-    return found[-1].path
+    if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
+        return chosen(path, [] if step is None else [step])[-1].path
+    if step is not None:
+        raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
+    read_config(path)
+    return path
 
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Transformer:

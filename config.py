@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """The transformer; the defaults are LLaMA-7B. A 0 marked "derived" is filled in when a config loads."""
+    """The transformer, by default LLaMA-7B but for norm_eps. A 0 marked "derived" is filled in later."""
 
     vocab_size: int = 32000  # rows of the embedding; at least the tokenizer's vocabulary
     seq_len: int = 2048  # tokens of context, T
@@ -119,6 +119,10 @@ class Model:
             raise ConfigError(
                 f"model.init={self.init!r} and model.mup_base_width={self.mup_base_width}: muP is both or "
                 "neither; use init='mup' with the base width, or another init with mup_base_width=0"
+            )
+        if self.init == "mitchell" and self.init_cut not in (0, 3):
+            raise ConfigError(
+                f"model.init_cut={self.init_cut}: init='mitchell' always cuts at 3; leave it out"
             )
         return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head)
 

@@ -36,20 +36,28 @@ GPUS = {
     "rtx-4090": Gpu(23.6 * GIB, 165e12, 450),
 }
 # Others under the names that PyTorch gives them; the first that is part of a device's name counts.
-PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 836e12,
-         "H200": 989e12, "RTX 4090": 165e12}  # fmt: skip
+PEAKS = {
+    "A100": GPUS["a100-80gb"].flops,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": GPUS["h100-80gb"].flops,
+    "H200 NVL": 836e12,
+    "H200": GPUS["h200"].flops,
+    "RTX 4090": GPUS["rtx-4090"].flops,
+}
 # The rest is for what is not our tensors: CUDA's context, buffers of cuBLAS and NCCL, gaps between tensors.
 USABLE = 0.95
 # A CPU process was resident with 1.2 to 1.6 times its tensors (benchmarks/bench_memory.py): malloc's gaps.
 USABLE_ON_CPU = 0.6
-LOGITS_BYTES = 2**25  # loss.LOGITS_BYTES, which cannot be imported without torch; a test compares them
+# loss.LOGITS_BYTES and LOGITS_BYTES_CUDA, which cannot be imported without torch; a test compares them
+LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
 
 
 # ---- parameters and FLOPs ---------------------------------------------------------------------------------
 
 
 def parameters(model: Model) -> dict[str, int]:
-    """Exact count by part: sum(parameters(AMBER).values()) -> 6738415616. A tied head is the embedding."""
+    """Exact count by part: sum(parameters(Model()).values()) -> 6738415616. A tied head is the embedding."""
     m = model.resolved()
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
     into = 2 if gated(m) else 1  # matrices from D to F; one more leads back
@@ -175,15 +183,17 @@ def memory(cfg: Config, gpus: int, strategy: str, checkpointing: str, cuda: bool
 
     held = accumulation > 1 or (gpus > 1 and not fsdp)  # gradients that are there when backward begins
     kept = activations(m, n, bf16, cuda, checkpointing)
-    alone = activations(m, n, bf16, cuda, "all") - kept_by_layer(m, n, bf16, cuda)  # none being recomputed
-    forward = kept if checkpointing == "none" else alone
+    layer = kept_by_layer(m, n, bf16, cuda)
+    # what a block leaves for backward; with checkpointing, one block more is there while it is computed again
+    each, forward = (layer, kept) if checkpointing == "none" else (FP32 * n * D, kept - layer)
     if fsdp:  # this block's weights and the next one's, and the embedding and head for the whole of a step
         copies = c * (2 * block + counts["embedding"] + counts["head"])
         copies += FP32 * block  # gradients of a block on their way to the GPUs that own them
     else:  # autocast keeps its copies of the matrices until backward has used them
         copies = c * m.n_layers * block * bf16
     copies_backward = c * block * bf16 if checkpointing == "all" and not fsdp else copies
-    rows = min(n, max(1, LOGITS_BYTES // (FP32 * m.vocab_size)))  # of a slice of logits
+    slice_bytes = LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES
+    rows = min(n, max(1, slice_bytes // (FP32 * m.vocab_size)))  # of a slice of logits
     slice_ = rows * m.vocab_size * (FP32 + 2 * BF16 * bf16)  # in BF16 once before and once after
     product = table * (BF16 if cuda else BF16 + FP32)  # a CPU makes it FP32 before it adds it
     into = 2 if gated(m) else 1
@@ -211,6 +221,13 @@ def memory(cfg: Config, gpus: int, strategy: str, checkpointing: str, cuda: bool
             "activations": kept,
             "loss": 0,
             # gradients of the stream, of what gate and up gave, and of the matrix after them
+            "working": (FP32 + c) * n * D + into * c * n * F + (FP32 + c * bf16) * D * F,
+        },
+        "the first block goes backward": {
+            "gradients": FP32 * (P if held else P - block - table) / shards,
+            "copies": copies_backward,
+            "activations": kept - (m.n_layers - 1) * each,
+            "loss": 0,
             "working": (FP32 + c) * n * D + into * c * n * F + (FP32 + c * bf16) * D * F,
         },
         "backward ends": {

@@ -3,6 +3,7 @@
     python eval.py runs/demo            # every checkpoint; also computes memorize.py's score
     python eval.py runs/demo --checkpoint 640 --source code --max_rows 50 --no-memorization
     python eval.py runs/demo --check    # and exit 1 unless the run is whole and good enough
+    python eval.py models/mine --dataset datasets/mine    # loss of any model folder, printed only
 
     loss           nats of all target tokens / number of target tokens
     perplexity     e^loss
@@ -33,10 +34,10 @@ import files
 import memorize
 import parallel
 import tokenizer as tokenizers
+from checkpoint import chosen, step_number
 from config import Config, ConfigError
 from dataset import Dataset
 from model import Transformer
-from sample import chosen, step_number
 
 PROTOCOL = "nats-over-bytes-1"  # of the numbers in a line; a change of their meaning gives it a new name
 LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
@@ -216,16 +217,51 @@ def adds_up(line: dict, part: memorize.Part, trained_rows: int) -> bool:
 # ---- the command line -------------------------------------------------------------------------------------
 
 
+def eval_folder(args: argparse.Namespace) -> None:
+    """The loss of a model folder that is in no run, on the validation rows of a dataset; writes nothing."""
+    folder, dataset = checkpoint.model_folder(args.run), Dataset(args.dataset)
+    if args.checkpoint or args.check:
+        raise ConfigError(
+            "--dataset is for a model folder; --checkpoint and --check are for a run, without it"
+        )
+    tokenizer = tokenizers.load(dataset.folder)
+    known = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    if known and all(files.sha256(path) != tokenizer.sha256 for path in known):
+        raise ConfigError(
+            f"{args.dataset} was made with another tokenizer than {known[0]}; build one with that: "
+            f"python data.py CONFIG --tokenizer.path={folder} --dataset=FOLDER"
+        )
+    cfg = Config()
+    device = memorize.here(cfg)
+    model = checkpoint.load_model(folder, device)
+    if dataset.seq_len > model.cfg.seq_len or dataset.vocab_size > model.cfg.vocab_size:
+        raise ConfigError(
+            f"{args.dataset} has rows of {dataset.seq_len} tokens and {dataset.vocab_size} ids; {folder} was "
+            f"trained on {model.cfg.seq_len}, and knows {model.cfg.vocab_size}"
+        )
+    lines = {}
+    for source in args.source or dataset.sources:
+        rows = dataset.validation(source)[: args.max_rows or None]
+        with memorize.bar(source, " rows", len(rows)) as progress:
+            with parallel.autocast(device, parallel.precision("auto", device)):
+                nats = nats_of(model, rows, cfg.eval.batch_size, progress.update)
+        lines[source] = measures(nats, rows[:, 1:], tokenizer.n_bytes)
+    print(show([(checkpoint.Checkpoint(folder, 0, {}), lines)]))
+
+
 def run_eval(args: argparse.Namespace) -> list[str]:
     """All that was asked for; returns the problems that --check finds."""
+    if args.max_rows is not None and args.max_rows < 0:
+        raise ConfigError(f"--max_rows {args.max_rows}: use 0 for all rows, or a number of rows")
+    if args.dataset:
+        eval_folder(args)
+        return []
     of = chosen(args.run, args.checkpoint)
     cfg = config.load_run(args.run)
     dataset = memorize.dataset_of(args.run, cfg, of)
     for source in args.source:
         dataset.validation(source)  # ConfigError where it is unknown, before any work
     max_rows = cfg.eval.max_rows if args.max_rows is None else args.max_rows
-    if max_rows < 0:
-        raise ConfigError(f"--max_rows {max_rows}: use 0 for all rows, or a number of rows")
     sources = [source for source in dataset.sources if source in args.source or not args.source]
     print(show(evaluate(args.run, cfg, dataset, of, sources, max_rows)), flush=True)
     if args.memorization:
@@ -237,7 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN|FOLDER")
+    parser.add_argument("--dataset", help="for a model folder that is in no run: whose held-out rows to read")
     parser.add_argument(
         "--checkpoint", type=step_number, nargs="+", default=[], metavar="STEP", help="default: all"
     )

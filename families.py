@@ -9,7 +9,7 @@ read and write the files.
     gpt_neox   Pythia, GPT-NeoX                                     baichuan   baichuan-7B and 13B (packed)
     nano360    every other model of ours, with our own names: no class of `transformers` computes it
 
-A model that is not the first of these that fits is the next: a plain LLaMA of baichuan's sizes is a "llama".
+The first that can say a model is taken: a plain LLaMA of baichuan's sizes is a "llama".
 """
 
 import dataclasses
@@ -50,14 +50,19 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 def family_of(cfg: Model) -> str:
     """The first family that can say the model: family_of(Model()) -> "llama"."""
-    cfg = cfg.resolved()
-    for family, (fixed, free) in FAMILIES.items():
-        own_heads = family not in ("llama", "mistral") and cfg.d_head * cfg.n_heads != cfg.d_model
-        grouped = family == "gpt_neox" and cfg.n_kv_heads != cfg.n_heads
-        odd = own_heads or grouped or cfg.d_model % cfg.n_heads  # which these classes cannot say
-        if not odd and all(getattr(cfg, name) == value for name, value in fixed.items() if name not in free):
-            return family
-    return "nano360"
+    return next((family for family in FAMILIES if can_say(family, cfg.resolved())), "nano360")
+
+
+def can_say(family: str, cfg: Model) -> bool:
+    """Whether the family's class computes this model."""
+    fixed, free = FAMILIES[family]
+    if any(getattr(cfg, name) != value for name, value in fixed.items() if name not in free):
+        return False
+    if cfg.d_model % cfg.n_heads:  # every class demands it, also of those that set a head's width apart
+        return False
+    if family not in ("llama", "mistral") and cfg.d_head != cfg.d_model // cfg.n_heads:
+        return False
+    return not (family == "gpt_neox" and cfg.n_kv_heads != cfg.n_heads)
 
 
 # ---- settings ---------------------------------------------------------------------------------------------
@@ -69,8 +74,7 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
     `family`: "" for the first that fits, or "baichuan" for a folder as baichuan published it.
     """
     cfg = cfg.resolved()
-    first = family_of(cfg)
-    family = family or first
+    family = family or family_of(cfg)
     ids = {"bos_token_id": None, "eos_token_id": eot, "pad_token_id": None}  # nothing precedes a document
     if family == "nano360":
         own = {"format": FORMAT, "model": dataclasses.asdict(cfg)}
@@ -157,7 +161,7 @@ def read_config(folder: Path | str) -> dict:
 def model_config(folder: Path | str) -> Model:
     """The settings of the model in a folder of any of these families. Raises ConfigError for any other.
 
-    How its weights were initialised is not in the file, and is left at the default.
+    Of how its weights began only init_std is in the file; the rest is left at the default.
     """
     hf, path = read_config(folder), Path(folder) / "config.json"
     try:
@@ -176,7 +180,7 @@ def settings(hf: dict) -> Model:
             raise ConfigError(f"format {hf.get('format')}; this version reads format {FORMAT}")
         return Model(**hf["model"])
     neox, fixed = family == "gpt_neox", dict(FAMILIES.get(family, FAMILIES["llama"])[0])
-    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {})}
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope.setdefault("rope_theta", hf.get("rotary_emb_base" if neox else "rope_theta", 10000.0))
     rope.setdefault("partial_rotary_factor", hf.get("rotary_pct", 0.25) if neox else 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -187,7 +191,11 @@ def settings(hf: dict) -> Model:
         fixed["rope_scaling_seq_len"] = rope["original_max_position_embeddings"]
     elif kind != "default":
         raise ConfigError(f"rotary embedding scaled as {kind!r} is not supported, only 'llama3'")
-    fixed["rope_theta"], fixed["rope_fraction"] = float(rope["rope_theta"]), rope["partial_rotary_factor"]
+    fixed["rope_theta"] = float(rope["rope_theta"])
+    if neox:
+        fixed["rope_fraction"] = rope["partial_rotary_factor"]
+    else:
+        require(rope, partial_rotary_factor=1.0)
     if family == "llama":
         fixed["bias"] = hf.get("attention_bias", False)
         require(hf, mlp_bias=fixed["bias"])
@@ -197,7 +205,7 @@ def settings(hf: dict) -> Model:
     if family == "olmo":
         fixed["clip_qkv"] = float(hf.get("clip_qkv") or 0)
     if family == "mistral":
-        fixed["window"] = hf.get("sliding_window") or 0
+        fixed["window"] = hf.get("sliding_window", 4096) or 0  # the class's own default
     if neox:
         fixed["parallel_residual"] = hf.get("use_parallel_residual", True)
     if family == "baichuan":
@@ -292,7 +300,7 @@ def to_family(tensors: dict[str, Tensor], cfg: Model, family: str = "") -> dict[
         if part is None:
             out[theirs] = value.contiguous()
         else:
-            packed.setdefault(theirs, []).append(value)
+            packed.setdefault(theirs, [None] * 3)[part] = value
     for theirs, three in packed.items():
         if family == "gpt_neox":
             by_head = [value.unflatten(0, (cfg.n_heads, cfg.d_head)) for value in three]

@@ -7,11 +7,18 @@ Shapes: N tokens, D d_model, V vocabulary.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a target with this value is not predicted: no loss, no gradient (PyTorch's own convention)
 
-# of logits that stand in memory at once: 32 MiB, about what stays in a processor's cache
+# Of FP32 logits that stand in memory at once: 32 MiB on a processor, about what stays in its cache. On a GPU
+# every slice reads and writes the whole gradient of the head once, so that slices should be few: 512 MiB.
 LOGITS_BYTES = 2**25
+LOGITS_BYTES_CUDA = 2**29
+
+
+def slice_bytes(cuda: bool) -> int:
+    return LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES
 
 
 def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -19,6 +26,8 @@ def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
     Equals F.cross_entropy(..., reduction="sum") on whole logits, in a fraction of the memory.
     """
+    if not torch.is_grad_enabled():  # which a Function does not ask about: it would take gradients for nobody
+        h, head = h.detach(), head.detach()
     if torch.is_autocast_enabled(h.device.type):  # a Function is opaque to autocast, so its cast is made here
         dtype = torch.get_autocast_dtype(h.device.type)
         h, head = h.to(dtype), head.to(dtype)
@@ -38,7 +47,7 @@ class VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         with_gradient = any(ctx.needs_input_grad)
-        rows = max(1, LOGITS_BYTES // (4 * head.shape[0]))
+        rows = max(1, slice_bytes(h.device.type == "cuda") // (4 * head.shape[0]))
         total = torch.zeros((), device=h.device, dtype=torch.float32)
         d_h = torch.empty_like(h) if with_gradient else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
@@ -46,7 +55,7 @@ class VocabularyLoss(torch.autograd.Function):
         for start in range(0, len(h), rows):
             x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
             keep = target != IGNORE
-            target = target.clamp(min=0)
+            target = target.masked_fill(~keep, 0)  # a number that gather can read
             z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V)
             peak = z.amax(1, keepdim=True)  # so that exp cannot overflow
             chosen = z.gather(1, target) - peak
@@ -68,6 +77,7 @@ class VocabularyLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale: Tensor):
         d_h, d_head = ctx.saved_tensors
         return d_h * scale.to(d_h.dtype), (d_head * scale).to(ctx.head_dtype), None

@@ -40,10 +40,11 @@ import checkpoint
 import config
 import files
 import parallel
+from checkpoint import chosen, step_number
 from config import Config, ConfigError
 from dataset import Dataset, unshuffle
 from model import Transformer
-from sample import chosen, generate, step_number
+from sample import generate
 
 PROTOCOL = "first-k+l-greedy-1"  # of scoring and of drawing rows; a change of either gives it a new name
 BEST = 10  # rows of a chunk whose documents are written down although they are not recited in full

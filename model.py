@@ -25,7 +25,7 @@ from loss import vocabulary_loss
 class Norm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019, eq. 4), LayerNorm, or LayerNorm without weight and bias (OLMo, 2.1).
 
-    Always in FP32: the mean of D squares loses digits in BF16, whatever precision the matrices have.
+    Always in FP32, also under autocast: the mean of D squares loses digits in BF16.
     """
 
     def __init__(self, cfg: Model, width: int = 0):
@@ -109,9 +109,12 @@ class Cache:
         shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, max_length, cfg.d_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_length, self.end = max_length, 0  # end: tokens in the longest sequence
+        self.max_length, self.end = (
+            max_length,
+            0,
+        )  # end: places in use, no fewer than the longest row's tokens
         self.length: int | Tensor = 0  # tokens in each: (B, 1) where they differ
-        self.document: int | Tensor = 0  # index at which the next token's document begins: (B, 1)
+        self.document_start: int | Tensor = 0  # index at which the next token's document begins: (B, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, K, T, Dh) of the newest tokens; returns those of all: (B, K, S, Dh)."""
@@ -183,7 +186,7 @@ class Attention(nn.Module):
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """What several matrices read, cast as autocast would for each of them, which keeps a copy for each."""
+    """What several matrices read, cast once; autocast would cast, and keep a copy, once for each of them."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -275,12 +278,13 @@ class Transformer(nn.Module):
         cfg, T = self.cfg, tokens.shape[1]
         start = 0 if cache is None else cache.length
         index = start + torch.arange(T, device=tokens.device)  # of each token in its row: (T) or (B, T)
-        positions, first = index, None
+        positions, first = index, None  # first: the first token that each one sees; None: the row's first
         if cfg.document_mask:
-            first = self.document_starts(tokens, index, cache, lengths)
+            first = self.document_starts(tokens, index, cache, lengths)  # (B, T)
             positions = index - first
-        if cfg.window:  # `first`: the first token that each token sees, (T) or (B, T); None: the row's first
-            first = (index - cfg.window + 1).clamp(min=0 if first is None else first)
+        if cfg.window:
+            edge = index - cfg.window + 1
+            first = edge.clamp(min=0) if first is None else torch.maximum(edge, first)
 
         h = self.embed_tokens(tokens)  # (B, T, D)
         if cfg.embedding_multiplier != 1:
@@ -296,18 +300,20 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T, lengths)
         h, multiplier = self.norm(h), cfg.logits_multiplier * cfg.mup_scale
-        return h if multiplier == 1 else h * multiplier
+        return h if multiplier == 1 else h * multiplier  # which multiplies the logits: the head has no bias
 
     def document_starts(self, tokens: Tensor, index: Tensor, cache: Cache | None, lengths) -> Tensor:
         """The index at which the document of each token begins: tokens (B, T) -> (B, T).
 
         The end-of-text token belongs to the document that it ends.
         """
-        begun = torch.zeros_like(tokens[:, :1]) + (0 if cache is None else cache.document)  # (B, 1)
-        after = torch.where(tokens == self.eot, index + 1, begun).cummax(dim=1).values  # of the next token's
+        begun = torch.zeros_like(tokens[:, :1]) + (0 if cache is None else cache.document_start)  # (B, 1)
+        # of the token after each one
+        next_start = torch.where(tokens == self.eot, index + 1, begun).cummax(dim=1).values
         if cache is not None:
-            cache.document = after[:, -1:] if lengths is None else after.gather(1, lengths[:, None] - 1)
-        return torch.cat((begun, after[:, :-1]), dim=1)
+            ends = tokens.shape[1] if lengths is None else lengths[:, None]
+            cache.document_start = next_start.gather(1, torch.zeros_like(begun) + ends - 1)
+        return torch.cat((begun, next_start[:, :-1]), dim=1)
 
     @property
     def head(self) -> Tensor:
@@ -359,13 +365,13 @@ def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None
     """What attention is told about who sees whom: token t the tokens first[t] ... t.
 
     None where order alone decides, else a mask for PyTorch's attention: of booleans, or for ALiBi of numbers
-    to add, (B or 1, H or 1, T, S). On CUDA, where a row is read whole, flex
-    attention's own form of it, which skips what is not seen instead of computing it.
+    to add, (B or 1, H or 1, T, S). On CUDA, where a row is read whole, it is flex attention's own form of a
+    mask, which skips what is not seen instead of computing it.
     """
     T = index.shape[-1]
     plain = first is None and cfg.positions != "alibi"
-    same_lengths = cache is None or isinstance(cache.length, int)
-    if plain and same_lengths and (cache is None or cache.length == 0 or T == 1):
+    # whole rows see what is before them; one new token sees all keys, if no row of the cache has padding
+    if plain and (cache is None or (isinstance(cache.length, int) and (cache.length == 0 or T == 1))):
         return None
     if cache is None and index.device.type == "cuda":
         return block_mask(first, T, index.device)
@@ -392,7 +398,10 @@ def block_mask(first: Tensor | None, T: int, device):
     def sees(b, h, q, k):
         return (k <= q) & (k >= first[b if len(first) > 1 else 0, q])
 
-    return create_block_mask(sees, len(first) if len(first) > 1 else None, None, T, T, device=device)
+    rows = len(first) if len(first) > 1 else None
+    return create_block_mask(
+        sees, rows, None, T, T, device=device, _compile=torch.device(device).type == "cuda"
+    )
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask, slopes: list[float] | None, scale: float, grouped: bool):

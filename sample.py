@@ -17,7 +17,6 @@ import copy
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +56,8 @@ def generate(
     """
     out = F.pad(tokens, (0, n), value=0 if stop is None else stop)  # (B, P + n)
     ends = torch.full_like(tokens[:, :1], tokens.shape[1]) if lengths is None else lengths[:, None]  # (B, 1)
+    if stop is not None:  # over padding too: the loop ends when all have stopped
+        out.scatter_(1, ends + torch.arange(n, device=out.device), stop)
     stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for i, token in enumerate(stream(model, tokens, n, temperature, top_k, top_p, generator, lengths)):
         if stop is not None:
@@ -128,7 +129,7 @@ def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | 
         parts.append(part)
     cache.advance(P, lengths)
     if model.cfg.document_mask:
-        cache.document = torch.cat([part.document for part in parts])
+        cache.document_start = torch.cat([part.document_start for part in parts])
     return torch.cat(logits)
 
 
@@ -182,45 +183,11 @@ def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str
     yield decoder.decode(b"", final=True)
 
 
-# ---- which checkpoint -------------------------------------------------------------------------------------
-
-
-def step_number(name: str) -> int:
-    """640 and step-00000640 both name a checkpoint on a command line."""
-    return int(name.removeprefix("step-"))
-
-
-def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[checkpoint.Checkpoint]:
-    """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
-    config.load_run(run)
-    found = {c.step: c for c in checkpoint.checkpoints(run)}
-    if not found:
-        raise ConfigError(f"{run} has no complete checkpoint yet; train.py writes the first one at step 0")
-    for step in steps:
-        if step not in found:
-            raise ConfigError(
-                f"{run} has no complete checkpoint of step {step}; it has {', '.join(map(str, found))}"
-            )
-    return [found[step] for step in sorted(set(steps) or found)]
-
-
-def folder_of(path: Path | str, step: int | None = None) -> Path:
-    """RUN or CHECKPOINT on a command line -> a checkpoint's folder: the newest complete one, or `step`'s."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; give a run (runs/demo) or a checkpoint")
-    if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
-        return chosen(path, [] if step is None else [step])[-1].path
-    if step is not None:
-        raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
-    return path
-
-
 # ---- the command line -------------------------------------------------------------------------------------
 
 
 def sample(args: argparse.Namespace) -> None:
-    folder = folder_of(args.folder, args.checkpoint)
+    folder = checkpoint.model_folder(args.folder, args.checkpoint)
     if args.save and folder.resolve().parent.name != "checkpoints":
         raise ConfigError(
             f"--save writes beside the run's results, and {folder} is in no run; leave --save out"
@@ -271,7 +238,7 @@ def main() -> None:
         "--seed", type=int, default=1234, help="the same seed, device and version give the same text"
     )
     parser.add_argument(
-        "--checkpoint", type=step_number, metavar="STEP", help="default: the newest complete one"
+        "--checkpoint", type=checkpoint.step_number, metavar="STEP", help="default: the newest complete one"
     )
     parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
     try:

@@ -44,7 +44,7 @@ from model import Transformer
 
 
 class Interrupted:
-    """True once Ctrl-C or SIGTERM has come; the loop then saves and leaves. A second one ends at once."""
+    """`came` says that Ctrl-C or SIGTERM has; the loop then saves and leaves. A second one ends at once."""
 
     def __init__(self):
         self.came = False
@@ -242,11 +242,14 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     differs = [name for name in ours if name not in free and ours[name] != theirs[name]]
     if differs:
         settings = " ".join(f"--model.{name}={theirs[name]}" for name in differs)
+        if "mup_base_width" in differs:  # which the kind of initialisation goes with
+            settings += f" --model.init={'mup' if theirs['mup_base_width'] else 'normal'}"
         raise ConfigError(f"--init_from={cfg.init_from} is a model with other settings; add {settings}")
     name, digest = dataset.manifest["tokenizer"]["file"], dataset.manifest["tokenizer"]["sha256"]
-    if (folder / name).exists() and files.sha256(folder / name) != digest:
+    known = [path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.exists()]
+    if known and not any(path.name == name and files.sha256(path) == digest for path in known):
         raise ConfigError(
-            f"{cfg.dataset} was made with another tokenizer than {folder / name}; build it with that one: "
+            f"{cfg.dataset} was made with another tokenizer than {known[0]}; build it with that one: "
             f"--tokenizer.path={folder}"
         )
     return folder

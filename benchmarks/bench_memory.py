@@ -106,7 +106,9 @@ def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) 
     if cuda:
         pipe.send(torch.cuda.max_memory_allocated())
     else:
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 - before)  # Linux counts in KiB
+        # not getrusage's maximum, which a new process inherits from the one that started it
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        pipe.send(int(status["VmHWM"].split()[0]) * 2**10 - before)  # in KiB
 
 
 def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = False) -> int:

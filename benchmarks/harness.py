@@ -81,13 +81,13 @@ def main() -> None:
         from lm_eval.tasks import TaskManager
     except ImportError:
         sys.exit("error: lm-evaluation-harness is not installed; pip install 'lm-eval[hf]'")
+    import checkpoint
     import config
-    import sample
     import tokenizer as tokenizers
     from dataset import Dataset
 
     try:
-        found, dataset = sample.chosen(args.run), Dataset(config.load_run(args.run).dataset)
+        found, dataset = checkpoint.chosen(args.run), Dataset(config.load_run(args.run).dataset)
     except config.ConfigError as error:
         config.fail(error)
     asked = questions(dataset, tokenizers.load(dataset.folder), args.questions)

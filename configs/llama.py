@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py llama-3.2-1b
 
 Figures: the papers and the released configs. Not published, and so ours: initialisation (Hugging Face's
-0.02), which parameters decay, AdamW's epsilon but for LLaMA 2, warm-up of LLaMA 2 and of 3 but for the 405B,
-batch of 3-8b and 3-70b. 3.2 was cut out of 3.1-8b and distilled; as a run from nothing, it has the 8B's
+0.02), which parameters decay, AdamW's epsilon but for LLaMA 2, warm-up of 3 but for the 405B, batch of 3-8b
+and 3-70b. 3.2 was cut out of 3.1-8b and distilled; as a run from nothing, it has the 8B's
 learning rate here. Not offered: 405B's batch that grows from 4 M tokens over 8 M to 16 M; it has 16 M.
 
 seq_len is the length of the rows trained on: 8,192 from LLaMA 3 on. 3.1 and 3.2 reach 131,072 positions by
@@ -14,7 +14,9 @@ slowing the slow frequencies down (rope_scaling) and a last stage on long rows.
 
 from config import Config, Data, Model, Optim, Source, Stage, Tokenizer, Train
 
-LLAMA3 = dict(vocab_size=128256, seq_len=8192, rope_theta=500_000)  # 128,000 entries and 256 special tokens
+LLAMA3 = dict(
+    vocab_size=128256, seq_len=8192, rope_theta=500_000, document_mask=True
+)  # 128,000 entries and 256 special tokens
 GENERATIONS = {
     "1": dict(vocab_size=32000, seq_len=2048, norm_eps=1e-6),  # conversions of the 65B say 1e-5
     "2": dict(vocab_size=32000, seq_len=4096),
@@ -41,7 +43,7 @@ SIZES = [
 ]
 # fmt: on
 
-# LLaMA 1, in per cent of the tokens; later mixtures were not published.
+# LLaMA 1, in per cent of the tokens; LLaMA 3's mixture was published by kind of text only.
 MIXTURE = dict(commoncrawl=67, c4=15, github=4.5, wikipedia=4.5, books=4.5, arxiv=2.5, stackexchange=2)
 
 

@@ -9,6 +9,9 @@ of 4,086 for the 7B's 4,096, and its Table 2 a batch of 2,160, which the release
 with; the config says 2,048. The linear layer that the config calls 22,016 wide is SwiGLU's gate and value in
 one.
 
+1.7's cosine is laid out over 3 T tokens; the card says that it was left at 2 T, for 50 B more down to 0,
+which are not offered. Its config says a batch of 512, the names of its checkpoints (step1000-tokens4B) 1,024.
+
 Not offered: the looser clip of the first steps (7B and 65B), 65B's batch that doubles every 100 B tokens from
 1,024 to 8,192 sequences (it has the last one here), and the 1,000 steps to 0 after the end of the released
 7B.
@@ -52,7 +55,12 @@ configs = {
         optim=Optim(
             lr=lr, schedule=kind, warmup_steps=warm, warmup_start_fraction=0.1, eps=1e-5, decay=decay
         ),
-        train=Train(batch_size=batch, micro_batch_size=micro, seed=6198),
+        train=Train(
+            batch_size=batch,
+            micro_batch_size=micro,
+            seed=6198,
+            steps=2_000_000_000_000 // (batch * seq_len) if name == "1.7-7b" else 0,
+        ),
     )
     for name, d_model, n_layers, n_heads, d_ff, seq_len, lr, kind, warm, batch, micro, decay, tokens in SIZES
 }

@@ -1,7 +1,8 @@
 """The family of `model.py` a second time: float64 NumPy, one head and one position after another, no torch.
 
-Written from the papers, and from FACTS for CrystalCoder; it shares no line and no trick with `model.py`, so
-where the two agree (test_model_reference.py) both have understood the paper alike. Slow and plain on purpose:
+Written from the papers, and for CrystalCoder from its released parameters; it shares no line, no trick with
+`model.py`, so where the two agree (test_model_reference.py) both have understood the paper alike. Slow and
+plain on purpose:
 
     logits(cfg, {name: array}, tokens) -> scores of the next token
 
@@ -127,8 +128,7 @@ def attention(cfg: Model, w: dict, x: np.ndarray, document: list[int], position:
     if cfg.clip_qkv:  # before the norm, as in OLMo's code
         q, k, v = (np.minimum(np.maximum(a, -cfg.clip_qkv), cfg.clip_qkv) for a in (q, k, v))
     if cfg.qk_norm:
-        q = np.array([rms_norm(row, w["q_norm.weight"], cfg.norm_eps) for row in q])
-        k = np.array([rms_norm(row, w["k_norm.weight"], cfg.norm_eps) for row in k])
+        q, k = normed(cfg, part(w, "q_norm."), q), normed(cfg, part(w, "k_norm."), k)
 
     # trained q and k agree, so their product grows with Dh, not its root (muP: Yang et al. 2022, 4.1)
     scale = 1 / Dh if cfg.mup_base_width else 1 / math.sqrt(Dh)

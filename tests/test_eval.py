@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from test_memorize import make_run
 
+import checkpoint
 import config
 import eval as evaluation
 import files
 import memorize
-import sample
 import tokenizer
 from config import ConfigError, Model
 from dataset import Dataset
@@ -100,7 +100,7 @@ def test_nats_do_not_depend_on_the_batch_size(batch_size):
 
 
 def evaluate(run, sources=("code", "docs"), max_rows=0):
-    of, cfg = sample.chosen(run), config.load_run(run)
+    of, cfg = checkpoint.chosen(run), config.load_run(run)
     return evaluation.evaluate(run, cfg, memorize.dataset_of(run, cfg, of), of, list(sources), max_rows)
 
 
@@ -145,7 +145,7 @@ def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
 
 
 def test_results_are_kept_under_everything_that_determines_them(run):
-    c, cfg = sample.chosen(run)[-1], config.load_run(run)
+    c, cfg = checkpoint.chosen(run)[-1], config.load_run(run)
     dataset = Dataset(cfg.dataset)
     fp32 = torch.float32
     weights = {**c.state, "files": {**c.state["files"], "model.safetensors": "0" * 64}}
@@ -209,7 +209,7 @@ def whole(run):
         state = json.loads((folder / "state.json").read_text())
         state["files"]["model.safetensors"] = str(rows) * 8
         files.write_json(folder / "state.json", {**state, "step": rows, "rows": rows, "chunk": chunk})
-    of = sample.chosen(run)
+    of = checkpoint.chosen(run)
     evaluate(run)
     memorize.memorize(cfg, dataset, of)
     lines = lines_of(run)
@@ -284,7 +284,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsy
 
 
 def test_a_source_without_held_out_rows_is_an_error_that_says_what_to_raise(run):
-    of, cfg = sample.chosen(run), config.load_run(run)
+    of, cfg = checkpoint.chosen(run), config.load_run(run)
     dataset = memorize.dataset_of(run, cfg, of)
     dataset.validation = lambda source: np.empty((0, 42), np.uint16)
     with pytest.raises(ConfigError, match=r"raise data\.validation_fraction"):

@@ -161,3 +161,18 @@ def test_every_shipped_config_is_a_family_that_is_named_as_published():
                 "baichuan-13b": "nano360", "crystalcoder-phase1": "nano360"}  # fmt: skip
     for name, family in expected.items():
         assert families.family_of(config.load(name).model) == family, name
+
+
+def test_packing_does_not_depend_on_the_order_of_a_state_dict():
+    cfg = EVERY["neox"]
+    ours = shaken(cfg).state_dict()
+    theirs, backwards = families.to_family(ours, cfg), families.to_family(dict(reversed(ours.items())), cfg)
+    assert all(torch.equal(theirs[name], backwards[name]) for name in theirs)
+
+
+def test_a_mistral_without_a_window_in_its_config_has_the_class_default(tmp_path):
+    hf = families.hf_config(PUBLISHED["mistral"])
+    for window, expected in ((..., 4096), (None, 0), (9, 9)):
+        values = {k: v for k, v in hf.items() if k != "sliding_window"}
+        values |= {} if window is ... else {"sliding_window": window}
+        assert families.settings(values).window == expected

@@ -105,7 +105,7 @@ def run(made, tmp_path):
 
 
 def compute(run, chunks=None):
-    of, cfg = sample.chosen(run), config.load_run(run)
+    of, cfg = checkpoint.chosen(run), config.load_run(run)
     return memorize.memorize(cfg, memorize.dataset_of(run, cfg, of), of, chunks)
 
 
@@ -287,7 +287,7 @@ def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
 
 
 def test_results_are_kept_under_everything_that_determines_them(run):
-    c, cfg = sample.chosen(run)[-1], config.load_run(run)
+    c, cfg = checkpoint.chosen(run)[-1], config.load_run(run)
     dataset = Dataset(cfg.dataset)
     seen = [memorize.inputs_of(cfg, dataset, c, torch.float32)]
     for name, value in (
@@ -323,7 +323,7 @@ def test_rows_of_small_chunks_are_decoded_together():
 
 
 def test_the_table_separates_seen_newest_unseen_and_held_out(run):
-    c = sample.chosen(run)[-1]._replace(state={"chunk": 1, "rows": 6})
+    c = checkpoint.chosen(run)[-1]._replace(state={"chunk": 1, "rows": 6})
 
     def line(matches, seen):
         return {"matches": matches, "seen": seen, "total": len(matches), "continuation_tokens": 10}
@@ -344,7 +344,7 @@ def test_another_dataset_than_the_one_trained_on_is_refused(run, tmp_path):
     shutil.copytree(cfg.dataset, tmp_path / "other")
     manifest = tmp_path / "other" / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
-    of = sample.chosen(run)
+    of = checkpoint.chosen(run)
     with pytest.raises(ConfigError, match="was trained with another dataset than the one in"):
         memorize.dataset_of(run, dataclasses.replace(cfg, dataset=str(tmp_path / "other")), of)
     with pytest.raises(ConfigError, match="which is not here"):

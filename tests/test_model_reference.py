@@ -60,6 +60,7 @@ ARCHITECTURES = {
     "GELU": dict(ffn="gelu"),
     "squared ReLU": dict(ffn="relu2"),
     "qk_norm before": dict(qk_norm=True, clip_qkv=0.8),
+    "qk_norm by LayerNorm": dict(qk_norm=True, norm="layernorm"),
     "document mask": PACKED,
     "document mask, window": dict(PACKED, window=3),
     "document mask, ALiBi": dict(PACKED, positions="alibi", n_heads=6),
@@ -472,7 +473,7 @@ def test_documents_and_places_of_a_row():
 
 
 def test_crystalcoder_scales_as_published():
-    # FACTS 2.2: 256/4096 = 1/16; logits 2.22 x 0.0625 = 0.13875
+    # configs/crystalcoder.py: 256/4096 = 1/16; logits 2.22 x 0.0625 = 0.13875
     cfg = Model(d_model=4096, mup_base_width=256, init="mup", logits_multiplier=2.22)
     assert cfg.logits_multiplier * reference.width_scale(cfg) == pytest.approx(0.13875)
     assert cfg.mup_scale == reference.width_scale(cfg) == 0.0625

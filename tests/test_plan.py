@@ -248,7 +248,7 @@ def test_the_peak_of_a_process_is_within_15_per_cent():
 
 
 def test_the_slices_of_logits_are_as_large_as_the_models():
-    assert cost.LOGITS_BYTES == loss.LOGITS_BYTES
+    assert (cost.LOGITS_BYTES, cost.LOGITS_BYTES_CUDA) == (loss.LOGITS_BYTES, loss.LOGITS_BYTES_CUDA)
 
 
 def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():

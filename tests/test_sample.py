@@ -287,3 +287,14 @@ def test_right_padded_greedy_text_is_that_of_transformers(model):
 def test_lengths_that_cannot_be_are_refused(model, lengths):
     with pytest.raises(ConfigError, match="give each as 1 to 8"):
         sample.generate(model, prompts(2, 8), 3, lengths=torch.tensor(lengths))
+
+
+def test_padding_of_a_row_that_has_stopped_is_written_over(model):
+    tokens, lengths = prompts(3, 9), torch.tensor([2, 4, 3])
+    free = sample.generate(model, tokens, 6, lengths=lengths)
+    stop = free[0, 2].item()  # the first row stops at once
+    made = sample.generate(model, tokens, 6, stop=stop, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        alone = sample.generate(model, tokens[b : b + 1, :n], 6, stop=stop)[0]
+        assert torch.equal(made[b, : n + 6], alone)
+    assert made[0, 2:8].tolist() == [stop] * 6

@@ -379,6 +379,7 @@ def test_init_from_goes_on_from_its_own_checkpoints_when_the_origin_is_gone(reci
     [
         ("--model.d_ff=44", "add --model.d_ff=40"),
         ("--model.rope_theta=300", "add --model.rope_theta=10000.0"),
+        ("--model.init=mup --model.mup_base_width=6", "add --model.mup_base_width=0 --model.init=normal"),
         ("--init-from=/nowhere", "not a folder"),
     ],
 )
@@ -386,16 +387,18 @@ def test_init_from_of_another_model_is_refused_before_anything_is_written(
     recipe, whole, tmp_path, override, expected
 ):
     with pytest.raises(ConfigError, match=expected):
-        train.train(load(recipe, tmp_path / "run", f"--init-from={whole}", override))
+        train.train(load(recipe, tmp_path / "run", f"--init-from={whole}", *override.split()))
     assert not (tmp_path / "run").exists()
 
 
 def test_init_from_a_model_with_another_tokenizer_is_refused(recipe, whole, tmp_path):
     origin = tmp_path / "origin"
     shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
-    (origin / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
-        train.train(load(recipe, tmp_path / "run", f"--init-from={origin}"))
+    for name in ("tokenizer.json", "tokenizer.model"):  # other content, and another kind
+        (origin / "tokenizer.json").unlink(missing_ok=True)
+        (origin / name).write_text("{}")
+        with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
+            train.train(load(recipe, tmp_path / "run", f"--init-from={origin}"))
 
 
 ARCHITECTURES = {
@@ -439,3 +442,21 @@ def test_a_document_mask_in_training_is_that_of_the_tokenizers_end_of_text(recip
             if end > first:
                 nats += net(inputs[None, first:end], targets[None, first:end]).item()
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(nats / 144, abs=2e-6)
+
+
+def test_eval_reads_a_bare_model_folder_on_held_out_text(recipe, whole, tmp_path):
+    folder = tmp_path / "model"
+    last = checkpoint.checkpoints(whole)[-1].path
+    shutil.copytree(last, folder)
+    (folder / "state.json").unlink()
+    command = [sys.executable, ROOT / "eval.py", folder, "--dataset", config.load(str(recipe)).dataset]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    row = shown.stdout.splitlines()[1].split()
+    rows = torch.from_numpy(Dataset(config.load(str(recipe)).dataset).validation("prose").astype("int64"))
+    expected = checkpoint.load_model(last)(rows[:, :-1], rows[:, 1:]).item() / rows[:, 1:].numel()
+    assert row[:2] == ["model", "prose"] and float(row[2]) == pytest.approx(expected, abs=1e-4)
+    assert not (folder / "evals.jsonl").exists()
+    (folder / "tokenizer.json").write_text("{}")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "another tokenizer" in refused.stderr
