@@ -34,6 +34,7 @@ import torch
 
 import checkpoint
 import config
+import cost
 import files
 import optim
 import parallel
@@ -72,7 +73,8 @@ def train(cfg: Config) -> None:
     origin = None if checkpoint.checkpoints(cfg.run) else open_origin(cfg, dataset)
     n_steps = dataset.n_rows // cfg.train.batch_size  # of the schedule; the ledger names the rows left over
     last_step = min(cfg.train.steps or n_steps, n_steps)
-    save_at = checkpoint_steps(cfg, dataset, last_step)
+    chunk_ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
+    save_at = cost.checkpoint_steps(cfg, chunk_ends, last_step)
     run, tokens_a_step = Path(cfg.run), cfg.train.batch_size * cfg.model.seq_len
     changed = check_same_run(cfg, dataset)
     everyone = parallel.start(cfg.train)
@@ -253,19 +255,6 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
             f"--tokenizer.path={folder}"
         )
     return folder
-
-
-def checkpoint_steps(cfg: Config, dataset: Dataset, last_step: int) -> set[int]:
-    """The steps after which a checkpoint is saved: those that use up a chunk, those asked for, the last."""
-    steps = {last_step}
-    if cfg.train.checkpoint_chunks:
-        ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
-        steps |= {-(-end // cfg.train.batch_size) for end in ends}
-    if cfg.train.checkpoint_every:
-        steps |= set(range(0, last_step, cfg.train.checkpoint_every))
-    if cfg.train.checkpoint_powers_of_two:
-        steps |= {2**i for i in range(last_step.bit_length())}
-    return steps
 
 
 def newest_chunk(dataset: Dataset, rows: int, finished: bool) -> int:
