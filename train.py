@@ -16,19 +16,12 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
     CONFIG = config.from_command_line(__doc__)
 
 import dataclasses
-import fcntl
-import json
 import math
-import os
-import platform
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import torch
 
@@ -36,6 +29,7 @@ import checkpoint
 import config
 import cost
 import files
+import ledger
 import optim
 import parallel
 from config import Config, ConfigError
@@ -76,14 +70,16 @@ def train(cfg: Config) -> None:
     chunk_ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
     save_at = cost.checkpoint_steps(cfg, chunk_ends, last_step)
     run, tokens_a_step = Path(cfg.run), cfg.train.batch_size * cfg.model.seq_len
-    changed = check_same_run(cfg, dataset)
+    changed = ledger.check_same_run(cfg, dataset)
     everyone = parallel.start(cfg.train)
-    everyone.once(lock, run)
+    everyone.once(ledger.lock, run)
     resumed = (checkpoint.checkpoints(run) or [None])[-1]
     if resumed and resumed.step >= last_step:
-        everyone.once(say, f"{run} is trained: {resumed.path.name} is its last checkpoint; nothing to do")
-        everyone.once(close_ledger, cfg, resumed.step, changed)
-        LOCKS.clear()
+        everyone.once(
+            ledger.say, f"{run} is trained: {resumed.path.name} is its last checkpoint; nothing to do"
+        )
+        everyone.once(ledger.close, cfg, resumed.step, changed)
+        ledger.LOCKS.clear()
         return everyone.leave()
     interrupted = Interrupted()
 
@@ -119,11 +115,11 @@ def train(cfg: Config) -> None:
             "tokenizer_sha256": dataset.manifest["tokenizer"]["sha256"],
             "world_size": everyone.world_size,
         }
-        everyone.once(checkpoint.save, run, model, optimizer, state, tokenizer_files(dataset))
+        everyone.once(checkpoint.save, run, model, optimizer, state, ledger.tokenizer_files(dataset))
         log("checkpoint", step=step, chunk=state["chunk"], checkpoint=f"step-{step:08d}")
 
-    machine = about_machine(everyone)
-    everyone.once(write_run, cfg, dataset, machine, model)
+    machine = ledger.about_machine(everyone)
+    everyone.once(ledger.write_run, cfg, dataset, machine, model)
     log(
         "resume" if resumed else "start",
         step=step,
@@ -135,7 +131,7 @@ def train(cfg: Config) -> None:
         changed=changed,
         **machine,
     )
-    everyone.once(greet, cfg, dataset, everyone, model, step, last_step, n_steps, accumulation)
+    everyone.once(ledger.greet, cfg, dataset, everyone, model, step, last_step, n_steps, accumulation)
     if not resumed:
         save()
 
@@ -179,19 +175,21 @@ def train(cfg: Config) -> None:
             "chunk": dataset.chunk_of(step * cfg.train.batch_size - 1),
             "time": time.time(),
         }
-        everyone.once(log_step, run, record)
+        everyone.once(ledger.log_step, run, record)
         if step % cfg.train.log_every == 0 or step in (1, last_step):
             pace = (time.perf_counter() - began) / (step - began_at)
-            everyone.once(say, step_line(record, last_step, (last_step - step) * pace))
+            everyone.once(ledger.say, ledger.step_line(record, last_step, (last_step - step) * pace))
         if step in save_at or stop:
             save()
         if stop and step < last_step:
             log("interrupted", step=step)
-            everyone.once(say, f"interrupted and saved at step {step}; the same command goes on from there")
+            everyone.once(
+                ledger.say, f"interrupted and saved at step {step}; the same command goes on from there"
+            )
             break
     else:
         log("finish", step=step, seconds=time.perf_counter() - began)
-    LOCKS.clear()
+    ledger.LOCKS.clear()
     everyone.leave()
 
 
@@ -268,149 +266,7 @@ def newest_chunk(dataset: Dataset, rows: int, finished: bool) -> int:
     return sum(dataset.chunk_range(chunk)[1] <= rows for chunk in range(dataset.n_chunks)) - 1
 
 
-def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
-    """What differs from the config that the run folder was made with, harmless things only.
-
-    Raises ConfigError where the difference would make it another run, neither the old one nor the new.
-    """
-    if not (Path(cfg.run) / "config.json").exists():
-        return []
-    before, now = config.to_dict(config.load_run(cfg.run)), config.to_dict(cfg)
-    before, now = (
-        {"init_from": c["init_from"], **{f"{s}.{k}": v for s in config.SECTIONS for k, v in c[s].items()}}
-        for c in (before, now)
-    )
-    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
-    free = ("eval.", "train.log_every", "train.steps", "train.checkpoint_", "train.device", "train.micro_",
-            "data.workers", "data.max_bad_fraction", "data.expected_tokens", "tokenizer.path")  # fmt: skip
-    fatal = [change for change in changed if not change.startswith(free)]
-    if fatal:
-        raise ConfigError(
-            f"{cfg.run} was begun with other settings ({'; '.join(fatal)}); "
-            "go on with those, or start another run with --run=FOLDER"
-        )
-    manifest = Path(cfg.run) / "dataset.json"
-    if manifest.exists() and files.sha256(manifest) != dataset.sha256:
-        raise ConfigError(
-            f"{cfg.run} was begun with another dataset than the one now in {cfg.dataset} (their manifests "
-            "differ); start another run with --run=FOLDER, or restore the dataset"
-        )
-    return changed
-
-
-LOCKS = []  # open files: a lock lasts as long as its file is open, that is, as long as the process lives
-
-
-def lock(run: Path) -> None:
-    """Keeps a second training out of the run folder. The kernel frees it however this process ends."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"another training is at work in {run}; wait for it, or use --run=FOLDER") from None
-    LOCKS.append(file)
-
-
-def close_ledger(cfg: Config, step: int, changed: list[str]) -> None:
-    """Writes what a kill after the last checkpoint, or new settings for the evaluation, left unwritten."""
-    run = Path(cfg.run)
-    if changed:  # of eval's and the like; eval.py reads them here
-        about = json.loads((run / "config.json").read_text())
-        files.write_json(run / "config.json", {**about, "config": config.to_dict(cfg)})
-    if changed or not any(r.get("event") == "finish" for r in files.read_lines(run / "ledger.jsonl")):
-        files.append(
-            run / "ledger.jsonl", {"event": "finish", "time": time.time(), "step": step, "changed": changed}
-        )
-
-
-def about_machine(everyone: parallel.Everyone) -> dict:
-    """Code, versions and hardware: what may differ between the parts of a run that was resumed."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    cuda = everyone.device.type == "cuda"
-    packages = {"torch": torch, "numpy": np, "safetensors": safetensors}
-    return {
-        "git": git.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), **{n: p.__version__ for n, p in packages.items()}},
-        "device": torch.cuda.get_device_name(everyone.device) if cuda else processor(),
-        "platform": platform.platform(),
-        "processes": everyone.world_size,
-        "threads": torch.get_num_threads(),
-        "precision": str(everyone.dtype).removeprefix("torch."),
-    }
-
-
-def write_run(cfg: Config, dataset: Dataset, machine: dict, model: Transformer) -> None:
-    """config.json and dataset.json of the run folder."""
-    run, parameters = Path(cfg.run), sum(p.numel() for p in model.parameters())
-    settings = {"format": checkpoint.FORMAT, "config": config.to_dict(cfg)}
-    files.write_json(run / "config.json", {**settings, **machine, "parameters": parameters})
-    copy = run / ".dataset.json"
-    shutil.copyfile(dataset.folder / "manifest.json", copy)
-    os.replace(copy, run / "dataset.json")
-
-
-def processor() -> str:
-    """The processor's name and its cores."""
-    try:
-        names = [
-            line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
-        ]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def tokenizer_files(dataset: Dataset) -> dict[str, bytes]:
-    """The tokenizer's files, which go into every checkpoint so that it opens by itself."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    paths = [Path(dataset.folder) / name for name in names]
-    return {path.name: path.read_bytes() for path in paths if path.exists()}
-
-
 # ---- in the loop ------------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    print(text, flush=True)  # also into a file: whoever follows it sees the line when it is written
-
-
-def log_step(run: Path, record: dict) -> None:
-    files.append(run / "metrics.jsonl", record, durable=False)  # a line that is lost is trained again
-
-
-def greet(cfg, dataset, everyone, model, step, last_step, n_steps, accumulation) -> None:
-    """What is about to run, in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens = cfg.train.batch_size * cfg.model.seq_len
-    left = dataset.n_rows - n_steps * cfg.train.batch_size
-    print(f"model    {parameters:,} parameters, {cfg.model.n_layers} layers x {cfg.model.d_model} wide")
-    rows = f"{dataset.n_rows:,} rows of {cfg.model.seq_len} tokens in {dataset.n_chunks} chunks"
-    print(f"data     {rows} from {cfg.dataset}")
-    print(f"step     {cfg.train.batch_size} rows = {tokens:,} tokens: {everyone.world_size} process(es) x "
-          f"{accumulation} micro-batch(es) of {cfg.train.micro_batch_size}")  # fmt: skip
-    print(f"device   {everyone.device}, {str(everyone.dtype).removeprefix('torch.')}")
-    if left:
-        print(f"note     the last {left} rows of the order are less than a batch and are not trained on")
-    print(
-        f"steps    {step:,} to {last_step:,}"
-        + (f" of a schedule of {n_steps:,}" if last_step < n_steps else ""),
-        flush=True,
-    )
-
-
-def step_line(record: dict, last_step: int, left: float) -> str:
-    """One aligned line: nats a token, global gradient norm, rate, speed, chunk, estimated seconds left."""
-    minutes, seconds = divmod(int(left), 60)
-    speed, clock = record["tokens_per_second"], f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    return (
-        f"step {record['step']:>{len(str(last_step))}}/{last_step}  loss {record['loss']:7.4f}  "
-        f"grad {record['grad_norm']:7.3f}  lr {record['lr']:.2e}  "
-        f"{speed:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {clock}"
-    )
 
 
 def not_finite(cfg: Config, dataset: Dataset, step: int, loss: float, norm: float, log) -> None:

@@ -37,8 +37,8 @@ import files
 import optim
 import parallel
 from config import Model, Optim
+from ledger import processor
 from model import Transformer
-from train import processor
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 PARAMETRISATIONS = ("standard", "muP")

@@ -34,8 +34,8 @@ import files
 import optim
 import parallel
 from config import ConfigError, Model, Optim, fail
+from ledger import processor
 from model import Transformer
-from train import processor
 
 PARAMETRISATIONS = ("standard", "muP")
 MODULES = ("argparse.py", "ast.py", "doctest.py", "inspect.py", "tarfile.py", "turtle.py", "typing.py")
