@@ -166,84 +166,68 @@ def activations(model: Model, n: int, bf16: bool, cuda: bool, checkpointing: str
 def memory(cfg: Config, gpus: int, strategy: str, checkpointing: str, cuda: bool) -> dict[str, float]:
     """Bytes on each GPU by kind, at the moment of a step when their sum is the largest.
 
-    Activations go while gradients come; before that the loss holds the gradient of the head, for a moment
-    twice. Gradients stand all the time where they outlive a micro-batch (accumulation) or are buckets (DDP).
-    `at` names the moment and is no bytes.
+    Activations go while gradients come, and before that the loss holds the gradient of the head: which moment
+    is the worst depends on the shape. `at` names it, and is no bytes.
     """
     m, micro = cfg.model.resolved(), cfg.train.micro_batch_size
-    bf16 = precise(cfg, cuda) == "bf16"
-    c = BF16 if bf16 else FP32
+    bf16, fsdp = precision(cfg, cuda) == "bf16", strategy == "fsdp" and gpus > 1
+    c, shards = BF16 if bf16 else FP32, gpus if fsdp else 1
     accumulation = config.accumulation_steps(cfg.train.batch_size, micro, gpus)
-    n, D, F = micro * m.seq_len, m.d_model, m.d_ff
-    counts = parameters(m)
-    P, table = sum(counts.values()), m.vocab_size * D
+    counts, n, D = parameters(m), micro * m.seq_len, m.d_model  # n: tokens of a micro-batch
+    P, table = sum(counts.values()), m.vocab_size * D  # table: the embedding, or the head
     block = (counts["attention"] + counts["feed-forward"]) // m.n_layers
-    shards = gpus if strategy == "fsdp" else 1
-    fsdp = shards > 1
 
-    held = accumulation > 1 or (gpus > 1 and not fsdp)  # gradients that are there when backward begins
-    kept = activations(m, n, bf16, cuda, checkpointing)
-    layer = kept_by_layer(m, n, bf16, cuda)
-    # what a block leaves for backward; with checkpointing, one block more is there while it is computed again
-    each, forward = (layer, kept) if checkpointing == "none" else (FP32 * n * D, kept - layer)
-    if fsdp:  # this block's weights and the next one's, and the embedding and head for the whole of a step
-        copies = c * (2 * block + counts["embedding"] + counts["head"])
-        copies += FP32 * block  # gradients of a block on their way to the GPUs that own them
-    else:  # autocast keeps its copies of the matrices until backward has used them
-        copies = c * m.n_layers * block * bf16
-    copies_backward = c * block * bf16 if checkpointing == "all" and not fsdp else copies
-    slice_bytes = LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES
-    rows = min(n, max(1, slice_bytes // (FP32 * m.vocab_size)))  # of a slice of logits
-    slice_ = rows * m.vocab_size * (FP32 + 2 * BF16 * bf16)  # in BF16 once before and once after
-    product = table * (BF16 if cuda else BF16 + FP32)  # a CPU makes it FP32 before it adds it
+    # Gradients stand from the start where they outlive a micro-batch, or are DDP's buckets.
+    gradients = FP32 * P / shards
+    held = gradients if accumulation > 1 or (gpus > 1 and not fsdp) else 0
+
+    if fsdp:  # gathered: this block and the next one, embedding and head all the time; gradients on their way
+        forward_copies = backward_copies = (
+            c * (2 * block + counts["embedding"] + counts["head"]) + FP32 * block
+        )
+    else:  # autocast's casts of all matrices, until backward has used them; or of one block, computed again
+        forward_copies = c * m.n_layers * block * bf16
+        backward_copies = c * block * bf16 if checkpointing == "all" else forward_copies
+
+    kept, layer = activations(m, n, bf16, cuda, checkpointing), kept_by_layer(m, n, bf16, cuda)
+    # what a block leaves for backward; with checkpointing one more block is there while it is computed again
+    each, after_forward = (layer, kept) if checkpointing == "none" else (FP32 * n * D, kept - layer)
+    # of a block's backward: gradients of the stream, of what gate and up gave, of the matrix after them
     into = 2 if gated(m) else 1
+    busy = (FP32 + c) * n * D + into * c * n * m.d_ff + (FP32 + c * bf16) * D * m.d_ff
+    # of the end of backward: the gradient of the embedding's output, and its matrix's, to be added to another
+    embedding = FP32 * n * D + FP32 * table * (bool(held) or m.tie_embeddings)
+    taken, begun = loss_bytes(m, n, bf16, cuda)
 
+    most, first = FP32 * (P - block - table) / shards, kept - (m.n_layers - 1) * each
+
+    kinds = ("gradients", "copies", "activations", "loss", "working")
     moments = {
-        "the loss is taken": {
-            "gradients": FP32 * P / shards * held,
-            "copies": copies,
-            "activations": forward,
-            # gradients of what the head reads and of its matrix; BF16 copies of both; a slice's product
-            "loss": c * n * D + FP32 * table + slice_ + bf16 * (BF16 * (n * D + table) + product),
-            "working": FP32 * n * D,
-        },
-        "backward begins": {
-            "gradients": FP32 * P / shards * held,
-            "copies": copies_backward,
-            "activations": forward,
-            # both gradients, and both again times the upstream gradient
-            "loss": 2 * c * n * D + (2 * FP32 + c * bf16) * table,
-            "working": 0,
-        },
-        "the last block goes backward": {
-            "gradients": FP32 * P / shards if held else FP32 * table / shards,
-            "copies": copies_backward,
-            "activations": kept,
-            "loss": 0,
-            # gradients of the stream, of what gate and up gave, and of the matrix after them
-            "working": (FP32 + c) * n * D + into * c * n * F + (FP32 + c * bf16) * D * F,
-        },
-        "the first block goes backward": {
-            "gradients": FP32 * (P if held else P - block - table) / shards,
-            "copies": copies_backward,
-            "activations": kept - (m.n_layers - 1) * each,
-            "loss": 0,
-            "working": (FP32 + c) * n * D + into * c * n * F + (FP32 + c * bf16) * D * F,
-        },
-        "backward ends": {
-            "gradients": FP32 * P / shards,
-            "copies": copies if fsdp else 0,
-            "activations": 0,
-            "loss": 0,
-            # of the embedding's output; of its matrix, which is added to what is there
-            "working": FP32 * n * D + FP32 * table * (held or m.tie_embeddings),
-        },
+        "the loss is taken": (held, forward_copies, after_forward, taken, FP32 * n * D),
+        "backward begins": (held, backward_copies, after_forward, begun, 0),
+        "the last block goes backward": (held or FP32 * table / shards, backward_copies, kept, 0, busy),
+        "the first block goes backward": (held or most, backward_copies, first, 0, busy),
+        "backward ends": (gradients, forward_copies * fsdp, 0, 0, embedding),
     }
-    at, kinds = max(moments.items(), key=lambda moment: sum(moment[1].values()))
-    return {"weights": FP32 * P / shards, "optimizer": 2 * FP32 * P / shards, **kinds, "at": at}
+    at = max(moments, key=lambda moment: sum(moments[moment]))
+    return {"weights": gradients, "optimizer": 2 * gradients, **dict(zip(kinds, moments[at])), "at": at}
 
 
-def precise(cfg: Config, cuda: bool) -> str:
+def loss_bytes(m: Model, n: int, bf16: bool, cuda: bool) -> tuple[float, float]:
+    """Of loss.py: bytes while it goes through its slices, and when its backward scales what they left."""
+    c, table = BF16 if bf16 else FP32, m.vocab_size * m.d_model
+    rows = min(n, max(1, (LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES) // (FP32 * m.vocab_size)))
+    logits = rows * m.vocab_size * (FP32 + 2 * BF16 * bf16)  # a slice's; in BF16 once before and once after
+    left = c * n * m.d_model + FP32 * table  # the gradients of what the head reads, and of its matrix
+    casts = bf16 * BF16 * (n * m.d_model + table)  # of both factors
+    product = (
+        bf16 * table * (BF16 if cuda else BF16 + FP32)
+    )  # a slice's; a CPU makes it FP32 before it adds it
+    # backward has both gradients twice, before and after scaling, and the head's once more in its own type
+    return left + logits + casts + product, 2 * left + c * bf16 * table
+
+
+def precision(cfg: Config, cuda: bool) -> str:
     """The precision of matrix products: what parallel.precision makes of train.precision."""
     return ("bf16" if cuda else "fp32") if cfg.train.precision == "auto" else cfg.train.precision
 

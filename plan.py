@@ -7,38 +7,14 @@
 Reads the config and, where the dataset is built, its manifest; writes nothing; imports no torch. A plan that
 does not fit into memory is refused (exit code 2) with the smallest change that would fit. Memory is that of
 train.py and model.py as they stand; FSDP and activation checkpointing are planned for, not there yet.
-
-Letters: T seq_len, D d_model, L n_layers, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary.
 """
 
 import argparse
 import itertools
 
 import config
+import cost
 from config import Config, ConfigError
-from cost import (
-    GIB,
-    GPUS,
-    USABLE,
-    USABLE_ON_CPU,
-    Schedule,
-    disk,
-    fits,
-    flops_per_token,
-    hours,
-    machine,
-    megawatt_hours,
-    memory,
-    mfu,
-    parameters,
-    precise,
-    schedule,
-    smallest_change,
-    tonnes_co2,
-    total,
-    usable,
-    without_padding,
-)
 
 # ---- the report -------------------------------------------------------------------------------------------
 
@@ -62,18 +38,18 @@ def amount(n: float, unit: str, thousandth: str) -> str:
 
 
 def about_parameters(cfg: Config) -> list[str]:
-    counts = parameters(cfg.model)
+    counts = cost.parameters(cfg.model)
     out = ["parameters", *(row(part, count) for part, count in counts.items() if count)]
     out.append(row("total", sum(counts.values())))
     entries = cfg.tokenizer.vocab_size
     if entries < cfg.model.vocab_size:
         note = f"{entries:,} entries in the tokenizer, {cfg.model.vocab_size:,} rows in the model"
-        out.append(row("total without padding", without_padding(cfg.model, entries), note))
+        out.append(row("total without padding", cost.without_padding(cfg.model, entries), note))
     return out
 
 
 def about_flops(cfg: Config) -> list[str]:
-    flops = flops_per_token(cfg.model)
+    flops = cost.flops_per_token(cfg.model)
     return [
         "FLOPs a token, forward and backward",
         row("6N", big(flops["6N"]), "N: all parameters"),
@@ -97,7 +73,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     cuda, chosen = args.gpu != "cpu", (args.strategy, args.checkpointing)
     strategies = ("ddp", "fsdp") if args.gpus > 1 and cuda else (args.strategy,)
     plans = {
-        key: memory(cfg, args.gpus, *key, cuda) for key in itertools.product(strategies, ("none", "all"))
+        key: cost.memory(cfg, args.gpus, *key, cuda) for key in itertools.product(strategies, ("none", "all"))
     }
 
     def line(name: str, values) -> str:
@@ -106,26 +82,28 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     where = "each GPU" if cuda else "each process"
     names = [f"{s.upper()} " * (len(strategies) > 1) + ("ckpt" if c == "all" else "") for s, c in plans]
     names = [name.strip() or "no ckpt" for name in names]
-    limit, size = usable(args.gpu, args.gpus), machine(args.gpu).memory
-    share, rest = (USABLE, "CUDA, NCCL and gaps") if cuda else (USABLE_ON_CPU, "all else and malloc's gaps")
-    unit, each = ("GiB", GIB) if total(plans[chosen]) >= GIB else ("MiB", 2**20)
-    how = f"micro-batch {cfg.train.micro_batch_size}, {precise(cfg, cuda)}"
+    limit, size = cost.usable(args.gpu, args.gpus), cost.machine(args.gpu).memory
+    share, rest = (
+        (cost.USABLE, "CUDA, NCCL and gaps") if cuda else (cost.USABLE_ON_CPU, "all else and malloc's gaps")
+    )
+    unit, each = ("GiB", cost.GIB) if cost.total(plans[chosen]) >= cost.GIB else ("MiB", 2**20)
+    how = f"micro-batch {cfg.train.micro_batch_size}, {cost.precision(cfg, cuda)}"
     rows = {name: [plan[kind] for plan in plans.values()] for kind, name in KINDS.items()}
-    rows["total"] = [total(plan) for plan in plans.values()]
+    rows["total"] = [cost.total(plan) for plan in plans.values()]
     return [
         f"memory: {unit} on {where} at its peak; {how}",
         line("", [f"> {name}" if key == chosen else name for name, key in zip(names, plans)]),
         *(line(name, [f"{v / each:,.2f}" for v in values]) for name, values in rows.items() if any(values)),
         line("", ["fits" if value <= limit else "does not fit" for value in rows["total"]]),
         f"  >: the plan; its peak is when {plans[chosen]['at']}. ckpt: activation checkpointing.",
-        f"  Usable: {limit / GIB:,.1f} GiB, {share:.0%} of {size / GIB:,.1f}"
+        f"  Usable: {limit / cost.GIB:,.1f} GiB, {share:.0%} of {size / cost.GIB:,.1f}"
         + f" over {args.gpus} processes" * (not cuda and args.gpus > 1)
         + f"; the rest is for {rest}.",
         "  FSDP and activation checkpointing: a forecast; train.py has neither yet.",
     ]
 
 
-def about_steps(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[str]:
+def about_steps(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> list[str]:
     batch, T, micro = cfg.train.batch_size, cfg.model.seq_len, cfg.train.micro_batch_size
     accumulation = config.accumulation_steps(batch, micro, args.gpus)
     each, more = divmod(when.steps, len(when.chunk_ends))
@@ -143,9 +121,9 @@ def about_steps(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[s
     ]
 
 
-def about_disk(cfg: Config, when: Schedule) -> list[str]:
+def about_disk(cfg: Config, when: cost.Schedule) -> list[str]:
     n, entry = len(when.checkpoints), 2 if cfg.model.vocab_size < 2**16 else 4
-    b = disk(cfg.model, n)
+    b = cost.disk(cfg.model, n)
     one = f"weights {big(b['weights'], 'B')}, AdamW's moments twice that"
     rows = when.rows * (cfg.model.seq_len + 1) * entry
     return [
@@ -157,8 +135,8 @@ def about_disk(cfg: Config, when: Schedule) -> list[str]:
     ]
 
 
-def about_time(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[str]:
-    gpu, flops = machine(args.gpu), sum(flops_per_token(cfg.model).values())
+def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> list[str]:
+    gpu, flops = cost.machine(args.gpu), sum(cost.flops_per_token(cfg.model).values())
     speed, how = args.tokens_per_second_per_gpu, "stated"
     if not speed and not gpu.flops:
         way = "train a few steps and give --tokens-per-second-per-gpu"
@@ -166,11 +144,11 @@ def about_time(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[st
     if not speed:
         speed, how = args.mfu * gpu.flops / flops, "from the MFU"
     one = "GPU" if gpu.flops else "process"
-    long = hours(when.last_step * cfg.train.batch_size * cfg.model.seq_len, speed, args.gpus)
+    long = cost.hours(when.last_step * cfg.train.batch_size * cfg.model.seq_len, speed, args.gpus)
     out = [f"time and energy on {args.gpus} x {args.gpu}"]
     out.append(row(f"tokens a second a {one}", f"{speed:,.0f}", how))
     if gpu.flops:
-        plain, palm = mfu(cfg.model, speed, gpu.flops)
+        plain, palm = cost.mfu(cfg.model, speed, gpu.flops)
         how = "from the speed" if args.tokens_per_second_per_gpu else args.mfu_is
         note = f"{how}; {plain:.1%} by 6N; of {gpu.flops / 1e12:,.0f} TFLOP/s, dense BF16"
         out.append(row("MFU, attention counted", f"{palm:.1%}", note))
@@ -178,14 +156,14 @@ def about_time(cfg: Config, args: argparse.Namespace, when: Schedule) -> list[st
     out.append(row(f"{one}-hours", f"{long * args.gpus:,.1f}"))
     watts = args.watts or gpu.watts
     if watts:
-        mwh = megawatt_hours(long * args.gpus, watts)
+        mwh = cost.megawatt_hours(long * args.gpus, watts)
         draw = (
             f"{watts:,.0f} W each on average, {'stated' if args.watts else 'assumed: the limit of the board'}"
         )
         out.append(
             row(f"energy of the {'GPUs' if gpu.flops else 'processes'}", amount(mwh, "MWh", "kWh"), draw)
         )
-        carbon = tonnes_co2(mwh, args.pue, args.kg_co2_per_kwh)
+        carbon = cost.tonnes_co2(mwh, args.pue, args.kg_co2_per_kwh)
         note = f"x PUE {args.pue:g} x {args.kg_co2_per_kwh:g} kg/kWh"
         out.append(row("CO2 equivalent", amount(carbon, "t", "kg"), note))
     else:
@@ -204,7 +182,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     )  # fmt: skip
     add = parser.add_argument
     add("config", help="configs/7b.py, or 7b")
-    add("--gpu", choices=(*GPUS, "cpu"), help="default: a100-80gb, or cpu where train.device is")
+    add("--gpu", choices=(*cost.GPUS, "cpu"), help="default: a100-80gb, or cpu where train.device is")
     add("--gpus", type=int, help="processes, one a GPU; default: 8, a node; on a CPU 1")
     add("--strategy", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, a whole model on each")
     add("--checkpointing", choices=("none", "all"), default="none", help="of activations; default: none")
@@ -246,22 +224,23 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 def main(argv: list[str] | None = None) -> None:
     try:
         cfg, args = command_line(argv)
-        when = schedule(cfg, args.tokens or 0)
+        when = cost.schedule(cfg, args.tokens or 0)
         how = f", {args.strategy.upper()}" * (args.gpus > 1)
         how += ", activation checkpointing" * (args.checkpointing == "all")
         print(f"{cfg.name} on {args.gpus} x {args.gpu}{how}")
         for section in (about_parameters(cfg), about_flops(cfg), about_memory(cfg, args)):
             print("\n" + "\n".join(section))
         plan = (cfg, args.gpus, args.strategy, args.checkpointing)
-        if not fits(*plan, args.gpu):
-            need, have = total(memory(*plan, args.gpu != "cpu")), usable(args.gpu, args.gpus)
-            change = " ".join(smallest_change(*plan, args.gpu))
+        if not cost.fits(*plan, args.gpu):
+            need, have = cost.total(cost.memory(*plan, args.gpu != "cpu")), cost.usable(args.gpu, args.gpus)
+            change = " ".join(cost.smallest_change(*plan, args.gpu))
             advice = f"it would with {change}" if change else (
                 "no smaller micro-batch, checkpointing, FSDP or number of GPUs up to 4,096 makes it fit; "
                 "use a larger GPU or a smaller model"
             )  # fmt: skip
             raise ConfigError(
-                f"this does not fit: {need / GIB:,.1f} GiB where {have / GIB:,.1f} are usable; {advice}"
+                f"this does not fit: {need / cost.GIB:,.1f} GiB where {have / cost.GIB:,.1f} are usable; "
+                + advice
             )
         if when is None:
             missing = f"{cfg.dataset} is not built and data.expected_tokens is not set; state --tokens"
