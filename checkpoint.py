@@ -223,9 +223,9 @@ def step_number(name: str) -> int:
 
 def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
     """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
-    load_run(run)  # only for its message where this is no run
     found = {c.step: c for c in checkpoints(run)}
     if not found:
+        load_run(run)  # which says so where this is no run at all
         raise ConfigError(f"{run} has no complete checkpoint yet; train.py writes the first one at step 0")
     for step in steps:
         if step not in found:
