@@ -72,7 +72,12 @@ pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
 python=.venv/bin/python
 case "${1:-demo}" in
   setup) setup requirements.txt requirements-dev.txt ;;
-  test)  shift; setup requirements.txt requirements-dev.txt; exec "$python" -m pytest "$@" ;;
+  test)
+    shift; setup requirements.txt requirements-dev.txt
+    # All of them: a file at a time in each of two processes, of one thread, which is as much as they use.
+    [ $# -gt 0 ] || set -- -n 2 --dist loadfile
+    OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
+    ;;
   -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
   *)
     config=${1:-demo}; [ $# -eq 0 ] || shift
