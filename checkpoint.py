@@ -137,8 +137,14 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
     theirs = {stored for _, stored, _ in ours.values()}
     tensors = open_weights(folder)
     names = {name for name in tensors if not name.endswith(NOT_WEIGHTS)}
-    if model.cfg.tie_embeddings:  # some writers store the shared matrix twice
-        names -= {place("lm_head.weight", family)[0]}
+    head, shared = (place(f"{name}.weight", family)[0] for name in ("lm_head", "embed_tokens"))
+    if model.cfg.tie_embeddings and names - theirs == {head}:  # some writers store the shared matrix twice
+        if not torch.equal(tensors[head].get_tensor(head), tensors[shared].get_tensor(shared)):
+            raise ConfigError(
+                f"{folder}: config.json ties the head to the embedding, and {head} is not {shared}; if the "
+                'model has a head of its own, set "tie_word_embeddings": false there'
+            )
+        names -= {head}
     if names != theirs:
         strange, missing = sorted(names - theirs)[:3], sorted(theirs - names)[:3]
         raise ConfigError(
@@ -148,6 +154,9 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
     for value, name, part in ours.values():
         stored, packed = tensors[name].get_tensor(name), 1 if part is None else 3
         wanted = (packed * value.shape[0], *value.shape[1:])
+        if not stored.dtype.is_floating_point:
+            raise ConfigError(f"{folder}: {name} is {stored.dtype}, not numbers but codes; quantised weights "
+                              "are not read")  # fmt: skip
         if stored.shape != wanted:
             raise ConfigError(f"{folder}: {name} is {tuple(stored.shape)}, the model wants {wanted}")
         value.copy_(unpack(stored, part, model.cfg, family))

@@ -443,6 +443,8 @@ def find(name: str) -> tuple[Path, str]:
     if str(Path(name).parent) in (".", "config", "configs"):
         places.append(shipped / f"{stem}.py")
     for path in places:
+        if path.is_file() and path.suffix == ".json":
+            raise ConfigError(f"{path} is no config; a config is a Python file")
         if path.is_file():
             return path, ""
     family, dash, size = Path(name).name.removesuffix(".py").partition("-")
@@ -575,7 +577,10 @@ def load_run(run: str | Path) -> Config:
     """The config that a run folder was made with. Raises ConfigError where there is none."""
     path = Path(run) / "config.json"
     try:
-        return from_dict(json.loads(path.read_text())["config"])
+        about = json.loads(path.read_text())
+        if isinstance(about, dict) and "model_type" in about:
+            raise ConfigError(f"{run} is a model folder or a checkpoint, not a run folder")
+        return from_dict(about["config"])
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{run} is not a run folder: it has no config.json; train one with train.py"
@@ -585,6 +590,14 @@ def load_run(run: str | Path) -> Config:
 
 
 # ---- the command line -------------------------------------------------------------------------------------
+
+
+def show(text: str) -> None:
+    """Prints, also into a pipe whose reader has seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
 
 
 def settings_help() -> str:
@@ -637,11 +650,8 @@ def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
-        print(
-            f"{doc.strip()}\n\nUsage: python {Path(sys.argv[0]).name} CONFIG [--section.name=value ...] "
-            "[--print-config]"
-        )
-        print(settings_help())
+        usage = f"Usage: python {Path(sys.argv[0]).name} CONFIG [--section.name=value ...] [--print-config]"
+        show(f"{doc.strip()}\n\n{usage}\n{settings_help()}")
         sys.exit(0 if argv else 2)
     try:
         names = [argument for argument in argv if not argument.startswith("--")]
@@ -655,7 +665,7 @@ def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
     except ConfigError as error:
         fail(error)
     if "--print-config" in argv:
-        print(readable(config))
+        show(readable(config))
         sys.exit(0)
     return config
 

@@ -19,6 +19,7 @@ the one before: it is the end-of-text token of the folder.
 
 import argparse
 import contextlib
+import glob
 import math
 import os
 import shutil
@@ -311,21 +312,25 @@ def in_dtype(source: Source, dtype: torch.dtype, lossy: list[str]) -> Source:
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """A name beside the target to write to, which becomes the target when every byte is on the disk."""
-    aside = target.with_name(f".{target.name}.converting")
+    aside = target.with_name(f".{target.name}.converting.{os.getpid()}")
 
-    def remove() -> None:
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+    def remove(path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove()  # of a conversion that was killed
+    for left in target.parent.glob(f".{glob.escape(target.name)}.converting.*"):
+        if not Path("/proc", left.name.rpartition(".")[2]).exists():  # of a conversion that was killed
+            remove(left)
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
             files.sync(path)
-        os.replace(aside, target)
+        if target.is_file():
+            raise FileExistsError(f"{target} has appeared meanwhile")
+        os.replace(aside, target)  # which refuses a folder that has something in it
         files.sync(target.parent)
     except BaseException:
-        remove()
+        remove(aside)
         raise
 
 
@@ -357,13 +362,16 @@ def convert(args: argparse.Namespace) -> None:
         print(f"note: {args.dtype} loses digits of {len(lossy)} tensors, {lossy[0]} the first")
     n = sum(parameter.numel() for parameter in empty(source.cfg).parameters())
     print(f"{args.target}: {args.to if to_bin else family}, {n:,} parameters in {args.dtype}")
+    if not to_bin and family == "nano360":
+        print("note: no class of transformers computes this model; the folder is for nano360 alone")
 
 
 def check_arguments(args: argparse.Namespace, given: Path, target: Path, from_bin: bool) -> None:
     """What can be told before the source is opened."""
     to_bin = args.to == "llama2.c"
     if to_bin != (target.suffix == ".bin"):
-        raise ConfigError(f"TARGET {args.target}: --to llama2.c writes a .bin, --to {args.to} a folder")
+        kind = "a file NAME.bin" if to_bin else "a folder, not a .bin"
+        raise ConfigError(f"TARGET {args.target}: --to {args.to} writes {kind}")
     if to_bin and args.dtype != "fp32":
         raise ConfigError(f"--dtype {args.dtype}: a .bin is in fp32; leave it out")
     if not args.shard_gb > 0:

@@ -316,10 +316,11 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
         source = "--tokens" if tokens else "data.expected_tokens"
         n_chunks = cfg.data.n_chunks
         ends = [k * (rows // batch) // n_chunks * batch for k in range(1, n_chunks)] + [rows]
-        if rows // batch < cfg.data.n_chunks:
+        if rows // batch < n_chunks:
+            given = int(tokens or cfg.data.expected_tokens)
             raise ConfigError(
-                f"{rows * T:,} tokens are {rows // batch:,} steps of {batch:,} rows of {T:,}, fewer than "
-                f"data.n_chunks={cfg.data.n_chunks}; lower it or the batch, or train on more"
+                f"{given:,} tokens are {rows // batch:,} steps of {batch:,} rows of {T:,}, fewer than "
+                f"data.n_chunks={n_chunks}; lower it or the batch, or train on more"
             )
     else:
         return None

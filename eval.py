@@ -226,7 +226,7 @@ def eval_folder(args: argparse.Namespace) -> None:
         )
     tokenizer = tokenizers.load(dataset.folder)
     known = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
-    if known and all(files.sha256(path) != tokenizer.sha256 for path in known):
+    if known and not tokenizers.equal(tokenizers.load(folder), tokenizer):
         raise ConfigError(
             f"{args.dataset} was made with another tokenizer than {known[0]}; build one with that: "
             f"python data.py CONFIG --tokenizer.path={folder} --dataset=FOLDER"

@@ -179,6 +179,8 @@ def settings(hf: dict) -> Model:
         if hf.get("format") != FORMAT:
             raise ConfigError(f"format {hf.get('format')}; this version reads format {FORMAT}")
         return Model(**hf["model"])
+    if hf.get("quantization_config"):
+        raise ConfigError("its weights are quantised, and those are not read")
     neox, fixed = family == "gpt_neox", dict(FAMILIES.get(family, FAMILIES["llama"])[0])
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope.setdefault("rope_theta", hf.get("rotary_emb_base" if neox else "rope_theta", 10000.0))
@@ -206,6 +208,9 @@ def settings(hf: dict) -> Model:
         fixed["clip_qkv"] = float(hf.get("clip_qkv") or 0)
     if family == "mistral":
         fixed["window"] = hf.get("sliding_window", 4096) or 0  # the class's own default
+        kinds = set(hf.get("layer_types") or ["sliding_attention"])
+        if fixed["window"] and kinds != {"sliding_attention"}:
+            raise ConfigError("layer_types: layers with and without a sliding window are not supported")
     if neox:
         fixed["parallel_residual"] = hf.get("use_parallel_residual", True)
     if family == "baichuan":
@@ -215,7 +220,8 @@ def settings(hf: dict) -> Model:
             )
         fixed["positions"] = "rope" if "max_position_embeddings" in hf else "alibi"
     if family != "olmo":
-        fixed["norm_eps"] = hf["layer_norm_eps" if neox else "rms_norm_eps"]
+        name, default = ("layer_norm_eps", 1e-5) if neox else ("rms_norm_eps", 1e-6)
+        fixed["norm_eps"] = hf.get(name, 1e-5 if family == "olmo2" else default)  # the classes' own
     return Model(
         vocab_size=hf["vocab_size"],
         seq_len=hf["model_max_length"] if fixed["positions"] == "alibi" else hf["max_position_embeddings"],

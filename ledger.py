@@ -37,6 +37,10 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     Raises ConfigError where the difference would make it another run, neither the old one nor the new.
     """
     if not (Path(cfg.run) / "config.json").exists():
+        ours = ("checkpoints", "ledger.jsonl", "metrics.jsonl", "dataset.json")  # of a run killed as it began
+        strange = sorted(p.name for p in Path(cfg.run).glob("*") if p.name not in ours and p.name[0] != ".")
+        if strange:
+            raise ConfigError(f"--run={cfg.run} is no run folder, and has {strange[0]} in it; name a new one")
         return []
     before, now = config.to_dict(config.load_run(cfg.run)), config.to_dict(cfg)
     before, now = (

@@ -138,6 +138,19 @@ class Tokenizer:
             files.write(folder / name, content)
 
 
+# Runs of blanks, digits, capitals, contractions, accents, composed and not, other scripts, signs.
+PROBE = (
+    "It's 1234567 o'clock,\tI'LL  go\n\n\n  home:\r\n x=f(a[0])!=b; "
+    "na\u00efve nai\u0308ve \u4f60\u597d \u041f\u0440 \U0001f642 "
+)
+
+
+def equal(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids, though their files may have been written differently."""
+    parts = [(t.token_bytes, t.special_tokens, t.eot, t.encode(PROBE)) for t in (a, b)]
+    return a.sha256 == b.sha256 or parts[0] == parts[1]
+
+
 def matcher(texts: Iterable[str]) -> re.Pattern | None:
     """Finds any of the texts; of several that begin at the same character the longest."""
     longest_first = sorted(texts, key=lambda text: (-len(text), text))

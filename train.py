@@ -32,6 +32,7 @@ import files
 import ledger
 import optim
 import parallel
+import tokenizer as tokenizers
 from config import Config, ConfigError
 from dataset import Dataset, differences
 from families import model_config
@@ -245,12 +246,11 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
         if "mup_base_width" in differs:  # which the kind of initialisation goes with
             settings += f" --model.init={'mup' if theirs['mup_base_width'] else 'normal'}"
         raise ConfigError(f"--init_from={cfg.init_from} is a model with other settings; add {settings}")
-    name, digest = dataset.manifest["tokenizer"]["file"], dataset.manifest["tokenizer"]["sha256"]
     known = [path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.exists()]
-    if known and not any(path.name == name and files.sha256(path) == digest for path in known):
+    if known and not tokenizers.equal(tokenizers.load(folder), tokenizers.load(dataset.folder)):
         raise ConfigError(
-            f"{cfg.dataset} was made with another tokenizer than {known[0]}; build it with that one: "
-            f"--tokenizer.path={folder}"
+            f"{cfg.dataset} was made with another tokenizer than {known[0]}; build one with that: "
+            f"python data.py, same config, --tokenizer.path={folder} --dataset=ANOTHER_FOLDER"
         )
     return folder
 

@@ -176,3 +176,33 @@ def test_a_mistral_without_a_window_in_its_config_has_the_class_default(tmp_path
         values = {k: v for k, v in hf.items() if k != "sliding_window"}
         values |= {} if window is ... else {"sliding_window": window}
         assert families.settings(values).window == expected
+
+
+def test_a_tied_model_with_another_head_in_its_file_is_refused(tmp_path):
+    folder = saved(shaken(dataclasses.replace(EVERY["llama"], tie_embeddings=True)), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match='set "tie_word_embeddings": false'):
+        checkpoint.load_model(folder)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    folder = saved(shaken(EVERY["llama"]), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="quantised"):
+        checkpoint.load_model(folder)
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**hf, "quantization_config": {"bits": 8}}))
+    with pytest.raises(ConfigError, match="quantised"):
+        families.model_config(folder)
+
+
+def test_a_mistral_whose_layers_differ_is_refused():
+    hf = families.hf_config(PUBLISHED["mistral"])
+    hf["layer_types"] = ["full_attention", "sliding_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="layer_types"):
+        families.settings(hf)
+    assert families.settings({**hf, "layer_types": ["sliding_attention"] * 3}).window == 7

@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "families",
         "checkpoint",
         "ledger",
+        "tokenizer",
     ],
     "sample": ["config", "files", "model", "parallel", "checkpoint", "tokenizer"],
     "memorize": ["config", "files", "model", "dataset", "parallel", "checkpoint", "sample"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 import shutil
@@ -394,11 +395,28 @@ def test_init_from_of_another_model_is_refused_before_anything_is_written(
 def test_init_from_a_model_with_another_tokenizer_is_refused(recipe, whole, tmp_path):
     origin = tmp_path / "origin"
     shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
-    for name in ("tokenizer.json", "tokenizer.model"):  # other content, and another kind
-        (origin / "tokenizer.json").unlink(missing_ok=True)
-        (origin / name).write_text("{}")
-        with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
-            train.train(load(recipe, tmp_path / "run", f"--init-from={origin}"))
+    one_merge_less(origin / "tokenizer.json")
+    with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
+        train.train(load(recipe, tmp_path / "run", f"--init-from={origin}"))
+
+
+def one_merge_less(path: Path) -> None:
+    """Makes another tokenizer of it, with as many entries."""
+    about = json.loads(path.read_text())
+    merge = about["model"]["merges"].pop()
+    left, right = merge if isinstance(merge, list) else merge.split(" ")
+    about["model"]["vocab"]["~#~"] = about["model"]["vocab"].pop(left + right)
+    path.write_text(json.dumps(about))
+
+
+def test_a_tokenizer_that_another_program_has_written_anew_is_the_same(recipe, whole, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    origin = tmp_path / "origin"
+    shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
+    before = (origin / "tokenizer.json").read_bytes()
+    transformers.AutoTokenizer.from_pretrained(origin).save_pretrained(origin)
+    assert (origin / "tokenizer.json").read_bytes() != before
+    train.train(load(recipe, tmp_path / "run", f"--init-from={origin}", "--train.steps=1"))
 
 
 ARCHITECTURES = {
@@ -457,6 +475,6 @@ def test_eval_reads_a_bare_model_folder_on_held_out_text(recipe, whole, tmp_path
     expected = checkpoint.load_model(last)(rows[:, :-1], rows[:, 1:]).item() / rows[:, 1:].numel()
     assert row[:2] == ["model", "prose"] and float(row[2]) == pytest.approx(expected, abs=1e-4)
     assert not (folder / "evals.jsonl").exists()
-    (folder / "tokenizer.json").write_text("{}")
+    one_merge_less(folder / "tokenizer.json")
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "another tokenizer" in refused.stderr
