@@ -215,6 +215,12 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
     if args.pue < 1:
         raise ConfigError(f"--pue={args.pue}: all power over the computers' power is at least 1")
+    peak, speed = cost.machine(args.gpu).flops, args.tokens_per_second_per_gpu
+    if speed and peak and cost.mfu(cfg.model, speed, peak)[0] > 1:
+        raise ConfigError(
+            f"--tokens-per-second-per-gpu={speed:,.0f} is more than {peak / 1e12:,.0f} TFLOP/s "
+            f"allow: at most {peak / cost.flops_per_token(cfg.model)['6N']:,.0f}"
+        )
     if args.gpu == "cpu" and args.strategy == "fsdp":
         raise ConfigError("--strategy=fsdp is planned for GPUs; on a CPU use ddp")
     config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, args.gpus)  # they must divide

@@ -458,6 +458,7 @@ def test_a_cpu_has_no_peak_and_needs_a_speed(recipe):
         (["7b", "--optim.lrr=1"], "did you mean 'optim.lr'?"),
         (["7b", "8"], "'8' is not an override"),
         (["7b", "--mfu=40"], "40 % is 0.4"),
+        (["124m", "--tokens-per-second-per-gpu=1e7"], "more than 312 TFLOP/s allow"),
         (["7b", "--gpus=0"], "--gpus=0 must be a number above 0"),
         (["7b", "--tokens=nan"], "--tokens=nan must be a number above 0"),
         (["7b", "--mfu=0.4", "--tokens-per-second-per-gpu=9"], "keep one"),
