@@ -3,23 +3,28 @@
     runs/demo/
       config.json    every resolved value, git commit, versions, device
       dataset.json   the manifest of the data, as it was
-      ledger.jsonl   what happened: start, resume, checkpoint, interrupted, nonfinite, finish
+      ledger.jsonl   what happened: start, resume, checkpoint, interrupted, fault, nonfinite, spike, finish
       metrics.jsonl  one line a step; after a resume a step can stand twice, and the later line counts
       checkpoints/step-00000640/
         config.json model.safetensors tokenizer.json ...   a Hugging Face model folder, weights in FP32
-        optimizer.safetensors                              AdamW's moments and the random state
+        optimizer.safetensors                              the optimizer's moments and the random state
         state.json                                         step, position in the data, hashes: written last
+      checkpoints/spike-00000650-step-00000640/   one that a rollback left, out of the way
 
-A checkpoint is written into a hidden folder beside the others and renamed when every byte of it is on disk.
-A folder without state.json is incomplete and ignored. Nothing is pickled: it is safe to open a stranger's.
+Beyond 5 GB the tensors are in shards, model-00001-of-00006.safetensors ..., with an index, as others write
+them. A checkpoint is written into a hidden folder beside the others and renamed when every byte of it is on
+disk. A folder without state.json is incomplete and ignored. Nothing is pickled: it is safe to open a
+stranger's.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +35,23 @@ from torch import nn
 
 import files
 from config import ConfigError, load_run
-from families import NOT_WEIGHTS, end_of_text, hf_config, model_config, place, read_config, to_family, unpack
+from families import (
+    NOT_WEIGHTS,
+    end_of_text,
+    family_of,
+    hf_config,
+    model_config,
+    place,
+    read_config,
+    to_family,
+    unpack,
+)
 from model import Transformer
+from parallel import Everyone, alone, put, whole
 
 FORMAT = 1  # of state.json; a reader refuses what it does not know
+UMASK = os.umask(0)  # which permissions new files are not given; it can only be read by setting it
+os.umask(UMASK)
 
 
 class Checkpoint(NamedTuple):
@@ -49,61 +67,180 @@ def bare(model: nn.Module) -> Transformer:
 
 # ---- saving -----------------------------------------------------------------------------------------------
 
+SHARD_BYTES = 5_000_000_000  # of tensors in one file; processes write files side by side
+
+
+class Saving:
+    """Saves checkpoints while training goes on: `begin` copies, a thread writes, `finish` makes it count.
+
+    Tensors are stored whole, in files of SHARD_BYTES, as Hugging Face stores large models; each file is
+    written by one process. So a checkpoint of any number of processes is the same folder, and opens on any
+    other number. `begin` gathers each tensor and copies it into the memory of the process that writes it:
+    that is all the time that training waits. It waits for the save before this one if that is not done yet.
+    """
+
+    def __init__(self, run: Path | str, model: nn.Module, optimizers, everyone: Everyone | None = None):
+        self.folder, self.model, self.everyone = Path(run) / "checkpoints", bare(model), everyone or alone()
+        self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        self.room: dict[str, torch.Tensor] = {}  # copies' memory, used again by every save
+        self.thread: threading.Thread | None = None
+
+    def begin(self, state: dict, tokenizer_files: dict[str, bytes]) -> None:
+        """`state` has step, rows, tokens, chunk and the hashes of the data."""
+        self.finish()
+        self.state, self.aside = state, self.folder / f".step-{state['step']:08d}"
+        self.everyone.once(self.make_room)
+        cfg, family, rank = self.model.cfg, family_of(self.model.cfg), self.everyone.rank
+        weights = dict(self.model.state_dict())
+        stored = {}  # a family's name for a tensor -> our names for its parts
+        for name in weights:
+            stored.setdefault(place(name, family)[0], []).append(name)
+        moments = optimizer_tensors(self.model, self.optimizers)
+        files_of = layout(
+            "model", {name: sum(map(size, map(weights.get, parts))) for name, parts in stored.items()}
+        )
+        moments_of = layout("optimizer", {name: size(tensor) for name, tensor in moments.items()})
+        self.mine, n = {}, len(files_of) + len(moments_of)
+        for i, (file, names) in enumerate([*files_of.items(), *moments_of.items()]):
+            owner = i * self.everyone.world_size // n
+            parts = [part for name in names for part in stored[name]] if file in files_of else names
+            for part in parts:
+                tensor = whole((weights if file in files_of else moments)[part])  # all processes together
+                if owner == rank:
+                    self.mine.setdefault(file, {})[part] = self.copy(part, tensor)
+        if self.everyone.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.small = {}
+        if rank == 0:
+            config = json.dumps(hf_config(cfg, state.get("eot")), indent=1) + "\n"
+            self.small = {"config.json": config.encode(), **tokenizer_files}
+            for stem, layout_of in (("model", files_of), ("optimizer", moments_of)):
+                if len(layout_of) > 1:
+                    places = {name: file for file, names in layout_of.items() for name in names}
+                    index = {"metadata": {}, "weight_map": places}
+                    self.small[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=1).encode()
+        self.hashes, self.error = {}, None
+        self.thread = threading.Thread(target=self.write, daemon=True)
+        self.thread.start()
+
+    def make_room(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step-*"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.aside.mkdir()
+
+    def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in self.room:
+            pin = tensor.device.type == "cuda"
+            self.room[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pin)
+        return self.room[name].copy_(tensor, non_blocking=True)
+
+    def write(self) -> None:
+        """This process's files, in a thread. What goes wrong is kept for `finish`."""
+        try:
+            for name, content in self.small.items():
+                (self.aside / name).write_bytes(content)
+            for name, tensors in self.mine.items():
+                if name.startswith("model"):
+                    tensors = to_family(tensors, self.model.cfg)
+                save_file(tensors, self.aside / name, metadata={"format": "pt"})
+                (self.aside / name).chmod(0o666 & ~UMASK)  # which are written readable by their owner alone
+            for name in (*self.small, *self.mine):
+                files.sync(self.aside / name)
+                self.hashes[name] = files.sha256(self.aside / name)
+        except Exception as error:
+            self.error = f"process {self.everyone.rank}: {type(error).__name__}: {error}"
+
+    def busy(self) -> bool:
+        """Whether this process still writes."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def finish(self) -> Path | None:
+        """Waits for all processes to have written, and renames the folder; None if nothing was being saved.
+
+        OSError where one could not write: then the checkpoints that were there are as they were.
+        """
+        if self.thread is None:
+            return None
+        self.thread.join()
+        self.thread = None
+        told = self.everyone.collect((self.error, self.hashes))
+        errors = [error for error, _ in told if error]
+        if errors:
+            self.everyone.once(shutil.rmtree, self.aside, True)
+            raise OSError(f"checkpoint of step {self.state['step']} is not saved: {'; '.join(errors)}")
+        hashes = {name: digest for _, part in told for name, digest in sorted(part.items())}
+        final = self.folder / self.aside.name.removeprefix(".")
+        self.everyone.once(self.commit, final, hashes)
+        return final
+
+    def commit(self, final: Path, hashes: dict[str, str]) -> None:
+        files.write_json(
+            self.aside / "state.json", {"format": FORMAT, **self.state, "time": time.time(), "files": hashes}
+        )
+        if final.exists():  # without its state.json; or of a time before a rollback
+            shutil.rmtree(final)
+        os.replace(self.aside, final)
+        files.sync(self.folder)
+
 
 def save(
-    run: Path | str, model: nn.Module, optimizer, state: dict, tokenizer_files: dict[str, bytes]
+    run: Path | str, model: nn.Module, optimizers, state: dict, tokenizer_files: dict[str, bytes]
 ) -> Path:
-    """Writes checkpoints/step-... and returns its path.
-
-    `state` has step, rows, tokens, chunk and the hashes of the data. Killed at any moment, or stopped by a
-    full disk, it leaves the checkpoints that were there as they were.
-    """
-    folder = Path(run) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{state['step']:08d}"
-    for left in folder.glob(".step-*"):  # of a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    aside = folder / f".{final.name}.{os.getpid()}"
-    aside.mkdir()
-    try:
-        model = bare(model)
-        weights = to_family(model.state_dict(), model.cfg)
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-        save_file(
-            optimizer_tensors(model, optimizer), aside / "optimizer.safetensors", metadata={"format": "pt"}
-        )
-        (aside / "config.json").write_text(
-            json.dumps(hf_config(model.cfg, state.get("eot")), indent=1) + "\n"
-        )
-        for name, content in tokenizer_files.items():
-            (aside / name).write_bytes(content)
-        for path in aside.glob("*.safetensors"):  # which are written readable by their owner alone
-            shutil.copymode(aside / "config.json", path)
-        written = sorted(aside.iterdir())
-        for path in written:
-            files.sync(path)
-        hashes = {path.name: files.sha256(path) for path in written}
-        state = {"format": FORMAT, **state, "time": time.time(), "files": hashes}
-        files.write_json(aside / "state.json", state)
-        if final.exists():  # without its state.json: someone's, not ours
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        files.sync(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return final
+    """Writes checkpoints/step-... and returns its path when it is there."""
+    saving = Saving(run, model, optimizers)
+    saving.begin(state, tokenizer_files)
+    return saving.finish()
 
 
-def optimizer_tensors(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state under the parameters' names, and the state of the random generators."""
+def size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def layout(stem: str, sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Which tensors go into which file, in their order: one, or as many as SHARD_BYTES demands."""
+    shards, room = [[]], SHARD_BYTES
+    for name, n in sizes.items():
+        if n > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= n
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def optimizer_tensors(model: Transformer, optimizers: list) -> dict[str, torch.Tensor]:
+    """The optimizers' state under the parameters' names, and the state of the random generators."""
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.contiguous()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value.contiguous()
     return tensors
+
+
+def delete_others(run: Path | str, kept: set[int], newest: int) -> list[int]:
+    """Deletes all but the `newest` of the checkpoints whose step is not in `kept`; returns those steps."""
+    others = [c for c in checkpoints(run) if c.step not in kept]
+    gone = others[: max(0, len(others) - newest)]
+    for c in gone:  # out of sight at once: half a folder must not look like a checkpoint
+        aside = c.path.with_name(f".{c.path.name}")
+        os.replace(c.path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return [c.step for c in gone]
+
+
+def set_aside(run: Path | str, after: int, at: int) -> None:
+    """Renames what a rollback leaves, checkpoints beyond step `after`: spike-<at>-step-... can be studied."""
+    for c in checkpoints(run):
+        if c.step > after:
+            target = c.path.with_name(f"spike-{at:08d}-{c.path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(c.path, target)
 
 
 # ---- loading ----------------------------------------------------------------------------------------------
@@ -119,31 +256,51 @@ def checkpoints(run: Path | str) -> list[Checkpoint]:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if not isinstance(state, dict):
-            continue
-        if state.get("format") != FORMAT or state.get("step") != int(match[1]):
-            raise ConfigError(
-                f"{path}/state.json says format {state.get('format')} and step {state.get('step')}; "
-                f"this version reads format {FORMAT}, and the step must be the folder's"
-            )
-        found.append(Checkpoint(path, state["step"], state))
+        if isinstance(state, dict):
+            found.append(checked(path, state, int(match[1])))
     return sorted(found, key=lambda c: c.step)
+
+
+def checked(path: Path, state: dict, step: int | None) -> Checkpoint:
+    if state.get("format") != FORMAT or (step is not None and state.get("step") != step):
+        raise ConfigError(
+            f"{path}/state.json says format {state.get('format')} and step {state.get('step')}; "
+            f"this version reads format {FORMAT}, and the step must be the folder's"
+        )
+    return Checkpoint(path, state["step"], state)
+
+
+def read(folder: Path | str) -> Checkpoint:
+    """A checkpoint by its folder, of any name. ConfigError where it has no state.json."""
+    try:
+        state = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is no checkpoint of train.py: its state.json cannot be read ({error})"
+        ) from None
+    return checked(Path(folder), state if isinstance(state, dict) else {}, None)
 
 
 def load_weights(folder: Path | str, model: nn.Module) -> None:
     """The weights of a model folder into a model, in place. ConfigError unless names and shapes agree."""
+    read = check_weights(folder, model)
+    for name, value in bare(model).state_dict().items():
+        put(value, read(name))
+
+
+def check_weights(folder: Path | str, model: nn.Module) -> Callable[[str], torch.Tensor]:
+    """What reads a tensor of a model folder, by our name for it. ConfigError unless names and shapes agree.
+
+    They are told by the files' headers; no tensor is read for it, but a second copy of a tied head.
+    """
     model, family = bare(model), read_config(folder)["model_type"]
-    ours = {name: (value, *place(name, family)) for name, value in model.state_dict().items()}
+    cfg, tensors = model.cfg, open_weights(folder)
+    ours = {name: (value.shape, *place(name, family)) for name, value in model.state_dict().items()}
     theirs = {stored for _, stored, _ in ours.values()}
-    tensors = open_weights(folder)
     names = {name for name in tensors if not name.endswith(NOT_WEIGHTS)}
     head, shared = (place(f"{name}.weight", family)[0] for name in ("lm_head", "embed_tokens"))
-    if model.cfg.tie_embeddings and names - theirs == {head}:  # some writers store the shared matrix twice
-        if not torch.equal(tensors[head].get_tensor(head), tensors[shared].get_tensor(shared)):
-            raise ConfigError(
-                f"{folder}: config.json ties the head to the embedding, and {head} is not {shared}; if the "
-                'model has a head of its own, set "tie_word_embeddings": false there'
-            )
+    twice = cfg.tie_embeddings and names - theirs == {head}  # some writers store the shared matrix so
+    if twice:
         names -= {head}
     if names != theirs:
         strange, missing = sorted(names - theirs)[:3], sorted(theirs - names)[:3]
@@ -151,23 +308,35 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
             f"the weights in {folder} are of another model: they have {strange} that this one lacks, and not "
             f"{missing}"
         )
-    for value, name, part in ours.values():
-        stored, packed = tensors[name].get_tensor(name), 1 if part is None else 3
-        wanted = (packed * value.shape[0], *value.shape[1:])
-        if not stored.dtype.is_floating_point:
-            raise ConfigError(f"{folder}: {name} is {stored.dtype}, not numbers but codes; quantised weights "
-                              "are not read")  # fmt: skip
-        if stored.shape != wanted:
-            raise ConfigError(f"{folder}: {name} is {tuple(stored.shape)}, the model wants {wanted}")
-        value.copy_(unpack(stored, part, model.cfg, family))
+    for shape, name, part in ours.values():
+        header = tensors[name].get_slice(name)
+        stored, wanted = tuple(header.get_shape()), ((1 if part is None else 3) * shape[0], *shape[1:])
+        if not header.get_dtype().startswith(("F", "BF")):  # F32, BF16, F8_E4M3, ..., not I8 or U8
+            dtype = tensors[name].get_tensor(name).dtype
+            raise ConfigError(
+                f"{folder}: {name} is {dtype}, not numbers but codes; quantised weights are not read"
+            )
+        if stored != wanted:
+            raise ConfigError(f"{folder}: {name} is {stored}, the model wants {wanted}")
+    if twice and not torch.equal(tensors[head].get_tensor(head), tensors[shared].get_tensor(shared)):
+        raise ConfigError(
+            f"{folder}: config.json ties the head to the embedding, and {head} is not {shared}; if the "
+            'model has a head of its own, set "tie_word_embeddings": false there'
+        )
+
+    def read(name: str) -> torch.Tensor:
+        _, stored, part = ours[name]
+        return unpack(tensors[stored].get_tensor(stored), part, cfg, family)
+
+    return read
 
 
-def open_weights(folder: Path | str) -> dict:
+def open_weights(folder: Path | str, stem: str = "model") -> dict:
     """Tensor name -> the open safetensors file that holds it, of a folder with one file or many shards."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
-        path = folder / "model.safetensors"
+        path = folder / f"{stem}.safetensors"
         pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(kind))]
         if pickled and not path.exists():
             raise ConfigError(
@@ -193,25 +362,38 @@ def open_weights(folder: Path | str) -> dict:
     return {name: shards[shard] for name, shard in places.items()}
 
 
-def load_optimizer(folder: Path | str, model: nn.Module, optimizer) -> None:
-    """The optimizer as it was saved, and the random generators, in place."""
-    path = Path(folder) / "optimizer.safetensors"
-    with open_tensors(path) as tensors:
-        names = set(tensors.keys())
-        for name, parameter in bare(model).named_parameters():
-            if names == {"random.cpu"} or names == {"random.cpu", "random.cuda"}:
-                break  # step 0: nothing has moved yet
-            moments = {key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            if not names.issuperset(moments.values()):
-                raise ConfigError(
-                    f"{path} lacks AdamW's state of {name}; it is of another model or optimizer"
-                )
-            optimizer.state[parameter] = {
-                key: tensors.get_tensor(stored).to(parameter.device) for key, stored in moments.items()
-            }
-        torch.set_rng_state(tensors.get_tensor("random.cpu"))
-        if "random.cuda" in names and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors.get_tensor("random.cuda"))
+# What each optimizer keeps of a parameter.
+STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+def load_optimizer(folder: Path | str, model: nn.Module, optimizers) -> None:
+    """The optimizers as they were saved, and the random generators, in place."""
+    tensors, names = (
+        open_weights(folder, "optimizer"),
+        {p: name for name, p in bare(model).named_parameters()},
+    )
+    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        if set(tensors) <= {"random.cpu", "random.cuda"}:
+            break  # step 0: nothing has moved yet
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            kind, moments = type(optimizer).__name__, {}
+            for key in STATE[kind]:
+                stored = f"{key}.{names[parameter]}"
+                if stored not in tensors:
+                    raise ConfigError(
+                        f"{folder}/optimizer.safetensors lacks {kind}'s state of {names[parameter]}; "
+                        "it is of another model or optimizer"
+                    )
+                value = tensors[stored].get_tensor(stored)
+                if value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter)  # sharded as the parameter is
+                    put(moments[key], value)
+                else:
+                    moments[key] = value.to(parameter.device)
+            optimizer.state[parameter] = moments
+    torch.set_rng_state(tensors["random.cpu"].get_tensor("random.cpu"))
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"].get_tensor("random.cuda"))
 
 
 def open_tensors(path: Path):
@@ -223,6 +405,14 @@ def open_tensors(path: Path):
         raise ConfigError(
             f"{path} cannot be read: {error}; if it is damaged, get it again, or take its folder away"
         ) from None
+
+
+def weights_hash(state: dict) -> str:
+    """One hash of a checkpoint's weights, of one file or of many."""
+    hashes = [
+        state["files"][name] for name in sorted(state["files"]) if re.fullmatch(r"model.*\.safetensors", name)
+    ]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def step_number(name: str) -> int:

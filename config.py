@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import runpy
@@ -228,11 +229,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, its parameter groups and its schedule (optim.py)."""
+    """AdamW or Muon, parameter groups, schedule, clipping (optim.py)."""
 
+    # AdamW; or Muon for the matrices inside the layers, and AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4  # peak learning rate
     final_lr_fraction: float = 0.1  # of the peak, reached at the last step
-    schedule: Literal["cosine", "linear"] = "cosine"  # from the peak to the end
+    # from the peak to the end; constant: stays at the peak until the last decay_fraction of the steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    decay_fraction: float = 0.1  # of all steps, at the end, in which a constant rate falls linearly
+    # with --init_from=CHECKPOINT: goes on from it, data and optimizer too; the rate falls to 0 in so many
+    anneal_steps: int = 0
     warmup_steps: int = 2000  # linear, up to the peak
     warmup_start_fraction: float = 0.0  # of the peak, where warm-up begins (OLMo-1: 0.1)
     beta1: float = 0.9  # decay of the running mean of gradients
@@ -242,13 +249,21 @@ class Optim:
     # which parameters decay: every one (Amber); linear layers' weights, a tied head not (OLMo-1); all
     # matrices, embeddings included (Pythia, CrystalCoder); all but embeddings (OLMo 2)
     decay: Literal["all", "linear", "matrices", "not_embeddings"] = "all"
+    muon_momentum: float = 0.95  # Muon's running mean of gradients
     grad_clip: float = 1.0  # limit of the global L2 norm of the gradient; 0: no limit
+    grad_clip_start_factor: float = 1.0  # the limit is so many times looser at the start (OLMo-7B: 10)
+    grad_clip_start_steps: int = 1000  # and the start is so many steps long
+    z_loss: float = 0.0  # also pulls log(sum of exp(logits)) to 0, so much times its square (PaLM: 1e-4)
+    embedding_gradient: float = 1.0  # what the embedding's gradient is multiplied by (GLM-130B: 0.1)
 
     def __post_init__(self):
         check_types(self)
-        above(self, 0, "lr", "eps")
-        at_least(self, 0, "warmup_steps", "weight_decay", "grad_clip")
-        for name in ("final_lr_fraction", "warmup_start_fraction", "beta1", "beta2"):
+        above(self, 0, "lr", "eps", "grad_clip_start_factor")
+        at_least(self, 0, "warmup_steps", "weight_decay", "grad_clip", "grad_clip_start_steps", "z_loss")
+        at_least(self, 0, "anneal_steps", "embedding_gradient")
+        for name in (
+            "final_lr_fraction", "warmup_start_fraction", "decay_fraction", "beta1", "beta2", "muon_momentum"
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1 or (name.startswith("beta") and getattr(self, name) == 1):
                 raise ConfigError(f"optim.{name}={getattr(self, name)} is out of range; use 0 to 1")
 
@@ -258,20 +273,77 @@ class Train:
     """The loop (train.py)."""
 
     batch_size: int = 2048  # sequences a step, over all GPUs
+    batch_double_tokens: int = 0  # the batch doubles after every so many tokens (OLMo-65B: 100e9); 0: never
+    batch_size_max: int = 0  # up to so many sequences (OLMo-65B: 8192, from 1024)
     micro_batch_size: int = 8  # sequences in one forward on one GPU; accumulation is derived
     steps: int = 0  # stop after this many without changing the schedule; 0: all the data
     seed: int = 1234  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast, weights FP32; auto: bf16 on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of each block; auto: on CUDA
+    activation_checkpointing: int = 0  # of every n-th block, which backward computes again; 1: all; 0: none
+    deterministic: bool = False  # the same bits in every run on the same GPUs; slower on CUDA
     log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
     checkpoint_chunks: bool = True  # one when the last row of a data chunk has been consumed
     checkpoint_every: int = 0  # and one every so many steps; 0: none
     checkpoint_powers_of_two: bool = False  # and at steps 1, 2, 4, 8, ... (Pythia)
+    # of checkpoints that neither end a chunk nor begin or end training, the newest so many are kept; 0: all
+    keep_others: int = 0
+    save_async: bool = True  # checkpoints are written while training goes on
+    # a spike: loss or gradient norm so many deviations above the median of the last spike_window steps
+    # (robust: 1.4826 x the median absolute deviation); 0: only what is not finite is an incident
+    spike_z: float = 0.0
+    spike_window: int = 128
+    # what an incident does: stop; skip the update; defer the rest of the chunk to the end (K2); go back to a
+    # checkpoint and leave batches out (PaLM, GLM-130B)
+    on_spike: Literal["stop", "skip", "defer", "rollback"] = "stop"
+    rollback_steps: int = 100  # the checkpoint is at least so many steps before the spike, if there is one
+    rollback_skip: int = 200  # batches left out: half of them before the spike, half from it on
+    max_incidents: int = 10  # the one after so many stops the run whatever on_spike says
 
     def __post_init__(self):
         check_types(self)
-        at_least(self, 1, "batch_size", "micro_batch_size", "log_every")
-        at_least(self, 0, "steps", "checkpoint_every")
+        at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "rollback_skip", "spike_window")
+        at_least(
+            self,
+            0,
+            "steps",
+            "checkpoint_every",
+            "activation_checkpointing",
+            "keep_others",
+            "spike_z",
+            "rollback_steps",
+        )
+        at_least(self, 0, "max_incidents", "batch_double_tokens", "batch_size_max")
+        largest = self.batch_size_max or self.batch_size
+        doublings = largest / self.batch_size
+        if bool(self.batch_double_tokens) != bool(self.batch_size_max):
+            raise ConfigError(
+                "train.batch_double_tokens and train.batch_size_max go together; set both or neither"
+            )
+        if doublings < 1 or largest != self.batch_size << int(math.log2(doublings)):
+            raise ConfigError(
+                f"train.batch_size_max={largest} must be train.batch_size={self.batch_size} times 2, 4 ..."
+            )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a run is spread over processes, one a GPU (parallel.py)."""
+
+    # ddp: every GPU holds the whole model; fsdp: weights, gradients and moments are sharded over GPUs (FSDP2)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    shard: int = 0  # fsdp: GPUs that share one copy, such as a node's 8 (hybrid sharding); 0: all of them
+    reshard: bool = (
+        True  # fsdp: a block's weights are let go after its forward, and gathered again for backward
+    )
+    tp: int = 1  # GPUs that split every matrix and the tokens between them (tensor and sequence parallel)
+    timeout_seconds: int = 900  # a collective that takes longer ends the run: a process hangs, or is gone
+
+    def __post_init__(self):
+        check_types(self)
+        at_least(self, 1, "tp", "timeout_seconds")
+        at_least(self, 0, "shard")
 
 
 @dataclass(frozen=True)
@@ -304,6 +376,7 @@ class Config:
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
     eval: Eval = field(default_factory=Eval)
     name: str = ""  # derived: the config file's name
     run: str = ""  # the run folder; derived: runs/<name>
@@ -320,6 +393,11 @@ class Config:
             raise ConfigError(
                 f"eval.prompt_tokens={e.prompt_tokens} and eval.continuation_tokens={e.continuation_tokens} "
                 f"do not fit into model.seq_len={model.seq_len}; make them shorter"
+            )
+        check_parallel(model, self.parallel, self.optim)
+        if self.optim.anneal_steps and not self.init_from:
+            raise ConfigError(
+                f"optim.anneal_steps={self.optim.anneal_steps} needs --init_from=CHECKPOINT to begin at"
             )
         tokenizer = dataclasses.replace(self.tokenizer, path=self.tokenizer.path or f"tokenizers/{self.name}")
         data = dataclasses.replace(self.data, workers=self.data.workers or os.cpu_count() or 1)
@@ -426,6 +504,44 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
         f"train.batch_size={batch_size} does not divide by train.micro_batch_size={micro_batch_size} x "
         f"{world_size} process{'es' if world_size > 1 else ''}; use train.batch_size={sizes}{other}"
     )
+
+
+def mesh_shape(settings: Parallel, processes: int) -> tuple[int, int, int]:
+    """(replicate, shard, tp). Raises ConfigError where the processes do not divide so."""
+    copies = processes // settings.tp  # of the data's shares: processes that see different rows
+    if processes % settings.tp:
+        raise ConfigError(f"{processes} process(es) do not divide by parallel.tp={settings.tp}")
+    if settings.strategy == "ddp":
+        if settings.shard > 1:
+            raise ConfigError(f"parallel.shard={settings.shard} needs parallel.strategy='fsdp'")
+        return copies, 1, settings.tp
+    shard = settings.shard or copies
+    if copies % shard:
+        raise ConfigError(
+            f"parallel.shard={shard} does not divide {copies} process(es)"
+            + f" ({processes} / parallel.tp={settings.tp})" * (settings.tp > 1)
+        )
+    return copies // shard, shard, settings.tp
+
+
+def check_parallel(m: Model, p: Parallel, optim: Optim) -> None:
+    """Raises ConfigError where a model cannot be split over p.tp GPUs, or an optimizer needs it whole."""
+    if optim.optimizer == "muon" and (p.tp > 1 or p.strategy == "fsdp"):
+        raise ConfigError(
+            "optim.optimizer='muon' turns whole matrices, and parallel.strategy='fsdp' or parallel.tp leave "
+            "none whole; use --parallel.strategy=ddp --parallel.tp=1, or adamw"
+        )
+    if p.tp == 1:
+        return
+    for name in ("n_heads", "n_kv_heads", "d_ff", "seq_len"):
+        if getattr(m, name) % p.tp:
+            raise ConfigError(f"model.{name}={getattr(m, name)} does not divide by parallel.tp={p.tp}")
+    if m.qk_norm:  # of a whole row of queries, which no GPU has
+        raise ConfigError("model.qk_norm with parallel.tp is not offered; use parallel.strategy='fsdp'")
+    if m.positions == "alibi":  # each head has its own slope
+        raise ConfigError(
+            "model.positions='alibi' with parallel.tp is not offered; use parallel.strategy='fsdp'"
+        )
 
 
 # ---- loading ----------------------------------------------------------------------------------------------
@@ -605,7 +721,7 @@ def settings_help() -> str:
     source = Path(__file__).read_text(encoding="utf-8")
     lines, out = source.splitlines(), []
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    for section in ("Model", "Tokenizer", "Data", "Optim", "Train", "Eval", "Config"):
+    for section in ("Model", "Tokenizer", "Data", "Optim", "Train", "Parallel", "Eval", "Config"):
         out.append(f"\n{ast.get_docstring(classes[section]).splitlines()[0]}")
         for node in classes[section].body:
             if not isinstance(node, ast.AnnAssign):
@@ -642,32 +758,59 @@ def readable(config: Config) -> str:
     return "\n".join(out)
 
 
-def from_command_line(doc: str, argv: list[str] | None = None) -> Config:
-    """`script.py CONFIG [--section.name=value ...]` -> config.
+def from_command_line(doc: str, argv: list[str] | None = None, flags: dict[str, str] | None = None):
+    """`script.py CONFIG [--section.name=value ...]` -> config; with `flags`, (config, flags that were given).
 
+    flags={"--benchmark": "N", "--profile": ""}: one that takes a value, and one that takes none.
     Where asked, prints the help or the config and exits.
     Every mistake ends here: one message, exit code 2, no traceback.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = flags or {}
     if not argv or "--help" in argv or "-h" in argv:
-        usage = f"Usage: python {Path(sys.argv[0]).name} CONFIG [--section.name=value ...] [--print-config]"
+        more = "".join(f" [{flag} {value}".rstrip() + "]" for flag, value in known.items())
+        usage = (
+            f"Usage: python {Path(sys.argv[0]).name} CONFIG [--section.name=value ...] [--print-config]{more}"
+        )
         show(f"{doc.strip()}\n\n{usage}\n{settings_help()}")
         sys.exit(0 if argv else 2)
     try:
+        given = take_flags(argv, known)
         names = [argument for argument in argv if not argument.startswith("--")]
         overrides = [
             argument for argument in argv if argument.startswith("--") and argument != "--print-config"
         ]
         if len(names) != 1:
-            given = f"not {len(names)}: {' '.join(names)}" if names else "there is none"
-            raise ConfigError(f"give exactly one config, {given}; settings are written --section.name=value")
+            said = f"not {len(names)}: {' '.join(names)}" if names else "there is none"
+            raise ConfigError(f"give exactly one config, {said}; settings are written --section.name=value")
         config = load(names[0], overrides)
     except ConfigError as error:
         fail(error)
     if "--print-config" in argv:
         show(readable(config))
         sys.exit(0)
-    return config
+    return config if flags is None else (config, given)
+
+
+def take_flags(argv: list[str], known: dict[str, str]) -> dict[str, str]:
+    """Removes known flags from argv: --benchmark 30, or --benchmark=30 -> {"--benchmark": "30"}."""
+    given = {}
+    for argument in list(argv):
+        flag, equals, value = argument.partition("=")
+        if flag not in known:
+            continue
+        at = argv.index(argument)
+        del argv[at]
+        if known[flag] and not equals:
+            if at == len(argv) or argv[at].startswith("--"):
+                raise ConfigError(f"{flag} needs a value: {flag} {known[flag]}")
+            value = argv.pop(at)
+        if known[flag] == "N" and not (value.isdecimal() and int(value)):
+            raise ConfigError(f"{flag} {value}: use a whole number of at least 1")
+        if equals and not known[flag]:
+            raise ConfigError(f"{flag} takes no value")
+        given[flag] = value
+    return given
 
 
 def fail(error: object, code: int = 2) -> typing.NoReturn:

@@ -80,12 +80,7 @@ def empty(cfg: Model) -> Transformer:
 def open_folder(folder: Path) -> Source:
     """Any folder that checkpoint.load_model loads. ConfigError unless its tensors are what it says."""
     cfg, hf = families.model_config(folder), families.read_config(folder)
-    checkpoint.load_weights(folder, empty(cfg))  # nothing is kept; names and shapes are checked
-    tensors, family = checkpoint.open_weights(folder), hf["model_type"]
-
-    def read(name: str) -> Tensor:
-        stored, part = place(name, family)
-        return families.unpack(tensors[stored].get_tensor(stored), part, cfg, family)
+    read, family = checkpoint.check_weights(folder, empty(cfg)), hf["model_type"]
 
     def save_tokenizer(target: Path, to: str) -> None:
         for name in TOKENIZER:
@@ -201,7 +196,7 @@ def open_bin(path: Path, tokenizer: str) -> Source:
 
 
 def write_bin(source: Source, path: Path) -> None:
-    """A .bin of a model for which `check_llama2c` finds no fault."""
+    """A .bin of a model that is what LLAMA2C says."""
     cfg = source.cfg
     header = [getattr(cfg, name) for name in HEADER]
     if not cfg.tie_embeddings:
@@ -211,14 +206,6 @@ def write_bin(source: Source, path: Path) -> None:
         for name, _ in bin_layout(cfg):
             value = rotary_table(cfg) if name == "rope.weight" else source.read(name)
             file.write(reordered(name, value, (2, cfg.d_head // 2)).contiguous().numpy().data)
-
-
-def check_llama2c(cfg: Model) -> None:
-    """Raises ConfigError for a model that llama2.c's code does not compute."""
-    for name, value in {**LLAMA2C, "d_head": cfg.d_model // cfg.n_heads}.items():
-        if getattr(cfg, name) != value:
-            said = f"model.{name}={getattr(cfg, name)!r}"
-            raise ConfigError(f"{said}: llama2.c's code computes {value!r} only; write a folder")
 
 
 def load_tokenizer(path: str, cfg: Model) -> tokenizers.Tokenizer:
@@ -342,7 +329,8 @@ def convert(args: argparse.Namespace) -> None:
     source = open_bin(given, args.tokenizer) if from_bin else open_folder(checkpoint.model_folder(given))
     eot, dtype, lossy = families.end_of_text(source.ids), DTYPES[args.dtype], []
     if to_bin:
-        check_llama2c(source.cfg)
+        fixed = {**LLAMA2C, "d_head": source.cfg.d_model // source.cfg.n_heads}
+        families.check_fixed(source.cfg, fixed, "llama2.c")
         if eot != BOS:
             print(
                 f"note: documents of this model end with id {eot}; llama2.c begins and ends them with {BOS}"

@@ -1,8 +1,8 @@
 """What a config costs, as pure functions: parameters, FLOPs, memory on each GPU, steps, disk, hours, energy.
 
-plan.py prints them as a report; train.py and benchmarks can ask for one figure. Memory is that of train.py
-and model.py as they stand; FSDP and activation checkpointing are a forecast. Reads the manifest of a dataset
-where one is built; writes nothing; imports no torch.
+plan.py prints them as a report; benchmarks can ask for one figure. Memory is that of learner.py, parallel.py
+and model.py as they stand (benchmarks/bench_memory.py compares). Reads the manifest of a dataset where one is
+built; writes nothing; imports no torch.
 
 Letters: T seq_len, D d_model, L n_layers, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary.
 """
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
+import steps
 from config import Config, ConfigError, Model
+from steps import Steps
 
 GIB = 2**30
 FP32, BF16 = 4, 2  # bytes of a number
@@ -51,6 +53,8 @@ USABLE = 0.95
 USABLE_ON_CPU = 0.6
 # loss.LOGITS_BYTES and LOGITS_BYTES_CUDA, which cannot be imported without torch; a test compares them
 LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
+SHARD_BYTES = 5_000_000_000  # checkpoint.SHARD_BYTES, for the same reason
+NORM_NUMBERS = {"rmsnorm": 1, "layernorm": 2, "nonparametric_layernorm": 0}  # a channel
 
 
 # ---- parameters and FLOPs ---------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ def parameters(model: Model) -> dict[str, int]:
     m = model.resolved()
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
     into = 2 if gated(m) else 1  # matrices from D to F; one more leads back
-    norm = {"rmsnorm": 1, "layernorm": 2, "nonparametric_layernorm": 0}[m.norm]  # numbers a channel
+    norm = NORM_NUMBERS[m.norm]
     return {
         "embedding": m.vocab_size * D,
         "learned positions": m.seq_len * D if m.positions == "learned" else 0,
@@ -111,24 +115,44 @@ def peak_flops(device: str) -> float | None:
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
-def kept_by_layer(model: Model, n: int, bf16: bool, cuda: bool) -> int:
+def accumulation(cfg: Config, gpus: int) -> int:
+    """Micro-batches of each GPU in a step, the first where batches double. Errors as config.mesh_shape."""
+    replicate, shard, _ = config.mesh_shape(cfg.parallel, gpus)
+    return config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, replicate * shard)
+
+
+def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
+    """Parameters before sharding: of a block, whose matrices are split over tp; and of all outside blocks."""
+    counts, D = parameters(m), m.d_model
+    outside = counts["embedding"] + counts["learned positions"] + counts["head"]
+    outside += NORM_NUMBERS[m.norm] * D  # the final norm
+    whole = NORM_NUMBERS[m.norm] * (2 * D + m.qk_norm * (m.n_heads + m.n_kv_heads) * m.d_head)
+    whole += 2 * D * m.bias  # of the two matrices whose sums are scattered over tokens
+    block = (sum(counts.values()) - outside) // m.n_layers
+    return whole + (block - whole) / tp, outside
+
+
+def kept_by_layer(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
     """Bytes that one block of model.py keeps between its forward and its backward, for n tokens.
 
     The residual stream and norms are FP32. Matrix products run in c bytes, and keep what they read: under
-    autocast one cast copy for all that read the same.
+    autocast one cast copy for all that read the same. Of tp processes each has n / tp tokens of the stream,
+    all n of what matrices read, and for these 1 / tp of heads and hidden values.
     """
     m = model.resolved()
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
-    c = BF16 if bf16 else FP32
+    c, own = BF16 if bf16 else FP32, n / tp
 
     # what the two norms read, in FP32: the stream (the same in a parallel block), or sub-layers' outputs
-    kept = (1 if m.parallel_residual else 2) * FP32 * n * D + 2 * kept_by_norm(m, n, D, cuda)
+    kept = (1 if m.parallel_residual else 2) * FP32 * own * D + 2 * kept_by_norm(m, own, D, cuda)
     kept += 2 * c * n * D  # what q, k and v read, and what gate and up read
     if m.qk_norm:
         kept += FP32 * n * (q + kv) + kept_by_norm(m, n, q, cuda) + kept_by_norm(m, n, kv, cuda)
-    kept += c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads  # q, k, v, output; log of the softmax's sum
-    kept += c * n * (q + 2 * kv) * bool(m.clip_qkv)  # before they are clamped
-    kept += (4 if gated(m) else 2) * c * n * m.d_ff  # gate, act(gate), up and product; or up and act(up)
+    kept += (
+        c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads
+    ) / tp  # q, k, v, output; log of the softmax's sum
+    kept += c * n * (q + 2 * kv) / tp * bool(m.clip_qkv)  # before they are clamped
+    kept += (4 if gated(m) else 2) * c * n * m.d_ff / tp  # gate, act(gate), up and product; or up and act(up)
     if bf16 or m.positions != "alibi":  # SDPA's own copy of the mask, one a block
         kept += c * mask_numbers(m, n, cuda)
     return kept
@@ -142,78 +166,146 @@ def mask_numbers(m: Model, n: int, cuda: bool) -> int:
     return rows * heads * m.seq_len**2
 
 
-def kept_by_norm(m: Model, n: int, width: int, cuda: bool) -> int:
+def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
     """Beside its input: a number or two a token; and RMSNorm, made of several steps on a CPU, x / rms(x)."""
     if m.norm == "rmsnorm":
         return FP32 * n * (1 if cuda else 1 + width)
     return 2 * FP32 * n
 
 
-def activations(model: Model, n: int, bf16: bool, cuda: bool, checkpointing: str = "none") -> int:
-    """Bytes kept for backward by all blocks and the final norm, for n tokens; the loss is counted apart.
-
-    checkpointing="all": a block keeps only what it reads, and one at a time is computed again.
-    """
+def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
+    """Bytes kept for backward beside the blocks': by the final norm, and what all blocks read."""
     m = model.resolved()
-    layer, stream = kept_by_layer(m, n, bf16, cuda), FP32 * n * m.d_model
-    blocks = m.n_layers * layer if checkpointing == "none" else m.n_layers * stream + layer
     shared = 0 if bf16 else FP32 * mask_numbers(m, n, cuda) * (m.positions == "alibi")
     if m.positions == "rope":  # cosine and sine
         shared += FP32 * (n if m.document_mask else m.seq_len) * int(m.d_head * m.rope_fraction)
-    return blocks + stream + kept_by_norm(m, n, m.d_model, cuda) + shared
+    return FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda) + shared
 
 
-def memory(cfg: Config, gpus: int, strategy: str, checkpointing: str, cuda: bool) -> dict[str, float]:
+def activations(model: Model, n: int, bf16: bool, cuda: bool, every: int = 0, tp: int = 1) -> float:
+    """Bytes kept between forward and backward by all blocks and the final norm; the loss is counted apart.
+
+    Every n-th block, from the first on, keeps only what it reads if its activations are computed again.
+    """
+    m = model.resolved()
+    again = -(-m.n_layers // every) if every else 0
+    blocks = (m.n_layers - again) * kept_by_layer(m, n, bf16, cuda, tp) + again * FP32 * n / tp * m.d_model
+    return blocks + kept_outside_layers(m, n, bf16, cuda, tp)
+
+
+def memory(cfg: Config, gpus: int, cuda: bool) -> dict[str, float]:
     """Bytes on each GPU by kind, at the moment of a step when their sum is the largest.
 
     Activations go while gradients come, and before that the loss holds the gradient of the head: which moment
-    is the worst depends on the shape. `at` names it, and is no bytes.
+    is the worst depends on the shape. `at` names it, and is no bytes. Raises ConfigError as
+    config.mesh_shape.
     """
-    m, micro = cfg.model.resolved(), cfg.train.micro_batch_size
-    bf16, fsdp = precision(cfg, cuda) == "bf16", strategy == "fsdp" and gpus > 1
-    c, shards = BF16 if bf16 else FP32, gpus if fsdp else 1
-    accumulation = config.accumulation_steps(cfg.train.batch_size, micro, gpus)
-    counts, n, D = parameters(m), micro * m.seq_len, m.d_model  # n: tokens of a micro-batch
-    P, table = sum(counts.values()), m.vocab_size * D  # table: the embedding, or the head
-    block = (counts["attention"] + counts["feed-forward"]) // m.n_layers
+    m, micro, every = cfg.model.resolved(), cfg.train.micro_batch_size, cfg.train.activation_checkpointing
+    replicate, shard, tp = config.mesh_shape(cfg.parallel, gpus)
+    bf16, reshard = precision(cfg, cuda) == "bf16", cfg.parallel.reshard
+    sharded = gpus > 1 and (cfg.parallel.strategy == "fsdp" or tp > 1)  # as parallel.start
+    c, L, D, n = (
+        BF16 if bf16 else FP32,
+        m.n_layers,
+        m.d_model,
+        micro * m.seq_len,
+    )  # n: tokens of a micro-batch
+    own, table = n / tp, m.vocab_size * D  # tokens of the stream and the loss; the embedding, or the head
+    block, outside = parts_of_a_process(m, tp)
+    P = L * block + outside
 
     # Gradients stand from the start where they outlive a micro-batch, or are DDP's buckets.
-    gradients = FP32 * P / shards
-    held = gradients if accumulation > 1 or (gpus > 1 and not fsdp) else 0
+    accumulates = cfg.train.batch_size > micro * replicate * shard or cfg.train.batch_size_max > 0
+    gradients = FP32 * P / shard
+    held = gradients if accumulates or (gpus > 1 and not sharded) else 0
+    whole = sum(parameters(m).values())
+    moments = optimizer_numbers(cfg) * P / whole  # a process of several has its share of all kinds
 
-    if fsdp:  # gathered: this block and the next one, embedding and head all the time; gradients on their way
-        forward_copies = backward_copies = (
-            c * (2 * block + counts["embedding"] + counts["head"]) + FP32 * block
-        )
+    layer, rest = kept_by_layer(m, n, bf16, cuda, tp), kept_outside_layers(m, n, bf16, cuda, tp)
+    again = [every > 0 and i % every == 0 for i in range(L)]
+    kept = [FP32 * own * D if recomputed else layer for recomputed in again]
+    taken, begun = loss_bytes(m, own, bf16, cuda)
+
+    # Copies. FSDP2 gathers blocks into a buffer, and from there into their places: forward holds the last
+    # buffer until the next block needs one, backward has the next block's under way. Gradients travel in
+    # FP32, each block's until the next one's do. What is outside of blocks is there from end to end. On a
+    # CPU, gloo has a copy of its own of what is gathered, and FSDP2 one of what travels, to divide it.
+    buffer, gloo = c * block * (shard > 1), shard > 1 and not cuda
+    if sharded:
+        forward = c * outside + buffer + c * L * block * (not reshard)
+        begin = c * outside + (buffer if reshard else c * L * block)
     else:  # autocast's casts of all matrices, until backward has used them; or of one block, computed again
-        forward_copies = c * m.n_layers * block * bf16
-        backward_copies = c * block * bf16 if checkpointing == "all" else forward_copies
+        forward, begin = c * L * block * bf16, c * block * bf16 * (L - sum(again))
 
-    kept, layer = activations(m, n, bf16, cuda, checkpointing), kept_by_layer(m, n, bf16, cuda)
-    # what a block leaves for backward; with checkpointing one more block is there while it is computed again
-    each, after_forward = (layer, kept) if checkpointing == "none" else (FP32 * n * D, kept - layer)
-    # of a block's backward: gradients of the stream, of what gate and up gave, of the matrix after them
+    # Of a block's backward: gradients of the stream, of what gate and up gave, of the matrix after them.
     into = 2 if gated(m) else 1
-    busy = (FP32 + c) * n * D + into * c * n * m.d_ff + (FP32 + c * bf16) * D * m.d_ff
-    # of the end of backward: the gradient of the embedding's output, and its matrix's, to be added to another
-    embedding = FP32 * n * D + FP32 * table * (bool(held) or m.tie_embeddings)
-    taken, begun = loss_bytes(m, n, bf16, cuda)
+    busy = FP32 * own * D + c * n * D + into * c * n * m.d_ff / tp
+    busy += (c if sharded else FP32 + c * bf16) * D * m.d_ff / tp
 
-    most, first = FP32 * (P - block - table) / shards, kept - (m.n_layers - 1) * each
+    at = {
+        "the loss is taken": (held, forward, sum(kept) + rest, taken, FP32 * own * D),
+        "backward begins": (held, begin, sum(kept) + rest, begun, 0),
+    }
+    if sharded:
+        at["forward begins"] = (held, c * outside * (1 + (shard > 1) + gloo), 0, 0, 0)
+    left, uncast = sum(kept), L - sum(again)  # of blocks that backward has not reached
+    for i in reversed(range(L)):
+        name = "the last block" if i == L - 1 else "the first block" if i == 0 else f"block {i + 1} of {L}"
+        left -= kept[i]
+        if sharded:
+            come = held or FP32 * (L - 1 - i) * block / shard
+            always = c * outside + c * table + buffer * (i > 0) * reshard + c * block * i * (not reshard)
+            copies = (
+                always + c * block + FP32 * block * (i < L - 1)
+            )  # the last: gradients of the block before
+            at[f"{name} is gathered"] = (
+                come,
+                copies + buffer * gloo,
+                left + kept[i] + rest,
+                0,
+                FP32 * own * D,
+            )
+            at[f"{name} has gone backward"] = (come, copies + c * block, left + rest, 0, FP32 * own * D)
+            travel = FP32 * block * (1 + 1 / shard) + (FP32 * block if gloo else c * block)
+            at[f"gradients of {name} travel"] = (come, always + travel, left + rest, 0, FP32 * own * D)
+        else:
+            come = held or FP32 * (table + (L - 1 - i) * block)
+            copies = c * block * bf16 * (uncast + again[i])
+        uncast -= not again[i]
+        at[f"{name} goes backward"] = (come, copies, left + layer + rest, 0, busy)
+    # of the end of backward: the gradient of the embedding's output, and its matrix's, to be added to another
+    embedding = FP32 * own * D
+    if sharded:
+        blocks = held or FP32 * L * block / shard
+        at["backward ends"] = (blocks, 2 * c * outside + FP32 * block, 0, 0, embedding)
+        # FSDP2 keeps a hold of the last one of a group's gradients until they have arrived
+        travel = FP32 * outside * (1 + gloo) + FP32 * outside / shard + c * table * (not m.tie_embeddings)
+        at["the last gradients travel"] = (blocks, max(travel, (c + FP32) * outside), 0, 0, 0)
+    else:
+        embedding += FP32 * table * (bool(held) or m.tie_embeddings)
+        at["backward ends"] = (gradients, 0, 0, 0, embedding)
+    at["the weights are moved"] = (gradients, 0, 0, 0, muon_bytes(m) * (cfg.optim.optimizer == "muon"))
 
     kinds = ("gradients", "copies", "activations", "loss", "working")
-    moments = {
-        "the loss is taken": (held, forward_copies, after_forward, taken, FP32 * n * D),
-        "backward begins": (held, backward_copies, after_forward, begun, 0),
-        "the last block goes backward": (held or FP32 * table / shards, backward_copies, kept, 0, busy),
-        "the first block goes backward": (held or most, backward_copies, first, 0, busy),
-        "backward ends": (gradients, forward_copies * fsdp, 0, 0, embedding),
-    }
-    at = max(moments, key=lambda moment: sum(moments[moment]))
-    return {"weights": gradients, "optimizer": 2 * gradients, **dict(zip(kinds, moments[at])), "at": at}
+    worst = max(at, key=lambda moment: sum(at[moment]))
+    standing = {"weights": FP32 * P / shard, "optimizer": FP32 * moments / shard}
+    return {**standing, **dict(zip(kinds, at[worst])), "at": worst}
 
 
-def loss_bytes(m: Model, n: int, bf16: bool, cuda: bool) -> tuple[float, float]:
+def optimizer_numbers(cfg: Config) -> int:
+    """Moments: AdamW has two a parameter; Muon one for those of matrices inside the layers."""
+    counts = parameters(cfg.model)
+    one = (counts["attention"] + counts["feed-forward"]) * (cfg.optim.optimizer == "muon")
+    return 2 * sum(counts.values()) - one
+
+
+def muon_bytes(m: Model) -> float:
+    """While one matrix is made orthogonal: its update in FP32; two of its iterates, two squares in BF16."""
+    small, large = sorted((m.d_model, max(m.d_ff, m.n_heads * m.d_head)))
+    return (FP32 + 2 * BF16) * small * large + 2 * BF16 * small**2
+
+
+def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float]:
     """Of loss.py: bytes while it goes through its slices, and when its backward scales what they left."""
     c, table = BF16 if bf16 else FP32, m.vocab_size * m.d_model
     rows = min(n, max(1, (LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES) // (FP32 * m.vocab_size)))
@@ -232,9 +324,9 @@ def precision(cfg: Config, cuda: bool) -> str:
     return ("bf16" if cuda else "fp32") if cfg.train.precision == "auto" else cfg.train.precision
 
 
-def fits(cfg: Config, gpus: int, strategy: str, checkpointing: str, gpu: str) -> bool:
-    kinds = memory(cfg, gpus, strategy, checkpointing, cuda=gpu != "cpu")
-    return total(kinds) <= usable(gpu, gpus)
+def fits(cfg: Config, gpus: int, gpu: str) -> bool:
+    """Whether every process has room. Raises ConfigError as config.mesh_shape."""
+    return total(memory(cfg, gpus, cuda=gpu != "cpu")) <= usable(gpu, gpus)
 
 
 def total(kinds: dict) -> float:
@@ -252,30 +344,47 @@ def machine(gpu: str) -> Gpu:
     return GPUS[gpu]
 
 
-def smallest_change(cfg: Config, gpus: int, strategy: str, checkpointing: str, gpu: str) -> list[str]:
+def smallest_change(cfg: Config, gpus: int, gpu: str) -> list[str]:
     """The flags that make a plan fit which does not, [] where none do.
 
     On as few GPUs as possible (twice, four times ... as many, up to 4,096), and on them as few changes as
-    possible, tried in this order: a smaller micro-batch, activation checkpointing, FSDP.
+    possible, tried in this order: a smaller micro-batch, activation checkpointing of every block, FSDP.
     """
-    batch, micro = cfg.train.batch_size, cfg.train.micro_batch_size
-    strategies = [strategy] if gpu == "cpu" else dict.fromkeys([strategy, "fsdp"])
-    options = list(itertools.product(strategies, dict.fromkeys([checkpointing, "all"]), range(micro, 0, -1)))
-    changed = [(s != strategy) + (c != checkpointing) + (m != micro) for s, c, m in options]
+    micro, every, strategy = (
+        cfg.train.micro_batch_size, cfg.train.activation_checkpointing, cfg.parallel.strategy,
+    )  # fmt: skip
+    strategies = dict.fromkeys([strategy, "fsdp"] if cfg.optim.optimizer == "adamw" else [strategy])
+    options = list(itertools.product(strategies, dict.fromkeys([every, 1]), range(micro, 0, -1)))
+    changed = [(s != strategy) + (e != every) + (m != micro) for s, e, m in options]
     options = [options[i] for i in sorted(range(len(options)), key=changed.__getitem__)]
     for more in range(13 if gpu != "cpu" else 1):
         count = gpus << more
-        for s, c, m in options:
+        for s, e, m in options:
             # more copies of the same model do not help
-            if batch % (m * count) or count > max(gpus, 4096) or (more and s == "ddp"):
+            if count > max(gpus, 4096) or (more and s == "ddp"):
                 continue
-            smaller = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch_size=m))
-            if fits(smaller, count, s, c, gpu):
+            other = variant(cfg, s, e, m)
+            try:
+                accumulation(other, count)
+            except ConfigError:
+                continue
+            if fits(other, count, gpu):
                 flags = [f"--train.micro_batch_size={m}"] * (m != micro)
-                flags += [f"--checkpointing={c}"] * (c != checkpointing)
-                flags += [f"--strategy={s}"] * (s != strategy)
+                flags += [f"--train.activation_checkpointing={e}"] * (e != every)
+                flags += [f"--parallel.strategy={s}"] * (s != strategy)
                 return flags + [f"--gpus={count}"] * (more > 0)
     return []
+
+
+def variant(cfg: Config, strategy: str, every: int, micro: int = 0) -> Config:
+    """The same config with another strategy, activation checkpointing and micro-batch (0: its own)."""
+    spread = dataclasses.replace(
+        cfg.parallel, strategy=strategy, shard=cfg.parallel.shard * (strategy == "fsdp")
+    )
+    loop = dataclasses.replace(
+        cfg.train, activation_checkpointing=every, micro_batch_size=micro or cfg.train.micro_batch_size
+    )
+    return dataclasses.replace(cfg, parallel=spread, train=loop)
 
 
 # ---- steps, chunks, checkpoints ---------------------------------------------------------------------------
@@ -283,10 +392,9 @@ def smallest_change(cfg: Config, gpus: int, strategy: str, checkpointing: str, g
 
 class Schedule(NamedTuple):
     source: str  # where the number of rows is from
-    rows: int
-    steps: int  # of the schedule
+    steps: Steps  # which rows each step trains on: rows, steps and batch sizes of the whole schedule
     last_step: int  # train.steps may end it earlier
-    chunk_ends: list[int]  # rows, in training order
+    chunks: list[tuple[int, int]]  # rows (first, end), in training order
     checkpoints: list[int]  # steps after which one is saved
 
 
@@ -302,7 +410,7 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
         try:
             about = json.loads(manifest.read_text(encoding="utf-8"))
             rows, row_tokens = about["rows"], about["seq_len"]
-            ends = [chunk["first"] + chunk["rows"] for chunk in about["chunks"]]
+            chunks = [(chunk["first"], chunk["first"] + chunk["rows"]) for chunk in about["chunks"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{manifest} is damaged or no manifest: {error}") from None
         if row_tokens != T:
@@ -315,7 +423,8 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
         rows = int(tokens or cfg.data.expected_tokens) // T
         source = "--tokens" if tokens else "data.expected_tokens"
         n_chunks = cfg.data.n_chunks
-        ends = [k * (rows // batch) // n_chunks * batch for k in range(1, n_chunks)] + [rows]
+        bounds = [k * (rows // batch) // n_chunks * batch for k in range(n_chunks)] + [rows]  # as data.py
+        chunks = list(itertools.pairwise(bounds))
         if rows // batch < n_chunks:
             given = int(tokens or cfg.data.expected_tokens)
             raise ConfigError(
@@ -324,38 +433,37 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
             )
     else:
         return None
-    steps = rows // batch
-    if not steps:
+    if rows < batch:
         raise ConfigError(f"{cfg.dataset} has {rows} rows, train.batch_size={batch}: not one step")
-    last = min(cfg.train.steps or steps, steps)
-    return Schedule(source, rows, steps, last, ends, checkpoint_steps(cfg, ends, last))
+    plan = steps.of(cfg, rows)
+    last = min(cfg.train.steps or plan.n_steps, plan.n_steps)
+    return Schedule(source, plan, last, chunks, steps.checkpoint_steps(cfg, plan, chunks, last))
 
 
-def checkpoint_steps(cfg: Config, chunk_ends: list[int], last_step: int) -> list[int]:
-    """Steps after which train.py saves a checkpoint: 0, the last, those that end a chunk, those asked for."""
-    steps = {0, last_step}
-    if cfg.train.checkpoint_chunks:
-        steps |= {-(-end // cfg.train.batch_size) for end in chunk_ends}
-    if cfg.train.checkpoint_every:
-        steps |= set(range(0, last_step, cfg.train.checkpoint_every))
-    if cfg.train.checkpoint_powers_of_two:
-        steps |= {2**i for i in range(last_step.bit_length())}
-    return sorted(step for step in steps if step <= last_step)
-
-
-def disk(model: Model, n_checkpoints: int) -> dict[str, int]:
-    """Bytes: of one checkpoint's weights (FP32) and AdamW's two moments, and of all with and without those.
+def disk(cfg: Config, n_checkpoints: int) -> dict[str, int]:
+    """Bytes: of one checkpoint's weights (FP32) and moments (AdamW's two, Muon's one), and of all of them.
 
     The checkpoint of step 0 has no moments yet.
     """
-    P = sum(parameters(model).values())
-    weights, moments = FP32 * P, 2 * FP32 * P
+    P = sum(parameters(cfg.model).values())
+    weights, moments = FP32 * P, FP32 * optimizer_numbers(cfg)
     return {
         "weights": weights,
         "optimizer": moments,
         "all": weights * n_checkpoints + moments * (n_checkpoints - 1),
         "all without optimizer": weights * n_checkpoints,
     }
+
+
+def saving(cfg: Config, gpus: int) -> tuple[float, int]:
+    """(bytes, writers): copies in host memory while checkpoint.Saving writes them, and the processes that do.
+
+    Weights and moments in FP32, 12 bytes a parameter for AdamW, in files of SHARD_BYTES, each of one process.
+    The memory stays taken between saves.
+    """
+    b = disk(cfg, 1)
+    n_files = sum(-(-b[kind] // SHARD_BYTES) for kind in ("weights", "optimizer"))
+    return b["weights"] + b["optimizer"], min(gpus, n_files)
 
 
 # ---- time, energy, money ----------------------------------------------------------------------------------
@@ -369,6 +477,10 @@ def hours(tokens: float, tokens_per_second_per_gpu: float, gpus: int) -> float:
 def megawatt_hours(gpu_hours: float, watts: float) -> float:
     """What the GPUs draw, before the data centre's share."""
     return gpu_hours * watts / 1e6
+
+
+PUE = 1.1  # power of the data centre over that of its computers: OLMo's and LLaMA's
+KG_CO2_PER_KWH = 0.385  # LLaMA's, of the average US grid
 
 
 def tonnes_co2(mwh: float, pue: float, kg_per_kwh: float) -> float:

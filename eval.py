@@ -38,6 +38,7 @@ from checkpoint import chosen, step_number
 from config import Config, ConfigError
 from dataset import Dataset
 from model import Transformer
+from steps import trained
 
 PROTOCOL = "nats-over-bytes-1"  # of the numbers in a line; a change of their meaning gives it a new name
 LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
@@ -79,7 +80,7 @@ def inputs_of(
     """Everything, but for the source, that determines a line: the same inputs give the same result."""
     return {
         "protocol": PROTOCOL,
-        "weights_sha256": c.state["files"]["model.safetensors"],
+        "weights_sha256": checkpoint.weights_hash(c.state),
         "dataset_sha256": dataset.sha256,  # its manifest holds the hashes of the rows and of the tokenizer
         "max_rows": max_rows,
         "precision": str(precision).removeprefix("torch."),
@@ -195,15 +196,15 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
             line, name = lines.get(part.chunk), f"{c.path.name}, memorization of {part.chunk}"
             if line is None:
                 problems.append(f"{name}: missing")
-            elif not adds_up(line, part, c.state["rows"]):
+            elif not adds_up(line, part, c.state):
                 problems.append(f"{name}: its counts contradict one another, or the rows that were drawn")
     return problems
 
 
-def adds_up(line: dict, part: memorize.Part, trained_rows: int) -> bool:
+def adds_up(line: dict, part: memorize.Part, state: dict) -> bool:
     """Whether a memorization line is about these rows, all of them, and its sums are those of its rows."""
     matches, l = np.array(line["matches"]), line["continuation_tokens"]
-    seen = (part.rows < trained_rows) & (not isinstance(part.chunk, str))
+    seen = trained(state, part.rows) & (not isinstance(part.chunk, str))
     return (
         line["rows"] == part.rows.tolist()
         and len(matches) == line["total"] == len(part.rows)
@@ -225,12 +226,7 @@ def eval_folder(args: argparse.Namespace) -> None:
             "--dataset is for a model folder; --checkpoint and --check are for a run, without it"
         )
     tokenizer = tokenizers.load(dataset.folder)
-    known = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
-    if known and not tokenizers.equal(tokenizers.load(folder), tokenizer):
-        raise ConfigError(
-            f"{args.dataset} was made with another tokenizer than {known[0]}; build one with that: "
-            f"python data.py CONFIG --tokenizer.path={folder} --dataset=FOLDER"
-        )
+    tokenizers.check_same(folder, dataset.folder)
     cfg = Config()
     device = memorize.here(cfg)
     model = checkpoint.load_model(folder, device)

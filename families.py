@@ -131,14 +131,17 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
 def check_baichuan(cfg: Model) -> None:
     """Raises ConfigError for a model that baichuan's code does not compute."""
     fixed = {**LLAMA, "rope_theta": 10000.0, "n_kv_heads": cfg.n_heads, "d_head": cfg.d_model // cfg.n_heads}
-    for name, value in fixed.items():
-        if name != "positions" and getattr(cfg, name) != value:
-            raise ConfigError(
-                f"model.{name}={getattr(cfg, name)!r}: baichuan's code computes {value!r} only; "
-                "write a plain folder"
-            )
+    check_fixed(cfg, {**fixed, "positions": cfg.positions}, "baichuan")
     if cfg.positions not in ("rope", "alibi"):
         raise ConfigError(f"model.positions={cfg.positions!r}: baichuan's code has rope (7B) and alibi (13B)")
+
+
+def check_fixed(cfg: Model, fixed: dict, whose: str) -> None:
+    """Raises ConfigError where a setting is not what `whose` code computes, the value in `fixed`."""
+    for name, value in fixed.items():
+        if getattr(cfg, name) != value:
+            said = f"model.{name}={getattr(cfg, name)!r}"
+            raise ConfigError(f"{said}: {whose}'s code computes {value!r} only; write a plain folder")
 
 
 def read_config(folder: Path | str) -> dict:

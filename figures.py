@@ -183,7 +183,7 @@ def draw_loss(run: Run) -> Figure:
         text = f"every token equally likely: ln {size:,} = {np.log(size):.2f}"
         label_limit(axes, np.log(size), text, MUTED)
     for event in run.ledger:
-        if event["event"] in ("resume", "nonfinite", "skip", "rollback") and fits(event.get("step"), int):
+        if event["event"] in ("resume", "nonfinite", "spike", "fault") and fits(event.get("step"), int):
             axes.axvline(event["step"], color=FULL, linewidth=0.7, dashes=DASHED)
             place = {"transform": axes.get_xaxis_transform(), "va": "top", "fontsize": 7}
             axes.text(event["step"], 0.88, f" {event['event']}", color=FULL, **place)

@@ -4,15 +4,18 @@ train.py calls these; none of them changes what is learned. Files (checkpoint.py
 
     config.json    settings, commit, versions, device     dataset.json   the manifest, as it was
     ledger.jsonl   what happened                           metrics.jsonl  one line a step
-    .lock          held by the process that trains
+    .lock          held by the process that trains        .processes/     one file a process at work
 """
 
 import fcntl
+import importlib.util
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 
 import checkpoint
 import config
+import cost
 import files
 import parallel
 from config import Config, ConfigError
@@ -49,6 +53,8 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     )
     changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     free = ("eval.", "train.log_every", "train.steps", "train.checkpoint_", "train.device", "train.micro_",
+            "train.compile", "train.activation_", "train.deterministic", "train.keep_", "train.save_async",
+            "train.spike_", "train.on_spike", "train.rollback_", "train.max_incidents", "parallel.",
             "data.workers", "data.max_bad_fraction", "data.expected_tokens", "tokenizer.path")  # fmt: skip
     fatal = [change for change in changed if not change.startswith(free)]
     if fatal:
@@ -77,6 +83,51 @@ def lock(run: Path) -> None:
     except BlockingIOError:
         raise ConfigError(f"another training is at work in {run}; wait for it, or use --run=FOLDER") from None
     LOCKS.append(file)
+
+
+def sign_in(run: Path | str, everyone: parallel.Everyone) -> None:
+    """Leaves this process's name in the run folder; the ledger gets those who never signed out before."""
+    everyone.once(note_faults, Path(run))
+    who = {"rank": everyone.rank, "host": platform.node(), "pid": os.getpid()}
+    files.write_json(Path(run) / ".processes" / f"{everyone.rank}.json", who)
+
+
+def sign_out(run: Path | str, everyone: parallel.Everyone, error: BaseException | None = None) -> None:
+    """Takes the name away; or, where the process fails, adds its error for whoever comes next."""
+    path = Path(run) / ".processes" / f"{everyone.rank}.json"
+    try:
+        if error is None:
+            path.unlink()
+        else:
+            text = f"{type(error).__name__}: {error}"[:2000]
+            files.write_json(path, {**json.loads(path.read_text()), "error": text})
+    except (OSError, ValueError):
+        return  # a full disk: what went wrong first is about to be said
+
+
+def note_faults(run: Path) -> None:
+    """Processes whose names are still there failed: the ledger gets their errors, if they could say any."""
+    folder = run / ".processes"
+    folder.mkdir(exist_ok=True)
+    failed = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+        try:
+            failed.append(json.loads(path.read_text()))
+        except ValueError:
+            failed.append({"rank": int(path.stem)})
+        path.unlink()
+    if failed:
+        silent = [who["rank"] for who in failed if "error" not in who]
+        files.append(
+            run / "ledger.jsonl",
+            {
+                "event": "fault",
+                "time": time.time(),
+                "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+                "died_without_a_word": silent,  # killed, out of memory, or the machine went down
+                "processes": failed,
+            },
+        )
 
 
 def close(cfg: Config, step: int, changed: list[str]) -> None:
@@ -149,24 +200,42 @@ def log_step(run: Path, record: dict) -> None:
     files.append(run / "metrics.jsonl", record, durable=False)  # a line that is lost is trained again
 
 
-def greet(cfg, dataset, everyone, model, step, last_step, n_steps, accumulation) -> None:
+def greet(cfg, dataset, everyone, model, step, last_step, steps, accumulation) -> None:
     """What is about to run, in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens = cfg.train.batch_size * cfg.model.seq_len
-    left = dataset.n_rows - n_steps * cfg.train.batch_size
+    parameters, size = sum(p.numel() for p in model.parameters()), steps.size(step)
+    left = steps.n_rows - steps.consumed(steps.n_steps)
     print(f"model    {parameters:,} parameters, {cfg.model.n_layers} layers x {cfg.model.d_model} wide")
     rows = f"{dataset.n_rows:,} rows of {cfg.model.seq_len} tokens in {dataset.n_chunks} chunks"
     print(f"data     {rows} from {cfg.dataset}")
-    print(f"step     {cfg.train.batch_size} rows = {tokens:,} tokens: {everyone.world_size} process(es) x "
-          f"{accumulation} micro-batch(es) of {cfg.train.micro_batch_size}")  # fmt: skip
-    print(f"device   {everyone.device}, {str(everyone.dtype).removeprefix('torch.')}")
+    micro = f"{accumulation * size // cfg.train.batch_size} micro-batch(es) of {cfg.train.micro_batch_size}"
+    tokens = f"{size} rows = {size * cfg.model.seq_len:,} tokens"
+    print(f"step     {tokens}: {everyone.copies} process(es) x {micro}")
+    replicate, shard, tp = everyone.shape
+    how = f"{replicate} x " * (replicate > 1) + f"FSDP over {shard}" if everyone.sharded and shard > 1 else ""
+    how = " x ".join(filter(None, [how, f"tensor parallel over {tp}" * (tp > 1)])) or "DDP"
+    spread = f", {how}" if everyone.world_size > 1 else ""
+    print(f"device   {everyone.device}, {str(everyone.dtype).removeprefix('torch.')}{spread}")
+    if everyone.device.type == "cpu" and everyone.dtype == torch.bfloat16 and not has_bf16():
+        print(
+            "note     this processor has no BF16 instructions: it computes the same, some thirty times slower"
+        )
+    if cfg.train.deterministic and everyone.device.type == "cuda":
+        print("note     deterministic: every sum in a fixed order; benchmarks/gpu.py measures what it costs")
     if left:
         print(f"note     the last {left} rows of the order are less than a batch and are not trained on")
     print(
         f"steps    {step:,} to {last_step:,}"
-        + (f" of a schedule of {n_steps:,}" if last_step < n_steps else ""),
+        + (f" of a schedule of {steps.n_steps:,}" if last_step < steps.n_steps else ""),
         flush=True,
     )
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies BF16 matrices by itself; True where it does not tell."""
+    try:
+        return "bf16" in open("/proc/cpuinfo").read()
+    except OSError:
+        return True
 
 
 def step_line(record: dict, last_step: int, left: float) -> str:
@@ -178,3 +247,80 @@ def step_line(record: dict, last_step: int, left: float) -> str:
         f"grad {record['grad_norm']:7.3f}  lr {record['lr']:.2e}  "
         f"{speed:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {clock}"
     )
+
+
+# ---- what the hardware does -------------------------------------------------------------------------------
+
+
+class Meter:
+    """Memory, share of the peak, power and energy of the hardware, for metrics.jsonl.
+
+    Power and use are read from NVML, at most once a second, where nvidia-ml-py is installed. Energy is power
+    times time, summed over the GPUs of all processes.
+    """
+
+    def __init__(self, cfg: Config, everyone: parallel.Everyone):
+        self.cfg, self.everyone, self.cuda = cfg, everyone, everyone.device.type == "cuda"
+        self.peak = cost.peak_flops(torch.cuda.get_device_name(everyone.device)) if self.cuda else None
+        self.nvml = self.cuda and importlib.util.find_spec("pynvml") is not None
+        self.read_at, self.watts, self.use, self.kwh = time.perf_counter(), 0.0, 0, 0.0
+        self.last = self.read_at
+
+    def joules(self) -> float:
+        """Spent by this process's GPU since this was last asked."""
+        if not self.nvml:
+            return 0.0
+        now = time.perf_counter()
+        if now - self.read_at >= 1 or not self.watts:
+            self.watts, self.use = torch.cuda.power_draw() / 1000, torch.cuda.utilization()
+            self.read_at = now
+        spent, self.last = self.watts * (now - self.last), now
+        return spent
+
+    def about(self, tokens_per_second: float, joules: float) -> dict:
+        """What is known of the step just made, of `joules` on all GPUs together."""
+        record = {"memory_bytes": self.memory()}
+        if self.peak:  # cost.mfu: 6N, and 6N + 12 L H Dh T, over the board's dense BF16 peak
+            shares = cost.mfu(self.cfg.model, tokens_per_second / self.everyone.world_size, self.peak)
+            record |= {"mfu_6n": shares[0], "mfu": shares[1], "peak_flops": self.peak}
+        if self.nvml:
+            self.kwh += joules / 3.6e6
+            record |= {"gpu_watts": self.watts, "gpu_use": self.use / 100, "kwh": self.kwh}
+        return record
+
+    def memory(self) -> int:
+        """The most that was in use so far: CUDA's tensors, or on a CPU the whole process."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def totals(self) -> dict:
+        """Energy since the process began, and its CO2 by OLMo's formula with LLaMA's figures (cost.py)."""
+        if not self.nvml:
+            return {}
+        return {
+            "kwh": self.kwh,
+            "kg_co2": 1000 * cost.tonnes_co2(self.kwh / 1000, cost.PUE, cost.KG_CO2_PER_KWH),
+        }
+
+
+def profiler(run: Path | str, everyone: parallel.Everyone):
+    """To be called with the number of finished steps: writes trace.json of steps 4 to 6; True when done."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (everyone.device.type == "cuda")
+    tracer = profile(activities=kinds, record_shapes=True) if everyone.rank == 0 else None
+
+    def step(n: int) -> bool:
+        if tracer and n == 3:
+            tracer.start()
+        if tracer and n == 6:
+            tracer.stop()
+            aside = Path(run) / ".trace.json"
+            tracer.export_chrome_trace(str(aside))
+            os.replace(aside, Path(run) / "trace.json")
+            say(f"steps 4 to 6 are in {run}/trace.json; open it at ui.perfetto.dev")
+        return n >= 6
+
+    return step

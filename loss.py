@@ -6,7 +6,7 @@ Shapes: N tokens, D d_model, V vocabulary.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a target with this value is not predicted: no loss, no gradient (PyTorch's own convention)
@@ -21,17 +21,33 @@ def slice_bytes(cuda: bool) -> int:
     return LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES
 
 
-def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+class Loss(nn.Module):
+    """`vocabulary_loss` as a place in the model where parallel.py can say which tokens are whose."""
+
+    def __init__(self):
+        super().__init__()
+        self.z_loss = 0.0  # train.py sets it from optim.z_loss
+
+    def forward(self, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """h (B, T, D), head (V, D), targets (B, T) -> the sum of their losses."""
+        return vocabulary_loss(h.flatten(0, 1), head, targets.flatten(), self.z_loss)
+
+
+def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Sum of -log softmax(h @ head.T)[target] over all tokens: h (N, D), head (V, D), targets (N) -> FP32.
 
     Equals F.cross_entropy(..., reduction="sum") on whole logits, in a fraction of the memory.
+
+    z_loss: gradients are also those of z_loss x (log of the softmax's denominator)^2, which keeps logits from
+    drifting off (PaLM, section 5). What is returned stays the cross-entropy, so that runs with and without
+    compare.
     """
     if not torch.is_grad_enabled():  # which a Function does not ask about: it would take gradients for nobody
         h, head = h.detach(), head.detach()
     if torch.is_autocast_enabled(h.device.type):  # a Function is opaque to autocast, so its cast is made here
         dtype = torch.get_autocast_dtype(h.device.type)
         h, head = h.to(dtype), head.to(dtype)
-    return VocabularyLoss.apply(h, head, targets)
+    return VocabularyLoss.apply(h, head, targets, z_loss)
 
 
 class VocabularyLoss(torch.autograd.Function):
@@ -45,7 +61,7 @@ class VocabularyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, h: Tensor, head: Tensor, targets: Tensor, z_loss: float) -> Tensor:
         with_gradient = any(ctx.needs_input_grad)
         rows = max(1, slice_bytes(h.device.type == "cuda") // (4 * head.shape[0]))
         total = torch.zeros((), device=h.device, dtype=torch.float32)
@@ -61,9 +77,11 @@ class VocabularyLoss(torch.autograd.Function):
             chosen = z.gather(1, target) - peak
             z.sub_(peak).exp_()
             partition = z.sum(1, keepdim=True)
-            total += ((partition.log() - chosen) * keep).sum()
+            log = partition.log()
+            total += ((log - chosen) * keep).sum()
             if with_gradient:
-                z.mul_(keep / partition)  # softmax; zero where the target is ignored
+                share = keep * (1 + 2 * z_loss * (log + peak)) if z_loss else keep
+                z.mul_(share / partition)  # softmax; zero where the target is ignored
                 z.scatter_add_(1, target, -keep.float())
                 gradient = z.to(h.dtype)
                 torch.mm(gradient, head, out=d_h[start : start + rows])
@@ -80,4 +98,4 @@ class VocabularyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         d_h, d_head = ctx.saved_tensors
-        return d_h * scale.to(d_h.dtype), (d_head * scale).to(ctx.head_dtype), None
+        return d_h * scale.to(d_h.dtype), (d_head * scale).to(ctx.head_dtype), None, None

@@ -45,6 +45,7 @@ from config import Config, ConfigError
 from dataset import Dataset, unshuffle
 from model import Transformer
 from sample import generate
+from steps import trained
 
 PROTOCOL = "first-k+l-greedy-1"  # of scoring and of drawing rows; a change of either gives it a new name
 BEST = 10  # rows of a chunk whose documents are written down although they are not recited in full
@@ -137,7 +138,7 @@ def inputs_of(cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision
     """Everything that determines the lines of a checkpoint: the same inputs give the same result."""
     return {
         "protocol": PROTOCOL,
-        "weights_sha256": c.state["files"]["model.safetensors"],
+        "weights_sha256": checkpoint.weights_hash(c.state),
         "dataset_sha256": dataset.sha256,
         "trained_rows": c.state["rows"],
         "prompt_tokens": cfg.eval.prompt_tokens,
@@ -219,7 +220,7 @@ def score(
             "rows": part.rows.tolist(),
             "matches": matches.tolist(),
             "documents": whose(dataset, part, matches, l, k + l),
-            "seen": [not held_out and position < c.state["rows"] for position in part.rows.tolist()],
+            "seen": (trained(c.state, part.rows) & (not held_out)).tolist(),
             "full": int((matches == l).sum()),
             "total": len(matches),
             "score": float(matches.mean() / l),

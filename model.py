@@ -13,13 +13,14 @@ Dh d_head, R of them turned, F d_ff, V vocabulary.
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, Model
-from loss import vocabulary_loss
+from loss import Loss
 
 
 class Norm(nn.Module):
@@ -36,9 +37,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.shape)) if with_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        # of parameters too: parallel.py may have gathered them in BF16
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
         if self.rms:
-            return F.rms_norm(x.float(), self.shape, self.weight, self.eps)
-        return F.layer_norm(x.float(), self.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(x.float(), self.shape, weight, self.eps)
+        return F.layer_norm(x.float(), self.shape, weight, bias, self.eps)
 
 
 # ---- where a token stands ---------------------------------------------------------------------------------
@@ -256,6 +259,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.norm = Norm(cfg)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.loss = Loss()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) -> FP32 logits (B, T, V); with targets (B, T) -> the sum of their losses, a scalar.
@@ -267,7 +271,7 @@ class Transformer(nn.Module):
         h = self.hidden(tokens, cache)
         if targets is None:
             return F.linear(h, self.head).float()
-        return vocabulary_loss(h.flatten(0, 1), self.head, targets.flatten())
+        return self.loss(h, self.head, targets)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
         """What the head reads: tokens (B, T) -> (B, T, D).
@@ -286,7 +290,7 @@ class Transformer(nn.Module):
             edge = index - cfg.window + 1
             first = edge.clamp(min=0) if first is None else torch.maximum(edge, first)
 
-        h = self.embed_tokens(tokens)  # (B, T, D)
+        h = self.embed_tokens(tokens).float()  # (B, T, D); the stream is FP32 whatever the precision
         if cfg.embedding_multiplier != 1:
             h = h * cfg.embedding_multiplier
         if self.embed_positions is not None:
@@ -323,10 +327,15 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fills every parameter from one seeded stream on the CPU: the same on any device and world size."""
+        for parameter, value in zip(self.parameters(), self.initial_weights(seed)):
+            parameter.copy_(value)
+
+    def initial_weights(self, seed: int) -> Iterator[Tensor]:
+        """Every parameter's first value, in the order of parameters(), whole and on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:  # a norm's weight, or a bias
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                yield torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
                 continue
             value, std = torch.empty(parameter.shape), self.deviation(name, parameter.shape[1])
             cut = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_cut
@@ -334,7 +343,7 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(value, std=std, a=-cut * std, b=cut * std, generator=generator)
             else:
                 nn.init.normal_(value, std=std, generator=generator)
-            parameter.copy_(value)
+            yield value
 
     def deviation(self, name: str, fan_in: int) -> float:
         """The standard deviation with which a matrix begins, before values far out are cut off.

@@ -1,14 +1,17 @@
-"""AdamW as published runs set it up: which parameters decay, each one's learning rate at each step, the clip.
+"""How a gradient becomes an update: schedules, parameter groups, AdamW or Muon, clipping, as published.
 
-Pure functions of the config but for PyTorch's own optimizer; train.py calls them once a step.
+Pure functions of the config but for PyTorch's own optimizers; learner.py calls them once a step.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from config import Optim
+from config import ConfigError, Optim
+
+# ---- schedules --------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, n_steps: int, cfg: Optim) -> float:
@@ -16,14 +19,32 @@ def learning_rate(step: int, n_steps: int, cfg: Optim) -> float:
 
     Linear from warmup_start_fraction x lr at step 0 to lr at step warmup_steps, then cosine or linear down to
     final_lr_fraction x lr at step n_steps, when training ends: the last update is one step short of it. Amber
-    starts from 0 (its first update changes nothing but the moments), OLMo-1 from a tenth of the peak.
+    starts from 0 (its first update changes nothing but the moments), OLMo-1 from a tenth of the peak. A
+    constant rate stays at the peak and falls linearly in the last decay_fraction of the steps (Hu et al.
+    2024).
     """
     if step < cfg.warmup_steps:
         start = cfg.warmup_start_fraction
         return cfg.lr * (start + (1 - start) * step / cfg.warmup_steps)
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, n_steps - cfg.warmup_steps))
-    left = 1 - progress if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    begin = cfg.warmup_steps
+    if cfg.schedule == "constant":
+        begin = max(begin, n_steps - round(cfg.decay_fraction * n_steps))
+    progress = min(1.0, max(0, step - begin) / max(1, n_steps - begin))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left)
+
+
+def annealed_rate(step: int, begin: int, n_steps: int, cfg: Optim) -> float:
+    """The rate in a run that leaves another's schedule at step `begin`, to fall to 0 in cfg.anneal_steps."""
+    return learning_rate(begin, n_steps, cfg) * max(0.0, 1 - (step - begin) / cfg.anneal_steps)
+
+
+def clip_limit(step: int, cfg: Optim) -> float:
+    """The limit of the gradient's norm, looser in the first steps where asked (OLMo-7B: 10 x for 1,000)."""
+    return cfg.grad_clip * (cfg.grad_clip_start_factor if step < cfg.grad_clip_start_steps else 1.0)
+
+
+# ---- optimizers -------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[dict]:
@@ -36,7 +57,7 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
 
     Under muP the matrices inside the layers learn at mup_scale = mup_base_width / d_model of the rate, and
     embeddings, norms, biases and the head at the whole of it (Yang et al. 2022, table 8; CrystalCoder's
-    parameters). Decay is times a group's own rate, as everywhere here.
+    parameters). Decay is times a group's own rate, as everywhere here. `inner`: matrices inside the layers.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -48,12 +69,45 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
             "matrices": p.ndim > 1,
             "not_embeddings": id(p) not in embeddings,
         }[cfg.decay]
-        scale = mup_scale if name.startswith("layers.") and p.ndim > 1 else 1.0
-        groups.setdefault((decays, scale), []).append(p)
-    assert mup_scale == 1 or any(scale != 1 for _, scale in groups), "muP knows matrices by the name layers.*"
+        inner = name.startswith("layers.") and p.ndim > 1
+        groups.setdefault((decays, mup_scale if inner else 1.0, inner), []).append(p)
+    special = mup_scale != 1 or cfg.optimizer == "muon"
+    assert not special or any(inner for *_, inner in groups), (
+        "muP and Muon know matrices by the name layers.*"
+    )
+    if cfg.optimizer == "adamw":  # to which they differ only in their rate
+        merged = {}
+        for (decays, scale, _), parameters in groups.items():
+            merged.setdefault((decays, scale, False), []).extend(parameters)
+        groups = merged
     return [
-        {"params": parameters, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale}
-        for (decays, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {"params": p, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale, "inner": inner}
+        for (decays, scale, inner), p in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
+
+
+def adamw(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) in PyTorch's fused form, one pass over memory a step."""
+    groups = parameter_groups(model, cfg, mup_scale)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[torch.optim.Optimizer]:
+    """What a config asks for: AdamW; or Muon for the matrices inside the layers and AdamW for all else.
+
+    Muon (Jordan 2024) makes each update of a matrix orthogonal. Scaled to AdamW's usual size (Liu et al.
+    2025, section 2.2: 0.2 sqrt(max(rows, columns))) it has use for AdamW's rate and decay.
+    """
+    if cfg.optimizer == "adamw":
+        return [adamw(model, cfg, mup_scale)]
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"optim.optimizer='muon' needs torch 2.9 or newer; this is {torch.__version__}")
+    groups = parameter_groups(model, cfg, mup_scale)
+    inner, rest = ([g for g in groups if g["inner"] == wanted] for wanted in (True, False))
+    muon = torch.optim.Muon(inner, lr=cfg.lr, momentum=cfg.muon_momentum, adjust_lr_fn="match_rms_adamw")
+    return [
+        muon,
+        torch.optim.AdamW(rest, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True),
     ]
 
 
@@ -63,21 +117,52 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def adamw(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) in PyTorch's fused form, one pass over memory a step."""
-    groups = parameter_groups(model, cfg, mup_scale)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+def shrink_embedding_gradient(model: nn.Module, share: float) -> None:
+    """From now on the embedding's gradient is `share` of itself (GLM-130B, section 2.2: 0.1 against spikes).
+
+    Of the embedding's own: a head that is tied to it gives its part whole.
+    """
+
+    def shrink(module, arguments, out):
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient * share)
+
+    if share != 1:
+        model.embed_tokens.register_forward_hook(shrink)
+
+
+# ---- gradients --------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The L2 norm of all of them as one vector: of the whole, where each process holds a part."""
+    total = torch.nn.utils.get_total_norm(tensors)
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # a DTensor, where sharded
+
+
+def norms_by_layer(model: nn.Module) -> dict[str, float]:
+    """The gradient's norm in each layer, and outside them: {"embed_tokens": 0.3, "layers.0": 0.1, ...}."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts = name.split(".")
+            groups.setdefault(".".join(parts[: 2 if parts[0] == "layers" else 1]), []).append(p.grad)
+    return {name: norm(tensors).item() for name, tensors in groups.items()}
+
+
+def scale_gradients(model: nn.Module, total: float, limit: float) -> None:
+    """Scales all gradients, whose norm is `total`, so that it is at most `limit`; 0: no limit."""
+    if limit and math.isfinite(total) and total + 1e-6 > limit:
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients(model)]
+        torch._foreach_mul_(local, limit / (total + 1e-6))
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scales all gradients so that their global L2 norm is at most `limit`; 0 leaves them as they are.
-
-    Returns the norm before. One that is not finite scales nothing: the caller decides what to do about it.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if limit:
-        # min(1, limit / norm), without looking at the norm on the host; NaN and inf are left as they are.
-        scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0), 1.0)
-        torch._foreach_mul_(gradients, scale)
-    return norm
+    """Both: returns the norm, and scales to at most `limit`. A norm that is not finite scales nothing."""
+    total = norm(gradients(model))
+    scale_gradients(model, total.item(), limit)
+    return total

@@ -1,12 +1,12 @@
 """What a config costs, before anything is rented: parameters, FLOPs, memory, disk, hours, energy, money.
 
-    python plan.py configs/7b.py --gpus 8 --gpu a100-80gb --strategy fsdp --checkpointing all
+    python plan.py configs/7b.py --gpus 8 --gpu a100-80gb
+    python plan.py 1b --gpus 16 --parallel.strategy=fsdp --parallel.shard=8 --train.activation_checkpointing=2
     python plan.py 124m --gpus 1 --tokens-per-second-per-gpu 150000 --price 2.0    # with a measured speed
     python plan.py demo --train.micro_batch_size=4                                 # settings as everywhere
 
 Reads the config and, where the dataset is built, its manifest; writes nothing; imports no torch. A plan that
-does not fit into memory is refused (exit code 2) with the smallest change that would fit. Memory is that of
-train.py and model.py as they stand; FSDP and activation checkpointing are planned for, not there yet.
+does not fit into memory is refused (exit code 2) with the smallest change that would fit.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def about_flops(cfg: Config) -> list[str]:
 KINDS = {
     "weights": "weights, FP32",
     "gradients": "gradients, FP32",
-    "optimizer": "AdamW's moments, 2 x FP32",
-    "copies": "copies in BF16, gathered",
+    "optimizer": "moments, FP32",
+    "copies": "gathered, cast, on their way",
     "activations": "activations",
     "loss": "logits and their gradients",
     "working": "being computed",
@@ -69,18 +69,20 @@ KINDS = {
 
 
 def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
-    """The plan, and beside it what DDP, FSDP and checkpointing would change."""
-    cuda, chosen = args.gpu != "cpu", (args.strategy, args.checkpointing)
-    strategies = ("ddp", "fsdp") if args.gpus > 1 and cuda else (args.strategy,)
+    """The plan, and beside it what DDP, FSDP and activation checkpointing would change."""
+    cuda, every = args.gpu != "cpu", cfg.train.activation_checkpointing
+    chosen = (cfg.parallel.strategy, every)
+    strategies = ("ddp", "fsdp") if args.gpus > 1 and cfg.optim.optimizer == "adamw" else chosen[:1]
     plans = {
-        key: cost.memory(cfg, args.gpus, *key, cuda) for key in itertools.product(strategies, ("none", "all"))
+        key: cost.memory(cost.variant(cfg, *key), args.gpus, cuda)
+        for key in itertools.product(strategies, (0, every or 1))
     }
 
     def line(name: str, values) -> str:
         return f"  {name:<28}" + "".join(f"{value:>16}" for value in values)
 
     where = "each GPU" if cuda else "each process"
-    names = [f"{s.upper()} " * (len(strategies) > 1) + ("ckpt" if c == "all" else "") for s, c in plans]
+    names = [f"{s.upper()} " * (len(strategies) > 1) + (f"ckpt {e}" if e else "") for s, e in plans]
     names = [name.strip() or "no ckpt" for name in names]
     limit, size = cost.usable(args.gpu, args.gpus), cost.machine(args.gpu).memory
     share, rest = (
@@ -88,6 +90,9 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     )
     unit, each = ("GiB", cost.GIB) if cost.total(plans[chosen]) >= cost.GIB else ("MiB", 2**20)
     how = f"micro-batch {cfg.train.micro_batch_size}, {cost.precision(cfg, cuda)}"
+    copied, writers = cost.saving(cfg, args.gpus)
+    one, each_writes = ("copies", f" of about {big(copied / writers, 'B')}") if writers > 1 else ("copy", "")
+    save = f"{big(copied, 'B')} in all, the {one} of {writers} process{'es' * (writers > 1)}{each_writes}"
     rows = {name: [plan[kind] for plan in plans.values()] for kind, name in KINDS.items()}
     rows["total"] = [cost.total(plan) for plan in plans.values()]
     return [
@@ -95,37 +100,54 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
         line("", [f"> {name}" if key == chosen else name for name, key in zip(names, plans)]),
         *(line(name, [f"{v / each:,.2f}" for v in values]) for name, values in rows.items() if any(values)),
         line("", ["fits" if value <= limit else "does not fit" for value in rows["total"]]),
-        f"  >: the plan; its peak is when {plans[chosen]['at']}. ckpt: activation checkpointing.",
+        f"  >: the plan; its peak is when {plans[chosen]['at']}.",
+        "  ckpt n: activation checkpointing of every n-th block.",
         f"  Usable: {limit / cost.GIB:,.1f} GiB, {share:.0%} of {size / cost.GIB:,.1f}"
         + f" over {args.gpus} processes" * (not cuda and args.gpus > 1)
         + f"; the rest is for {rest}.",
-        "  FSDP and activation checkpointing: a forecast; train.py has neither yet.",
+        f"  Host memory for saving while training goes on: {save}.",
     ]
 
 
 def about_steps(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> list[str]:
     batch, T, micro = cfg.train.batch_size, cfg.model.seq_len, cfg.train.micro_batch_size
-    accumulation = config.accumulation_steps(batch, micro, args.gpus)
-    each, more = divmod(when.steps, len(when.chunk_ends))
-    chunks = f"{len(when.chunk_ends)} chunks" + f"; {more} of them have one step more" * (more > 0)
-    left = when.rows - when.steps * batch
+    steps, last = when.steps, when.last_step
+    each, more = divmod(steps.n_steps, len(when.chunks))
+    chunks = f"{len(when.chunks)} chunks" + f"; {more} of them have one step more" * (more > 0)
+    if len(steps.phases) > 1:  # a chunk has its rows, and fewer steps the larger the batch
+        chunks = f"{len(when.chunks)} chunks, on average"
+    left = steps.n_rows - steps.consumed(steps.n_steps)
     process = "GPU" if args.gpu != "cpu" else "process"
-    early = f"train.steps; the schedule has {when.steps:,}" if when.last_step < when.steps else ""
+    early = f"train.steps; the schedule has {steps.n_steps:,}" if last < steps.n_steps else ""
+    grows = [
+        row(
+            f"from step {first:,}",
+            size * T,
+            f"{size:,} rows, accumulation {cost.accumulation(cfg, args.gpus) * size // batch:,}",
+        )
+        for first, _, size in steps.phases[1:]
+        if first < last
+    ]
     return [
-        f"steps: {when.rows:,} rows of {T:,} tokens, from {when.source}",
+        f"steps: {steps.n_rows:,} rows of {T:,} tokens, from {when.source}",
         row("tokens a step", batch * T, f"{batch:,} rows"),
-        row("gradient accumulation", accumulation, f"micro-batches of {micro} rows a step on each {process}"),
-        row("steps", when.last_step, early),
+        row(
+            "gradient accumulation",
+            cost.accumulation(cfg, args.gpus),
+            f"micro-batches of {micro} rows a step on each {process}",
+        ),
+        *grows,
+        row("steps", last, early),
         row("steps a chunk", each, chunks),
-        row("tokens", when.last_step * batch * T, f"{left:,} rows at the end fill no step" if left else ""),
+        row("tokens", steps.consumed(last) * T, f"{left:,} rows at the end fill no step" if left else ""),
     ]
 
 
 def about_disk(cfg: Config, when: cost.Schedule) -> list[str]:
     n, entry = len(when.checkpoints), 2 if cfg.model.vocab_size < 2**16 else 4
-    b = cost.disk(cfg.model, n)
-    one = f"weights {big(b['weights'], 'B')}, AdamW's moments twice that"
-    rows = when.rows * (cfg.model.seq_len + 1) * entry
+    b = cost.disk(cfg, n)
+    one = f"weights {big(b['weights'], 'B')}, moments {big(b['optimizer'], 'B')}"
+    rows = when.steps.n_rows * (cfg.model.seq_len + 1) * entry
     return [
         "disk",
         row("one checkpoint", big(b["weights"] + b["optimizer"], "B"), one),
@@ -144,7 +166,7 @@ def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> li
     if not speed:
         speed, how = args.mfu * gpu.flops / flops, "from the MFU"
     one = "GPU" if gpu.flops else "process"
-    long = cost.hours(when.last_step * cfg.train.batch_size * cfg.model.seq_len, speed, args.gpus)
+    long = cost.hours(when.steps.consumed(when.last_step) * cfg.model.seq_len, speed, args.gpus)
     out = [f"time and energy on {args.gpus} x {args.gpu}"]
     out.append(row(f"tokens a second a {one}", f"{speed:,.0f}", how))
     if gpu.flops:
@@ -184,14 +206,22 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     add("config", help="configs/7b.py, or 7b")
     add("--gpu", choices=(*cost.GPUS, "cpu"), help="default: a100-80gb, or cpu where train.device is")
     add("--gpus", type=int, help="processes, one a GPU; default: 8, a node; on a CPU 1")
-    add("--strategy", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, a whole model on each")
-    add("--checkpointing", choices=("none", "all"), default="none", help="of activations; default: none")
     add("--tokens", type=float, help="to train on; default: the dataset's, or data.expected_tokens")
     add("--mfu", type=float, help="share of the peak, attention counted; default: 0.4")
     add("--tokens-per-second-per-gpu", type=float, help="measured, instead of --mfu")
     add("--watts", type=float, help="average of one GPU; default: its board's limit")
-    add("--pue", type=float, default=1.1, help="power usage effectiveness; default: 1.1, as OLMo and LLaMA")
-    add("--kg-co2-per-kwh", type=float, default=0.385, help="of the grid; default: 0.385, as LLaMA")
+    add(
+        "--pue",
+        type=float,
+        default=cost.PUE,
+        help="power usage effectiveness; default: 1.1, as OLMo and LLaMA",
+    )
+    add(
+        "--kg-co2-per-kwh",
+        type=float,
+        default=cost.KG_CO2_PER_KWH,
+        help="of the grid; default: 0.385, as LLaMA",
+    )
     add("--price", type=float, help="of a GPU-hour, in any currency; default: no money is named")
     args, overrides = parser.parse_known_args(argv)
     flags = [action.option_strings[-1][2:] for action in parser._actions if action.option_strings]
@@ -221,9 +251,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             f"--tokens-per-second-per-gpu={speed:,.0f} is more than {peak / 1e12:,.0f} TFLOP/s "
             f"allow: at most {peak / cost.flops_per_token(cfg.model)['6N']:,.0f}"
         )
-    if args.gpu == "cpu" and args.strategy == "fsdp":
-        raise ConfigError("--strategy=fsdp is planned for GPUs; on a CPU use ddp")
-    config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, args.gpus)  # they must divide
+    cost.accumulation(cfg, args.gpus)  # they must divide
     return cfg, args
 
 
@@ -231,15 +259,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cfg, args = command_line(argv)
         when = cost.schedule(cfg, args.tokens or 0)
-        how = f", {args.strategy.upper()}" * (args.gpus > 1)
-        how += ", activation checkpointing" * (args.checkpointing == "all")
+        _, shard, tp = config.mesh_shape(cfg.parallel, args.gpus)
+        how = f", {cfg.parallel.strategy.upper()}" * (args.gpus > 1)
+        how += f" over {shard}" * (1 < shard < args.gpus) + f", tensor parallel over {tp}" * (tp > 1)
+        if every := cfg.train.activation_checkpointing:
+            how += f", activation checkpointing of every {f'{every}-th ' * (every > 1)}block"
         print(f"{cfg.name} on {args.gpus} x {args.gpu}{how}")
         for section in (about_parameters(cfg), about_flops(cfg), about_memory(cfg, args)):
             print("\n" + "\n".join(section))
-        plan = (cfg, args.gpus, args.strategy, args.checkpointing)
-        if not cost.fits(*plan, args.gpu):
-            need, have = cost.total(cost.memory(*plan, args.gpu != "cpu")), cost.usable(args.gpu, args.gpus)
-            change = " ".join(cost.smallest_change(*plan, args.gpu))
+        if not cost.fits(cfg, args.gpus, args.gpu):
+            need = cost.total(cost.memory(cfg, args.gpus, args.gpu != "cpu"))
+            have = cost.usable(args.gpu, args.gpus)
+            change = " ".join(cost.smallest_change(cfg, args.gpus, args.gpu))
             advice = f"it would with {change}" if change else (
                 "no smaller micro-batch, checkpointing, FSDP or number of GPUs up to 4,096 makes it fit; "
                 "use a larger GPU or a smaller model"

@@ -147,8 +147,21 @@ PROBE = (
 
 def equal(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two tokenizers give the same ids, though their files may have been written differently."""
-    parts = [(t.token_bytes, t.special_tokens, t.eot, t.encode(PROBE)) for t in (a, b)]
-    return a.sha256 == b.sha256 or parts[0] == parts[1]
+
+    def ids(t: Tokenizer) -> tuple:
+        return t.token_bytes, t.special_tokens, t.eot, t.encode(PROBE)
+
+    return a.sha256 == b.sha256 or ids(a) == ids(b)
+
+
+def check_same(model_folder: Path, dataset_folder: Path) -> None:
+    """ConfigError where a model folder has a tokenizer, and it is not that of the dataset."""
+    known = [model_folder / name for name in FILES if (model_folder / name).is_file()]
+    if known and not equal(load(model_folder), load(dataset_folder)):
+        raise ConfigError(
+            f"{dataset_folder} was made with another tokenizer than {known[0]}; build one with that: "
+            f"python data.py CONFIG --tokenizer.path={model_folder} --dataset=ANOTHER_FOLDER"
+        )
 
 
 def matcher(texts: Iterable[str]) -> re.Pattern | None:

@@ -1,42 +1,54 @@
 """The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
 
-    python train.py configs/demo.py                              # one process
-    python train.py demo --init_from=models/mine --run=runs/new  # from weights that are there
-    torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
+    python train.py configs/demo.py                              # one process python train.py demo
+    --init_from=models/mine --run=runs/new  # from weights that are there torchrun --nproc_per_node=8 train.py
+    configs/7b.py           # eight GPUs, the same program torchrun --nproc_per_node=8 --max-restarts=100
+    train.py 7b   # and by itself again when a process dies python train.py 124m --benchmark 30
+    # speed and memory, on made-up tokens python train.py demo --profile                               # a
+    trace of three steps: runs/demo/trace.json
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
 checkpoint and leave. The same command again goes on from the newest complete checkpoint, after kill -9 too,
 and ends with the same weights, bit for bit, as a run that was never interrupted (on the same hardware and
-number of processes, a CPU; on CUDA this is not secured yet).
+number of processes; on CUDA with --train.deterministic=true).
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import: help and mistakes answer at once
     import config
 
-    CONFIG = config.from_command_line(__doc__)
+    CONFIG, FLAGS = config.from_command_line(
+        __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": ""}
+    )
 
 import dataclasses
 import math
 import signal
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
 
+import benchmark
 import checkpoint
 import config
-import cost
 import files
+import incidents
 import ledger
 import optim
 import parallel
+import steps
 import tokenizer as tokenizers
+from checkpoint import Checkpoint
 from config import Config, ConfigError
 from dataset import Dataset, differences
 from families import model_config
-from model import Transformer
+from learner import Learner
+from steps import Steps
 
 
 class Interrupted:
@@ -52,146 +64,312 @@ class Interrupted:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-class NotFinite(RuntimeError):
-    """The loss or the gradient is not a number any more."""
+class Stopped(RuntimeError):
+    """An incident ended the run, as train.on_spike asks."""
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config, profile: bool = False) -> None:
     """Trains cfg.run from where it stands to the end of the data, or to train.steps."""
     # Settings are checked before the processes meet and before the first file is written.
-    accumulation = config.accumulation_steps(
-        cfg.train.batch_size, cfg.train.micro_batch_size, parallel.world_size()
-    )
+    copies = math.prod(config.mesh_shape(cfg.parallel, parallel.world_size())[:2])
+    accumulation = config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, copies)
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
-    origin = None if checkpoint.checkpoints(cfg.run) else open_origin(cfg, dataset)
-    n_steps = dataset.n_rows // cfg.train.batch_size  # of the schedule; the ledger names the rows left over
-    last_step = min(cfg.train.steps or n_steps, n_steps)
-    chunk_ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
-    save_at = cost.checkpoint_steps(cfg, chunk_ends, last_step)
-    run, tokens_a_step = Path(cfg.run), cfg.train.batch_size * cfg.model.seq_len
+    found = checkpoint.checkpoints(cfg.run)
+    origin = None if found else open_origin(cfg, dataset)
     changed = ledger.check_same_run(cfg, dataset)
-    everyone = parallel.start(cfg.train)
-    everyone.once(ledger.lock, run)
-    resumed = (checkpoint.checkpoints(run) or [None])[-1]
-    if resumed and resumed.step >= last_step:
+
+    everyone = parallel.start(cfg.train, cfg.parallel)
+    everyone.once(ledger.lock, Path(cfg.run))
+    run = Run(cfg, dataset, everyone, found, origin)
+    if found and found[-1].step >= run.last_step:
         everyone.once(
-            ledger.say, f"{run} is trained: {resumed.path.name} is its last checkpoint; nothing to do"
+            ledger.say, f"{cfg.run} is trained: {found[-1].path.name} is its last checkpoint; nothing to do"
         )
-        everyone.once(ledger.close, cfg, resumed.step, changed)
+        everyone.once(ledger.close, cfg, found[-1].step, changed)
         ledger.LOCKS.clear()
         return everyone.leave()
     interrupted = Interrupted()
-
-    model = Transformer(cfg.model, dataset.manifest["eot"])
-    step = 0
-    if resumed:
-        step = resumed.step
-        checkpoint.load_weights(resumed.path, model)
-    elif origin:
-        checkpoint.load_weights(origin, model)
-    else:
-        model.init_weights(cfg.train.seed)
-    model.to(everyone.device)
-    optimizer = optim.adamw(model, cfg.optim, cfg.model.mup_scale)
-    if resumed:
-        checkpoint.load_optimizer(resumed.path, model, optimizer)
-    else:
-        torch.manual_seed(cfg.train.seed)
-    wrapped = everyone.wrap(model)
-
-    def log(event: str, **record) -> None:
-        everyone.once(files.append, run / "ledger.jsonl", {"event": event, "time": time.time(), **record})
-
-    def save() -> None:
-        rows = step * cfg.train.batch_size
-        state = {
-            "step": step,
-            "rows": rows,  # position in the order: rows 0 .. rows - 1 have been trained on
-            "tokens": step * tokens_a_step,
-            "chunk": newest_chunk(dataset, rows, step == n_steps),
-            "eot": dataset.manifest["eot"],
-            "dataset_sha256": dataset.sha256,
-            "tokenizer_sha256": dataset.manifest["tokenizer"]["sha256"],
-            "world_size": everyone.world_size,
-        }
-        everyone.once(checkpoint.save, run, model, optimizer, state, ledger.tokenizer_files(dataset))
-        log("checkpoint", step=step, chunk=state["chunk"], checkpoint=f"step-{step:08d}")
-
-    machine = ledger.about_machine(everyone)
-    everyone.once(ledger.write_run, cfg, dataset, machine, model)
-    log(
-        "resume" if resumed else "start",
-        step=step,
-        steps=last_step,
-        world_size=everyone.world_size,
-        accumulation=accumulation,
-        init_from=str(origin) if origin else None,
-        rows_never_trained=dataset.n_rows - n_steps * cfg.train.batch_size,
-        changed=changed,
-        **machine,
-    )
-    everyone.once(ledger.greet, cfg, dataset, everyone, model, step, last_step, n_steps, accumulation)
-    if not resumed:
-        save()
-
-    began, began_at = time.perf_counter(), step
-    while step < last_step:
-        t0 = time.perf_counter()
-        # (B / processes, T+1)
-        batch = dataset.batch(step, cfg.train.batch_size)[everyone.share(cfg.train.batch_size)]
-        batch = torch.from_numpy(batch).to(everyone.device)
-        t1 = time.perf_counter()
-
-        lr = optim.learning_rate(step, n_steps, cfg.optim)
-        optim.set_rate(optimizer, lr)
-        nats = torch.zeros((), device=everyone.device)
-        for i, micro in enumerate(batch.split(cfg.train.micro_batch_size)):
-            with everyone.accumulate(wrapped, last=i == accumulation - 1):
-                with parallel.autocast(everyone.device, everyone.dtype):
-                    loss = wrapped(micro[:, :-1], micro[:, 1:])  # a sum over this micro-batch
-                # The gradient of the mean over the global batch; DDP divides by the processes: undo that.
-                (loss * (everyone.world_size / tokens_a_step)).backward()
-            nats += loss.detach()
-        norm = optim.clip(model, cfg.optim.grad_clip)
-        loss, stop, norm_sum = everyone.sum(nats, interrupted.came, norm)
-        loss, norm = loss / tokens_a_step, norm_sum / everyone.world_size  # every process has the same norm
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            not_finite(cfg, dataset, step, loss, norm, log)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-
-        seconds = time.perf_counter() - t0
-        record = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": step * tokens_a_step,
-            "tokens_per_second": tokens_a_step / seconds,
-            "seconds": seconds,
-            "data_seconds": t1 - t0,
-            "chunk": dataset.chunk_of(step * cfg.train.batch_size - 1),
-            "time": time.time(),
-        }
-        everyone.once(ledger.log_step, run, record)
-        if step % cfg.train.log_every == 0 or step in (1, last_step):
-            pace = (time.perf_counter() - began) / (step - began_at)
-            everyone.once(ledger.say, ledger.step_line(record, last_step, (last_step - step) * pace))
-        if step in save_at or stop:
-            save()
-        if stop and step < last_step:
-            log("interrupted", step=step)
-            everyone.once(
-                ledger.say, f"interrupted and saved at step {step}; the same command goes on from there"
-            )
-            break
-    else:
-        log("finish", step=step, seconds=time.perf_counter() - began)
+    ledger.sign_in(cfg.run, everyone)
+    try:
+        run.begin(accumulation, changed)
+        run.loop(interrupted, ledger.profiler(cfg.run, everyone) if profile else None)
+    except BaseException as error:
+        ledger.sign_out(cfg.run, everyone, error)
+        raise
+    ledger.sign_out(cfg.run, everyone)
     ledger.LOCKS.clear()
     everyone.leave()
+
+
+class Run:
+    """A training under way: where it stands, and what happens around a step."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        dataset: Dataset,
+        everyone: parallel.Everyone,
+        found: list[Checkpoint],
+        origin: Path | None,
+    ):
+        self.cfg, self.dataset, self.everyone, self.folder = cfg, dataset, everyone, Path(cfg.run)
+        self.resumed, self.origin = found[-1] if found else None, origin
+        self.chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
+        self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of the schedule, whatever is left out later
+        self.annealed = checkpoint.read(origin) if origin and cfg.optim.anneal_steps else None
+        self.begin_step = found[0].step if found else self.annealed.step if self.annealed else 0
+        self.stand(self.resumed or self.annealed)
+
+    def stand(self, at: Checkpoint | None) -> None:
+        """Takes the position in the data from a checkpoint, or the very start."""
+        state = at.state if at else {}
+        self.step = at.step if at else 0
+        self.recent = deque(map(tuple, state.get("recent", [])), self.cfg.train.spike_window)
+        self.change_order(steps.of(self.cfg, self.dataset.n_rows, state.get("order")))
+
+    def change_order(self, order: Steps) -> None:
+        anneal = self.cfg.optim.anneal_steps
+        self.steps = order
+        ends = [self.n_steps, order.n_steps, self.cfg.train.steps or self.n_steps]
+        self.last_step = min([*ends, self.begin_step + anneal] if anneal else ends)
+        plan = (self.cfg, order, self.chunks, self.last_step)
+        self.save_at, self.kept = steps.checkpoint_steps(*plan), steps.kept_steps(*plan) | {self.begin_step}
+
+    def begin(self, accumulation: int, changed: list[str]) -> None:
+        """Builds the model, fills in its weights and says what is about to run."""
+        cfg, everyone, dataset = self.cfg, self.everyone, self.dataset
+        self.learner = Learner(cfg, everyone, dataset.manifest["eot"])
+        model, optimizers = self.learner.model, self.learner.optimizers
+        whole = self.resumed or self.annealed  # a checkpoint that has the optimizer too
+        if whole or self.origin:
+            checkpoint.load_weights(whole.path if whole else self.origin, model)
+        else:
+            self.learner.fill(model.initial_weights(cfg.train.seed))
+        if whole:
+            checkpoint.load_optimizer(whole.path, model, optimizers)
+        else:
+            torch.manual_seed(cfg.train.seed)
+        self.saving = checkpoint.Saving(self.folder, model, optimizers, everyone)
+        self.batches = Batches(dataset, everyone)
+        self.n_incidents = whole.state.get("incidents", 0) if whole else 0
+
+        machine = ledger.about_machine(everyone)
+        everyone.once(ledger.write_run, cfg, dataset, machine, model)
+        self.log(
+            "resume" if self.resumed else "start",
+            step=self.step,
+            steps=self.last_step,
+            world_size=everyone.world_size,
+            accumulation=accumulation,
+            init_from=str(self.origin) if self.origin else None,
+            rows_never_trained=self.steps.n_rows - self.steps.consumed(self.steps.n_steps),
+            changed=changed,
+            **machine,
+        )
+        everyone.once(
+            ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, accumulation
+        )
+        if not self.resumed:
+            self.save()
+
+    def log(self, event: str, **record) -> None:
+        record = {"event": event, "time": time.time(), **record}
+        self.everyone.once(files.append, self.folder / "ledger.jsonl", record)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Begins to save the state after the step just finished; `saved` makes it count."""
+        if self.saving.thread is not None:
+            self.saved()
+        rows = self.steps.consumed(self.step)
+        state = {
+            "step": self.step,
+            "rows": rows,  # position in the order: its first so many rows have been trained on
+            "tokens": rows * self.cfg.model.seq_len,
+            "chunk": self.steps.newest_chunk(self.chunks, self.step),
+            "eot": self.dataset.manifest["eot"],
+            "dataset_sha256": self.dataset.sha256,
+            "tokenizer_sha256": self.dataset.manifest["tokenizer"]["sha256"],
+            "world_size": self.everyone.world_size,
+            "order": self.steps.order,
+            "incidents": self.n_incidents,
+            "recent": list(self.recent) if self.cfg.train.spike_z else [],
+        }
+        self.saving.begin(state, ledger.tokenizer_files(self.dataset))
+        if not self.cfg.train.save_async:
+            self.saved()
+
+    def saved(self) -> None:
+        """Waits until the checkpoint being saved is on disk, tells the ledger, deletes old ones."""
+        path = self.saving.finish()
+        if path is None:
+            return
+        state = self.saving.state
+        self.log("checkpoint", step=state["step"], chunk=state["chunk"], checkpoint=path.name)
+        if self.cfg.train.keep_others:
+            arguments = (self.folder, self.kept, self.cfg.train.keep_others)
+            self.everyone.once(checkpoint.delete_others, *arguments)
+
+    # ---- the loop -----------------------------------------------------------------------------------------
+
+    def loop(self, interrupted: Interrupted, profiler=None) -> None:
+        cfg, everyone, learner, meter = (
+            self.cfg,
+            self.everyone,
+            self.learner,
+            ledger.Meter(self.cfg, self.everyone),
+        )
+        T = cfg.model.seq_len
+        began, began_at = time.perf_counter(), self.step
+        while self.step < self.last_step:
+            t0 = time.perf_counter()
+            batch = self.batches.get(self.steps, self.step)  # (this process's rows, T+1)
+            t1 = time.perf_counter()
+            n_tokens = self.steps.size(self.step) * T
+            nats = learner.gradients(batch, n_tokens)
+            # The one moment of a step at which the host waits for the device: before weights are touched.
+            loss, norm, stop, writing, joules = everyone.sum(
+                nats, learner.norm(), interrupted.came, self.saving.busy(), meter.joules()
+            )
+            loss, norm = loss / n_tokens, norm / everyone.world_size  # every process has the same norm
+            t2 = time.perf_counter()
+
+            lr, limit = self.rate(), optim.clip_limit(self.step, cfg.optim)
+            incident = incidents.judge(loss, norm, list(self.recent), cfg.train)
+            if incident:
+                if not self.incident(incident, loss, norm):
+                    continue  # with another batch, or from an earlier step
+            else:
+                learner.update(lr, norm, limit)
+                self.recent.append((loss, norm))
+            self.step += 1
+
+            t3 = time.perf_counter()
+            seconds = t3 - t0
+            record = {
+                "step": self.step,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "tokens": self.steps.consumed(self.step) * T,
+                "tokens_per_second": n_tokens / seconds,
+                **meter.about(n_tokens / seconds, joules),
+                "seconds": seconds,
+                "data_seconds": t1 - t0,
+                "forward_backward_seconds": t2 - t1,
+                "optimizer_seconds": t3 - t2,
+                "chunk": self.dataset.chunk_of(self.steps.pieces(self.step - 1)[-1][1] - 1),
+                "time": time.time(),
+                **({"skipped": True} if incident else {}),
+            }
+            everyone.once(ledger.log_step, self.folder, record)
+            if self.step % cfg.train.log_every == 0 or self.step in (1, self.last_step):
+                pace = (time.perf_counter() - began) / max(1, self.step - began_at)
+                left = (self.last_step - self.step) * pace
+                everyone.once(ledger.say, ledger.step_line(record, self.last_step, left))
+            if not writing:  # every process has written its part of the checkpoint
+                self.saved()
+            if self.step in self.save_at or stop:
+                self.save()
+            if profiler and profiler(self.step - began_at):
+                profiler = None
+            if stop and self.step < self.last_step:
+                self.saved()
+                self.log("interrupted", step=self.step)
+                said = f"interrupted and saved at step {self.step}; the same command goes on from there"
+                everyone.once(ledger.say, said)
+                return
+        self.saved()
+        self.log("finish", step=self.step, seconds=time.perf_counter() - began, **meter.totals())
+
+    def rate(self) -> float:
+        if self.cfg.optim.anneal_steps:
+            return optim.annealed_rate(self.step, self.begin_step, self.n_steps, self.cfg.optim)
+        return optim.learning_rate(self.step, self.n_steps, self.cfg.optim)
+
+    # ---- incidents ----------------------------------------------------------------------------------------
+
+    def incident(self, found: dict, loss: float, norm: float) -> bool:
+        """Writes it down, does what train.on_spike says; True if the step is over, False if it begins anew.
+
+        All processes come here together, with the same numbers. Raises Stopped where the run ends.
+        """
+        cfg, everyone, step = self.cfg, self.everyone, self.step
+        norms = optim.norms_by_layer(self.learner.model)  # all processes together
+        self.learner.forget()
+        self.saved()  # so that the newest checkpoint is known, and whole
+        self.n_incidents += 1
+        pieces = self.steps.pieces(step)
+        chunk = self.dataset.chunk_of(pieces[0][0])
+        earlier = [c for c in checkpoint.checkpoints(self.folder) if c.step <= step]
+        action, order, back = cfg.train.on_spike, None, None
+        if action == "defer":
+            order = self.steps.deferred(step, self.chunks[chunk])
+        elif action == "rollback":
+            back = [earlier[0], *(c for c in earlier if c.step <= step - cfg.train.rollback_steps)][-1]
+            half = cfg.train.rollback_skip // 2
+            first = max(back.step, step - half)
+            order = self.steps.without(first, min(first + cfg.train.rollback_skip, self.steps.n_steps))
+            order = order if order.n_steps > back.step else None
+        if self.n_incidents > cfg.train.max_incidents or (action in ("defer", "rollback") and order is None):
+            action = "stop"
+        record = {
+            **found,
+            "step": step,
+            "action": action,
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "grad_norm": norm if math.isfinite(norm) else str(norm),
+            "norms": {name: n if math.isfinite(n) else str(n) for name, n in norms.items()},
+            "chunk": chunk,
+            "rows": [[first, end - 1] for first, end in pieces],
+            "documents": incidents.documents(self.dataset, pieces) if everyone.rank == 0 else [],
+            "checkpoint": earlier[-1].path.name if earlier else None,
+            **({"back_to": back.path.name} if back and order else {}),
+            **({"order": order.order} if order else {}),
+        }
+        self.log(record.pop("event"), **record)
+        told = incidents.told({**found, **record})
+        if action == "stop":
+            raise Stopped(
+                f"{told} (all of them in {cfg.run}/ledger.jsonl). The optimizer has not moved and the newest "
+                f"checkpoint is good. Its batch: python incidents.py {cfg.run} --replay {step}. A lower "
+                "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
+                "remedy; with train.on_spike=skip, defer or rollback a run goes on by itself"
+            )
+        everyone.once(ledger.say, f"{action}: {told}")
+        if action == "skip":
+            return True
+        if action == "rollback":
+            everyone.once(checkpoint.set_aside, self.folder, back.step, step)
+            checkpoint.load_weights(back.path, self.learner.model)
+            checkpoint.load_optimizer(back.path, self.learner.model, self.learner.optimizers)
+            self.stand(back)
+        self.change_order(order)
+        return False
+
+
+class Batches:
+    """This process's rows of each batch; the next step's are read while this one is computed."""
+
+    def __init__(self, dataset: Dataset, everyone: parallel.Everyone):
+        self.dataset, self.everyone = dataset, everyone
+        self.pool, self.ahead = ThreadPoolExecutor(1), (None, None)
+
+    def get(self, order: Steps, step: int) -> torch.Tensor:
+        asked, read = self.ahead
+        batch = read.result() if asked == (order, step) else self.read(order, step)
+        if step + 1 < order.n_steps:
+            self.ahead = (order, step + 1), self.pool.submit(self.read, order, step + 1)
+        return batch.to(self.everyone.device, non_blocking=True)
+
+    def read(self, order: Steps, step: int) -> torch.Tensor:
+        pieces = order.pieces(step, self.everyone.share(order.size(step)))
+        rows = [self.dataset.rows(first, end - first) for first, end in pieces]
+        batch = torch.from_numpy(np.concatenate(rows))
+        return batch.pin_memory() if self.everyone.device.type == "cuda" else batch
 
 
 # ---- before the loop --------------------------------------------------------------------------------------
@@ -232,7 +410,8 @@ def open_dataset(cfg: Config) -> Dataset:
 def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     """The model folder that init_from names. ConfigError where that is another model or tokenizer.
 
-    Only weights are taken from it: the optimizer, the schedule and the data begin anew.
+    Only weights are taken from it, and the optimizer, the schedule and the data begin anew; but with
+    optim.anneal_steps it is a checkpoint to go on from.
     """
     if not cfg.init_from:
         return None
@@ -246,59 +425,43 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
         if "mup_base_width" in differs:  # which the kind of initialisation goes with
             settings += f" --model.init={'mup' if theirs['mup_base_width'] else 'normal'}"
         raise ConfigError(f"--init_from={cfg.init_from} is a model with other settings; add {settings}")
-    known = [path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.exists()]
-    if known and not tokenizers.equal(tokenizers.load(folder), tokenizers.load(dataset.folder)):
-        raise ConfigError(
-            f"{cfg.dataset} was made with another tokenizer than {known[0]}; build one with that: "
-            f"python data.py, same config, --tokenizer.path={folder} --dataset=ANOTHER_FOLDER"
-        )
+    tokenizers.check_same(folder, dataset.folder)
+    if cfg.optim.anneal_steps:
+        state = checkpoint.read(folder).state
+        if state["dataset_sha256"] != dataset.sha256:
+            raise ConfigError(
+                f"--init_from={cfg.init_from} was trained on another dataset than {cfg.dataset}; annealing "
+                "goes on in the same one. Without optim.anneal_steps its weights begin anew on any data"
+            )
     return folder
 
 
-def newest_chunk(dataset: Dataset, rows: int, finished: bool) -> int:
-    """The last chunk whose rows have all been trained on, -1 for none.
-
-    The tail of the last chunk, shorter than a batch, is never trained on (the ledger names it), so a finished
-    run has used up the last chunk.
-    """
-    if finished:
-        return dataset.n_chunks - 1
-    return sum(dataset.chunk_range(chunk)[1] <= rows for chunk in range(dataset.n_chunks)) - 1
+# ---- the command line -------------------------------------------------------------------------------------
 
 
-# ---- in the loop ------------------------------------------------------------------------------------------
-
-
-def not_finite(cfg: Config, dataset: Dataset, step: int, loss: float, norm: float, log) -> None:
-    """Ends the run before the optimizer is touched, naming what was being learned."""
-    first = step * cfg.train.batch_size
-    last = first + cfg.train.batch_size - 1
-    documents = {(d[0], d[1]) for position in range(first, last + 1) for d in dataset.documents(position)}
-    names = sorted(f"{source}:{name}" for source, name in documents)
-    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    chunk = dataset.chunk_of(first)
-    about = {"loss": str(loss), "grad_norm": str(norm), "chunk": chunk, "rows": [first, last]}
-    log("nonfinite", step=step, **about, documents=names)
-    raise NotFinite(
-        f"loss {loss} and gradient norm {norm} in the step after step {step}: chunk {chunk}, rows {first} to "
-        f"{last}, {len(names)} documents: {some} (all of them in "
-        f"{cfg.run}/ledger.jsonl). The optimizer has not moved and the newest checkpoint is good; a lower "
-        "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual remedy"
-    )
-
-
-def main(cfg: Config) -> None:
+def main(cfg: Config, flags: dict[str, str]) -> None:
     try:
-        train(cfg)
+        if "--benchmark" in flags:
+            benchmark.run(cfg, int(flags["--benchmark"]), flags.get("--json", ""))
+        else:
+            train(cfg, profile="--profile" in flags)
     except ConfigError as error:
         config.fail(error)
-    except NotFinite as error:
+    except Stopped as error:
         config.fail(error, code=1)
     except KeyboardInterrupt:
         sys.exit(130)  # before the first step, or a second Ctrl-C: what is on disk is whole
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
         config.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
+    except RuntimeError as error:
+        if not parallel.is_lost(error):
+            raise
+        config.fail(
+            f"{cfg.run}: another process is gone, or did not answer within parallel.timeout_seconds="
+            f"{cfg.parallel.timeout_seconds}; the same command goes on from the newest checkpoint ({error})",
+            code=1,
+        )
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    main(CONFIG, FLAGS)

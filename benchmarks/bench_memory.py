@@ -3,56 +3,73 @@
     python benchmarks/bench_memory.py                 # CUDA where there is one, else the CPU
     python benchmarks/bench_memory.py --device cpu
 
-Every model is a process of its own and takes a few steps as train.py does: micro-batches under autocast,
-gradients summed, clipped, AdamW. On CUDA the peak is PyTorch's own count of allocated bytes. On a CPU it is
-the process's peak of resident memory, less what it held after a step of a tiny model (Python, PyTorch and the
-libraries that a first step loads). It is taken twice: with every large tensor a mapping of its own, which is
-gone when the tensor is, so that tensors are measured; and as train.py runs, where malloc keeps what is freed
-(parallel.keep_freed_memory) and leaves gaps.
+Every model is a process of its own, or two, and takes a few steps of learner.py, as train.py does. On CUDA
+the peak is PyTorch's own count of allocated bytes. On a CPU it is the process's peak of resident memory, less
+what it held after a step of a tiny model (Python, PyTorch and the libraries that a first step loads). It is
+taken twice: with every large tensor a mapping of its own, which is gone when the tensor is, so that tensors
+are measured; and as train.py runs, where malloc keeps what is freed (parallel.keep_freed_memory) and leaves
+gaps. Two processes that share a model are measured by PyTorch's profiler, which sees tensors come and go.
 """
 
 import argparse
 import ctypes
+import json
 import multiprocessing
 import platform
 import resource
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import config
 import cost
-from config import Config, Model, Train
+from config import Config, Model, Parallel, Train
 
-# Name: model, rows a micro-batch, micro-batches a step. Most bytes are activations; the vocabulary; weights.
+LLAMA = Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1024)
+DEEP = Model(vocab_size=1000, seq_len=64, d_model=256, n_layers=6, n_heads=4, d_ff=1024)
+# Name: model, rows a micro-batch, micro-batches a step, every n-th block computed again, how it is spread
+# over two processes. Most bytes are activations; the vocabulary; weights.
 SHAPES = {
-    "LLaMA, many tokens": (
-        Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1024),
-        12, 1,
-    ),
+    "LLaMA, many tokens": (LLAMA, 12, 1, 0, None),
+    "the same, every block again": (LLAMA, 12, 1, 1, None),
+    "the same, every 2nd again": (LLAMA, 12, 1, 2, None),
     "tied, large vocabulary": (
         Model(vocab_size=50257, seq_len=256, d_model=256, n_layers=3, n_heads=4, d_ff=700,
               tie_embeddings=True),
-        4, 2,
+        4, 2, 0, None,
     ),
     "Pythia, wide": (
         Model(vocab_size=8000, seq_len=128, d_model=768, n_layers=6, n_heads=12, d_ff=3072, ffn="gelu",
               norm="layernorm", bias=True, parallel_residual=True, rope_fraction=0.25),
-        3, 1,
+        3, 1, 0, None,
     ),
     "OLMo 2, long rows": (
         Model(vocab_size=2048, seq_len=1024, d_model=320, n_layers=4, n_heads=5, d_ff=864, qk_norm=True,
               norm_place="after"),
-        2, 2,
+        2, 2, 0, None,
     ),
+    "FSDP": (DEEP, 2, 2, 0, Parallel(strategy="fsdp")),
+    "FSDP, not resharded": (DEEP, 2, 1, 0, Parallel(strategy="fsdp", reshard=False)),
+    "FSDP, every 2nd again": (DEEP, 16, 1, 2, Parallel(strategy="fsdp")),
+    "tensor parallel": (DEEP, 8, 2, 0, Parallel(tp=2)),
 }  # fmt: skip
 
 
 def settings(name: str, device: str) -> Config:
-    model, micro, accumulation = SHAPES[name]
-    return Config(
-        model=model, train=Train(batch_size=micro * accumulation, micro_batch_size=micro, device=device)
-    )
+    model, micro, accumulation, every, spread = SHAPES[name]
+    copies = config.mesh_shape(spread, 2)[0] * config.mesh_shape(spread, 2)[1] if spread else 1
+    train = Train(
+        batch_size=micro * accumulation * copies, micro_batch_size=micro, activation_checkpointing=every,
+        device=device,
+    )  # fmt: skip
+    return Config(model=model, train=train, parallel=spread or Parallel()).resolved()
+
+
+def processes(name: str) -> int:
+    return 2 if SHAPES[name][-1] else 1
 
 
 def free_at_once() -> None:
@@ -63,28 +80,73 @@ def free_at_once() -> None:
     mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
-def take_steps(cfg: Config, everyone, n_steps: int) -> None:
-    """What train.py does in a step, n_steps times, on random tokens."""
+def begin(cfg: Config, everyone):
+    """A learner with weights, and what takes one step of it on random tokens."""
     import torch
 
-    import optim
-    import parallel
-    from model import Transformer
+    from learner import Learner
 
-    net = Transformer(cfg.model)
-    net.init_weights(0)
-    net.to(everyone.device)
-    adamw = optim.adamw(net, cfg.optim)
-    T = cfg.model.seq_len
+    learner, T, n = Learner(cfg, everyone, 0), cfg.model.seq_len, cfg.train.batch_size
+    learner.fill(learner.model.initial_weights(0))
+
+    def step() -> None:
+        tokens = torch.randint(cfg.model.vocab_size, (n // everyone.copies, T + 1), device=everyone.device)
+        learner.gradients(tokens, n * T)
+        learner.update(cfg.optim.lr, learner.norm().item(), 1.0)
+
+    return learner, step
+
+
+def take_steps(cfg: Config, everyone, n_steps: int) -> None:
+    _, step = begin(cfg, everyone)
     for _ in range(n_steps):
-        tokens = torch.randint(cfg.model.vocab_size, (cfg.train.batch_size, T + 1), device=everyone.device)
-        for micro in tokens.split(cfg.train.micro_batch_size):
-            with parallel.autocast(everyone.device, everyone.dtype):
-                loss = net(micro[:, :-1], micro[:, 1:])
-            (loss / (cfg.train.batch_size * T)).backward()
-        optim.clip(net, 1.0)
-        adamw.step()
-        adamw.zero_grad()
+        step()
+
+
+def tensors_at_the_peak(cfg: Config, everyone, steps: int = 3) -> int:
+    """Bytes of this process's tensors at the peak of a step, by PyTorch's profiler.
+
+    The least of a few steps: it does not see what gloo's own threads free, which can only add.
+    """
+    import torch
+
+    learner, step = begin(cfg, everyone)
+    step()
+    state = [value for o in learner.optimizers for values in o.state.values() for value in values.values()]
+    standing = [getattr(t, "_local_tensor", t) for t in (*learner.model.parameters(), *state)]
+    peaks = []
+    for _ in range(steps):
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as seen:
+            step()
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            seen.export_chrome_trace(file.name)
+            events = json.loads(Path(file.name).read_text())["traceEvents"]
+        events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+        live, now, most = {}, 0, 0
+        for event in (e["args"] for e in events):
+            now -= live.pop(event["Addr"], 0)
+            if event["Bytes"] > 0:
+                live[event["Addr"]] = event["Bytes"]
+                now += event["Bytes"]
+            most = max(most, now)
+        peaks.append(most)
+    return sum(t.nbytes for t in standing) + min(peaks)
+
+
+def one_of_two(name: str, device: str, path: str) -> None:
+    """What torchrun starts: writes the larger of the two peaks."""
+    import torch
+
+    import parallel
+
+    torch.set_num_threads(1)
+    cfg = settings(name, device)
+    everyone = parallel.start(cfg.train, cfg.parallel)
+    most = max(everyone.collect(tensors_at_the_peak(cfg, everyone)))
+    everyone.once(Path(path).write_text, str(most))
+    everyone.leave()
 
 
 def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) -> None:
@@ -95,12 +157,12 @@ def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) 
 
     torch.set_num_threads(threads)
     cfg = settings(name, device)
-    everyone = parallel.start(cfg.train)
+    everyone = parallel.start(cfg.train, cfg.parallel)
     cuda = everyone.device.type == "cuda"
     if not (keep or cuda):
         free_at_once()
     tiny = Model(vocab_size=8, seq_len=4, d_model=8, n_layers=1, n_heads=1, d_ff=8)
-    take_steps(Config(model=tiny, train=Train(batch_size=1, micro_batch_size=1)), everyone, 1)
+    take_steps(Config(model=tiny.resolved(), train=Train(batch_size=1, micro_batch_size=1)), everyone, 1)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     take_steps(cfg, everyone, steps)
     if cuda:
@@ -112,6 +174,12 @@ def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) 
 
 
 def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = False) -> int:
+    if processes(name) > 1:
+        with tempfile.NamedTemporaryFile("r") as file:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            command = [*torchrun, __file__, "--one-of-two", name, device, file.name]
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
+            return int(file.read())
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=measure, args=(name, device, threads, steps, keep, there), daemon=True)
@@ -124,7 +192,7 @@ def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = 
 
 
 def planned(name: str, device: str) -> dict[str, float]:
-    return cost.memory(settings(name, device), 1, "ddp", "none", device == "cuda")
+    return cost.memory(settings(name, device), processes(name), device == "cuda")
 
 
 if __name__ == "__main__":
@@ -134,7 +202,11 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one-of-two", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.one_of_two:
+        one_of_two(*arguments.one_of_two)
+        sys.exit()
     where = arguments.device
     if where == "auto":
         import torch
@@ -142,13 +214,16 @@ if __name__ == "__main__":
         where = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{platform.platform()}, Python {platform.python_version()}, {where}, {arguments.threads} threads")
     kept = "as train.py" if where == "cpu" else ""
-    print(f"{'MiB':<24}{'parameters':>12}{'planned':>9}{'measured':>10}{'ratio':>7}{kept:>13}  planned peak")
+    print(f"{'MiB':<30}{'parameters':>12}{'planned':>9}{'measured':>10}{'ratio':>7}{kept:>13}  planned peak")
     for shape in SHAPES:
+        if processes(shape) > 1 and where == "cuda":
+            continue  # the profiler is of a CPU
         says = planned(shape, where)
         at, total = says.pop("at"), sum(says.values())
         measured = peak(shape, where, arguments.threads, arguments.steps)
-        if where == "cpu":
+        kept = ""
+        if where == "cpu" and processes(shape) == 1:
             kept = f"{peak(shape, where, arguments.threads, arguments.steps, keep=True) / 2**20:,.0f}"
         count = sum(cost.parameters(SHAPES[shape][0]).values())
-        print(f"{shape:<24}{count:>12,}{total / 2**20:>9,.0f}{measured / 2**20:>10,.0f}"
+        print(f"{shape:<30}{count:>12,}{total / 2**20:>9,.0f}{measured / 2**20:>10,.0f}"
               f"{total / measured:>7.2f}{kept:>13}  when {at}", flush=True)  # fmt: skip

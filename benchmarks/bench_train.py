@@ -1,18 +1,25 @@
-"""One training step on this machine's CPU: ours beside `transformers`' LlamaForCausalLM of the same sizes.
+"""One training step on this machine, CPU or GPU: ours beside other people's, on the same model and batch.
 
     python benchmarks/bench_train.py                                # with two vocabularies
     python benchmarks/bench_train.py --vocab_size 4096 --steps 20
+    python benchmarks/bench_train.py --compile                      # ours each block, theirs the whole model
 
-The model has 6 layers, 384 wide; a batch is 12 rows of 256 tokens. Each side is a process of its own, so that
-its peak memory is its own; they step in turn, so that a noisy machine is noisy to both. Both start from the
-same weights and see the same tokens with the same fused AdamW, and their losses are compared. Needs
-transformers (requirements-dev.txt).
+nano360 is learner.py's own step, as train.py makes it. Beside it: LlamaForCausalLM of `transformers` and GPT
+of `litgpt`, each where it is installed, and `plain`, a LLaMA as one would write it by hand, below, with whole
+logits. All take fused AdamW, clip the gradient's norm, and on CUDA multiply in BF16 under autocast.
+
+On a CPU the model has 6 layers, 384 wide, and a batch 12 rows of 256 tokens; on CUDA it is the model of
+configs/124m.py with a head of its own, and 16 rows of 1,024 tokens. Each side is a process, so that
+its peak memory is its own; they step in turn, so that a noisy machine is noisy to all. All start from the
+same weights and see the same tokens, and their losses are compared. Writes what --json names.
 """
 
 import argparse
+import importlib.util
+import json
+import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -20,87 +27,292 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-LAYERS, WIDTH, HEADS, FF, LENGTH, BATCH = 6, 384, 6, 1024, 256, 12
+# layers, width, heads, hidden width, tokens a row, rows; and vocabularies
+SIZES = {"cpu": (6, 384, 6, 1024, 256, 12), "cuda": (12, 768, 12, 2048, 1024, 16)}
+VOCABULARIES = {"cpu": (4096, 50257), "cuda": (50304,)}
+WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
+LR, CLIP = 1e-4, 1.0
 
 
-def side(name: str, vocab_size: int, threads: int, pipe) -> None:
-    """One competitor: builds its model, then takes one step for every message and answers (seconds, loss)."""
+# ---- the others -------------------------------------------------------------------------------------------
+
+
+def plain(m):
+    """A LLaMA by hand: packed projections, a table of rotary angles, whole logits; fill takes our weights."""
     import torch
+    import torch.nn.functional as F
+    from torch import nn
 
-    import optim
-    import parallel
-    from config import Model, Optim
-    from families import hf_config, to_family
-    from model import Transformer
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.RMSNorm(m.d_model, m.norm_eps), nn.RMSNorm(m.d_model, m.norm_eps)
+            self.qkv = nn.Linear(m.d_model, 3 * m.d_model, bias=False)
+            self.out = nn.Linear(m.d_model, m.d_model, bias=False)
+            self.gate_up = nn.Linear(m.d_model, 2 * m.d_ff, bias=False)
+            self.down = nn.Linear(m.d_ff, m.d_model, bias=False)
 
-    torch.set_num_threads(threads)
-    cfg = Model(vocab_size=vocab_size, seq_len=LENGTH, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF)
-    net = Transformer(cfg)
-    net.init_weights(0)
-    if name == "nano360":
-        parallel.keep_freed_memory()
+        def forward(self, x, cos, sin):
+            B, T, D = x.shape
+            q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, m.n_heads, -1).permute(2, 0, 3, 1, 4)
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+            gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+            return x + self.down(F.silu(gate) * up)
 
-        def loss_of(tokens):
-            return net(tokens[:, :-1], tokens[:, 1:]) / (BATCH * LENGTH)
-    else:
+    def turn(x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+    class Llama(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(m.vocab_size, m.d_model)
+            self.layers = nn.ModuleList(Layer() for _ in range(m.n_layers))
+            self.norm = nn.RMSNorm(m.d_model, m.norm_eps)
+            self.head = nn.Linear(m.d_model, m.vocab_size, bias=False)
+            half = m.d_head // 2
+            angle = torch.outer(torch.arange(m.seq_len), m.rope_theta ** -(torch.arange(half) / half))
+            self.register_buffer("cos", angle.cos())
+            self.register_buffer("sin", angle.sin())
+
+        def forward(self, tokens, targets):
+            x = self.embed(tokens)
+            for layer in self.layers:
+                x = layer(x, self.cos, self.sin)
+            return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+
+        def fill(self, w):
+            state = {"embed.weight": w["embed_tokens.weight"], "head.weight": w["lm_head.weight"]}
+            state |= {"norm.weight": w["norm.weight"], "cos": self.cos, "sin": self.sin}
+            for i in range(m.n_layers):
+                for name, parts in PACKED.items():
+                    whole = torch.cat([w[f"layers.{i}.{part}.weight"] for part in parts])
+                    state[f"layers.{i}.{name}.weight"] = whole
+            self.load_state_dict(state)
+
+    return Llama()
+
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+PACKED = {
+    "norm1": ("input_layernorm",),
+    "qkv": ATTENTION,
+    "out": ("self_attn.o_proj",),
+    "norm2": ("post_attention_layernorm",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+LITGPT = {
+    "norm_1": ("input_layernorm",),
+    "attn.qkv": ATTENTION,
+    "attn.proj": ("self_attn.o_proj",),
+    "norm_2": ("post_attention_layernorm",),
+    "mlp.fc_1": ("mlp.gate_proj",),
+    "mlp.fc_2": ("mlp.up_proj",),
+    "mlp.proj": ("mlp.down_proj",),
+}
+
+
+def other(name: str, m, weights: dict):
+    """A model with these weights, and its loss as its own trainer takes it: f(net, inputs, targets)."""
+    if name == "plain":
+        net = plain(m)
+        net.fill(weights)
+        return net, lambda net, inputs, targets: net(inputs, targets)
+    if name == "transformers":
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        state = to_family(net.state_dict(), cfg)
-        values = {**hf_config(cfg), "use_cache": False}
-        net = LlamaForCausalLM(LlamaConfig(**values))
-        net.load_state_dict(state)
+        from families import hf_config, to_family
 
-        def loss_of(tokens):  # it shifts by itself: given T + 1 tokens it predicts T
-            return net(input_ids=tokens, labels=tokens).loss
+        net = LlamaForCausalLM(LlamaConfig(**{**hf_config(m), "use_cache": False}))
+        net.load_state_dict(to_family(weights, m))
+        # shift_labels: the targets as they are, so that it too computes T positions, not T + 1
+        return net, lambda net, inputs, targets: net(inputs, labels=targets, shift_labels=targets).loss
+    import torch
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
 
-    adamw = optim.adamw(net, Optim(lr=1e-4))
+    sizes = {"n_layer": m.n_layers, "n_embd": m.d_model, "n_head": m.n_heads, "intermediate_size": m.d_ff}
+    sizes |= {"block_size": m.seq_len, "vocab_size": m.vocab_size, "padded_vocab_size": m.vocab_size}
+    kind = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "rotary_percentage": 1.0}
+    net = GPT(Config(**sizes, **kind, norm_eps=m.norm_eps, parallel_residual=False, bias=False))
+    names = {"transformer.wte": "embed_tokens", "lm_head": "lm_head", "transformer.ln_f": "norm"}
+    state = {f"{theirs}.weight": weights[f"{ours}.weight"] for theirs, ours in names.items()}
+    for i in range(m.n_layers):
+        for theirs, parts in LITGPT.items():
+            whole = torch.cat([weights[f"layers.{i}.{part}.weight"] for part in parts])
+            state[f"transformer.h.{i}.{theirs}.weight"] = whole
+    net.load_state_dict(state)
+    return net, lambda net, inputs, targets: chunked_cross_entropy(net(inputs), targets)
+
+
+# ---- a step of each ---------------------------------------------------------------------------------------
+
+
+def stepper(name: str, m, args):
+    """A function: tokens (B, T+1) -> their loss, and a step is learned; and the device it wants them on."""
+    import torch
+
+    import parallel
+    from config import Config, Optim, Parallel, Train
+    from learner import Learner
+    from model import Transformer
+
+    train = Train(
+        batch_size=args.rows,
+        micro_batch_size=args.rows,
+        device=args.device,
+        compile="on" if args.compile else "off",
+    )
+    cfg = Config(model=m, optim=Optim(lr=LR, grad_clip=CLIP), train=train)
+    if name == "nano360":
+        everyone = parallel.start(cfg.train, Parallel())
+        learner = Learner(cfg, everyone, None)
+        learner.fill(learner.model.initial_weights(0))
+
+        def ours(tokens):
+            nats = learner.gradients(tokens, tokens[:, 1:].numel())
+            loss, norm = everyone.sum(nats / tokens[:, 1:].numel(), learner.norm())
+            learner.update(LR, norm, CLIP)
+            return loss
+
+        return ours, everyone.device
+    device = parallel.device(args.device)
+    dtype = parallel.precision("auto", device)
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
+    if args.malloc_for_all and device.type == "cpu":
+        parallel.keep_freed_memory()
+    first = Transformer(m)
+    first.init_weights(0)
+    net, loss_of = other(name, m, first.state_dict())
+    del first
+    net.to(device)
+    run = torch.compile(net) if args.compile else net
+    o = cfg.optim
+    adamw = torch.optim.AdamW(
+        net.parameters(), lr=LR, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )
+
+    def theirs(tokens):
+        with parallel.autocast(device, dtype):
+            loss = loss_of(run, tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return theirs, device
+
+
+def side(name: str, vocab_size: int, args, pipe) -> None:
+    """One competitor: takes a step for every message and answers (seconds, loss, peak MiB)."""
+    import torch
+
+    from config import Model
+
+    torch.set_num_threads(args.threads)
+    m = Model(
+        vocab_size=vocab_size, seq_len=args.length, d_model=args.width, n_layers=args.layers,
+        n_heads=args.heads, d_ff=args.ff,
+    ).resolved()  # fmt: skip
+    step, device = stepper(name, m, args)
     generator = torch.Generator().manual_seed(1)
     while pipe.recv():
-        tokens = torch.randint(vocab_size, (BATCH, LENGTH + 1), generator=generator)
+        tokens = torch.randint(vocab_size, (args.rows, args.length + 1), generator=generator).to(device)
         start = time.perf_counter()
-        loss = loss_of(tokens)
-        loss.backward()
-        optim.clip(net, 1.0)
-        adamw.step()
-        adamw.zero_grad()
-        loss = loss.item()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB: Linux counts in KiB
-        pipe.send((time.perf_counter() - start, loss, peak))
+        loss = step(tokens)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        else:  # not getrusage's maximum, which a new process inherits from the one that started it
+            peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 2**10
+        pipe.send((time.perf_counter() - start, loss, peak / 2**20))
 
 
-def compare(vocab_size: int, steps: int, threads: int) -> None:
-    names, pipes = ("nano360", "transformers"), {}
+def compare(vocab_size: int, args) -> dict:
+    """Prints a table and returns its figures."""
+    names, pipes, processes = args.sides, {}, []
     spawn = multiprocessing.get_context("spawn")
     for name in names:
         pipes[name], there = spawn.Pipe()
-        spawn.Process(target=side, args=(name, vocab_size, threads, there), daemon=True).start()
+        processes.append(spawn.Process(target=side, args=(name, vocab_size, args, there), daemon=True))
+        processes[-1].start()
+        there.close()  # so that a side that dies is an EOFError here, not a wait without end
     results = {name: [] for name in names}
-    for step in range(steps + 1):
-        for name in names if step % 2 else reversed(names):
+    for step in range(args.steps + WARM_UP):
+        for i in range(len(names)):
+            name = names[(step + i) % len(names)]
             pipes[name].send(True)
             results[name].append(pipes[name].recv())
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
-    seconds = {name: [r[0] for r in results[name][1:]] for name in names}  # the first step warms up
-    apart = max(abs(a[1] - b[1]) for a, b in zip(*results.values()))
-    print(f"\nvocabulary {vocab_size:,}; losses differ by at most {apart:.1e}")
+        process.join()
+    seconds = {name: [r[0] for r in results[name][WARM_UP:]] for name in names}
+    losses = {name: [r[1] for r in results[name]] for name in names}
+    apart = max(abs(a - b) for theirs in losses.values() for a, b in zip(losses["nano360"], theirs))
+    assert math.isfinite(apart)
+    print(f"\nvocabulary {vocab_size:,}{', compiled' * args.compile}; losses differ by at most {apart:.1e}")
+    figures = {"vocab_size": vocab_size, "compile": args.compile, "losses_apart": apart, "sides": {}}
     for name in names:
-        median = statistics.median(seconds[name])
-        print(f"  {name:<13} {BATCH * LENGTH / median:>7,.0f} tokens/s   {median:.3f} s a step "
+        median, tokens = statistics.median(seconds[name]), args.rows * args.length
+        figures["sides"][name] = {
+            "seconds": median, "tokens_per_second": tokens / median, "peak_mib": results[name][-1][2],
+            "first_step_seconds": results[name][0][0],
+        }  # fmt: skip
+        print(f"  {name:<13} {tokens / median:>9,.0f} tokens/s   {median:.3f} s a step "
               f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})   "
-              f"peak {results[name][-1][2]:,.0f} MiB")  # fmt: skip
-    ratios = [b / a for a, b in zip(seconds["nano360"], seconds["transformers"])]
-    print(f"  speed, nano360 / transformers: {statistics.median(ratios):.2f} (median of {steps} pairs)")
+              f"peak {results[name][-1][2]:,.0f} MiB   first step {results[name][0][0]:.1f} s")  # fmt: skip
+    others = [name for name in names if name != "nano360"]
+    figures["ratios"] = ratios = {}
+    for name in others:
+        pairs = [theirs / ours for ours, theirs in zip(seconds["nano360"], seconds[name])]
+        ratios[name] = statistics.median(pairs)
+        print(f"  speed, nano360 / {name}: {ratios[name]:.2f} (median of {args.steps} pairs)")
+    if others:
+        figures["best_other"] = best = min(others, key=lambda name: statistics.median(seconds[name]))
+        print(f"  the best other is {best}: nano360 is {ratios[best]:.2f} times as fast")
+    return figures
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vocab_size", type=int, nargs="+", default=[4096, 50257])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--vocab_size", type=int, nargs="+")
+    for name in ("layers", "width", "heads", "ff", "length", "rows"):
+        parser.add_argument(f"--{name}", type=int, help="of the model, or the batch")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
-    arguments = parser.parse_args()
-    print(f"{platform.platform()}, Python {platform.python_version()}, {arguments.threads} threads")
-    for size in arguments.vocab_size:
-        compare(size, arguments.steps, arguments.threads)
+    known = ("nano360", "transformers", "litgpt", "plain")
+    parser.add_argument("--sides", nargs="+", choices=known, help="nano360 is always one")
+    help = "on a CPU the others, too, keep freed memory as train.py does (parallel.keep_freed_memory)"
+    parser.add_argument("--malloc-for-all", action="store_true", help=help)
+    parser.add_argument("--json", help="a file to write the figures to")
+    args = parser.parse_args()
+    if args.device == "auto":
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, size in zip(("layers", "width", "heads", "ff", "length", "rows"), SIZES[args.device]):
+        setattr(args, name, getattr(args, name) or size)
+    there = [name for name in known if name in ("nano360", "plain") or importlib.util.find_spec(name)]
+    missing = [name for name in known if name not in there]
+    args.sides = [name for name in there if not args.sides or name in ("nano360", *args.sides)]
+    print(f"{platform.platform()}, Python {platform.python_version()}, {args.device}, {args.threads} threads"
+          + f"; not installed: {', '.join(missing)}" * bool(missing), flush=True)  # fmt: skip
+    figures = [compare(size, args) for size in args.vocab_size or VOCABULARIES[args.device]]
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k != "json"}
+        Path(args.json).write_text(
+            json.dumps({"format": 1, "settings": settings, "tables": figures}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ Figures: the LLM360 paper's Tables 2 and 3, and the released training code, whic
 source paths are where this config looks for the text; put yours there, or change them.
 """
 
-from config import Config, Data, Eval, Model, Optim, Source, Tokenizer, Train
+from config import Config, Data, Eval, Model, Optim, Parallel, Source, Tokenizer, Train
 
 # Tokens in billions, as published: arXiv 30.00, Books 28.86, C4 197.67, RefinedWeb 665.01, StarCoder 291.92,
 # StackExchange 21.75, Wikipedia 23.90. Each is read once.
@@ -29,7 +29,9 @@ config = Config(
         expected_tokens=360 * 1_706_976 * 2048,
     ),
     optim=Optim(lr=3e-4, final_lr_fraction=0.1, schedule="cosine", warmup_steps=2000, decay="all"),
-    # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step
-    train=Train(batch_size=2240, micro_batch_size=10),
+    # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step. Every block is computed again, as
+    # published: ten sequences would leave 104 GiB of activations. Eight GPUs of 80 GB will do as well.
+    train=Train(batch_size=2240, micro_batch_size=10, activation_checkpointing=1),
+    parallel=Parallel(strategy="fsdp"),
     eval=Eval(rows_per_chunk=1000),  # as Analysis360
 )

@@ -7,7 +7,7 @@ here, but its learning rate of 1e-8 is a placeholder. Rate, warm-up and batch ar
 same sizes and context. Nor was the mixture published: the source path stands for all of it.
 """
 
-from config import Config, Data, Model, Optim, Source, Tokenizer, Train
+from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
 
 SIZES = [
     # d_model, layers, heads, d_ff, positions, tokens
@@ -37,6 +37,7 @@ configs = {
         ),
         optim=Optim(lr=3e-4, warmup_steps=2000),
         train=Train(batch_size=1024, micro_batch_size=1),  # 1024 x 4096 = 4.19 M tokens a step
+        parallel=Parallel(strategy="fsdp"),  # as published: ZeRO, DeepSpeed's name for the idea
     )
     for name, d_model, n_layers, n_heads, d_ff, positions, tokens in SIZES
 }

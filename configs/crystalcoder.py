@@ -17,7 +17,7 @@ Not offered: fill-in-the-middle of the code (0.9 of its documents in phase 2, 0.
 own scaling of the gate's initialisation, whose factor is not public.
 """
 
-from config import Config, Data, Model, Optim, Source, Stage, Tokenizer, Train
+from config import Config, Data, Model, Optim, Parallel, Source, Stage, Tokenizer, Train
 
 EVEN, ODD, ALL = (f"/data/slimpajama/{half}" for half in ("even", "odd", "*"))  # halves, by number of file
 CODE = "/data/starcoder"
@@ -88,8 +88,14 @@ def phase(name, steps, english, warmup_steps, lr, final_lr, every, before) -> Co
         ),
         # 2112 x 2048 = 4,325,376 tokens a step; published: 66 sequences x 16 CS-2 x 2, here 11 x 192
         train=Train(
-            batch_size=2112, micro_batch_size=11, seed=1, checkpoint_every=every, checkpoint_chunks=False
+            batch_size=2112,
+            micro_batch_size=11,
+            seed=1,
+            checkpoint_every=every,
+            checkpoint_chunks=False,
+            activation_checkpointing=1,  # of 11 sequences, without which a GPU of 80 GB would be too small
         ),
+        parallel=Parallel(strategy="fsdp"),  # on GPUs; a CS-2 has no need of it
         init_from=f"runs/crystalcoder-{before}" if before else "",
     )
 

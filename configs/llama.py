@@ -6,13 +6,14 @@
 Figures: the papers and the released configs. Not published, and so ours: initialisation (Hugging Face's
 0.02), which parameters decay, AdamW's epsilon but for LLaMA 2, warm-up of 3 but for the 405B, batch of 3-8b
 and 3-70b. 3.2 was cut out of 3.1-8b and distilled; as a run from nothing, it has the 8B's
-learning rate here. Not offered: 405B's batch that grows from 4 M tokens over 8 M to 16 M; it has 16 M.
+learning rate here. 405B's batch grew from rows of 4,096 (4 M tokens a step) to 8 M and 16 M tokens in unequal
+spans, where train.batch_double_tokens has equal ones: it has 16 M from the start.
 
 seq_len is the length of the rows trained on: 8,192 from LLaMA 3 on. 3.1 and 3.2 reach 131,072 positions by
 slowing the slow frequencies down (rope_scaling) and a last stage on long rows.
 """
 
-from config import Config, Data, Model, Optim, Source, Stage, Tokenizer, Train
+from config import Config, Data, Model, Optim, Parallel, Source, Stage, Tokenizer, Train
 
 LLAMA3 = dict(
     vocab_size=128256, seq_len=8192, rope_theta=500_000, document_mask=True
@@ -73,7 +74,13 @@ def llama(name, d_model, n_layers, n_heads, n_kv_heads, d_ff, lr, tokens, millio
             warmup_steps=8000 if name == "3.1-405b" else 2000,
             eps=1e-5 if generation == "2" else 1e-8,
         ),
-        train=Train(batch_size=millions * 2**20 // model.seq_len, micro_batch_size=1),
+        train=Train(
+            batch_size=millions * 2**20 // model.seq_len,
+            micro_batch_size=1,
+            activation_checkpointing=int(d_model >= 6656),
+        ),
+        # from 3B on, 16 bytes a parameter and the rest are more than 80 GB; plan.py knows how many it takes
+        parallel=Parallel(strategy="fsdp" if d_model >= 3072 else "ddp"),
     )
 
 

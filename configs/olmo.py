@@ -9,26 +9,33 @@ of 4,086 for the 7B's 4,096, and its Table 2 a batch of 2,160, which the release
 with; the config says 2,048. The linear layer that the config calls 22,016 wide is SwiGLU's gate and value in
 one.
 
-1.7's cosine is laid out over 3 T tokens; the card says that it was left at 2 T, for 50 B more down to 0,
-which are not offered. Its config says a batch of 512, the names of its checkpoints (step1000-tokens4B) 1,024.
+1.7's cosine is laid out over 3 T tokens; the card says that it was left at 2 T, for 50 B more down to 0. Its
+config says a batch of 512, the names of its checkpoints (step1000-tokens4B) 1,024. The way to 0, 11,921 steps
+of 1024 x 4096 tokens, is a run of its own:
 
-Not offered: the looser clip of the first steps (7B and 65B), 65B's batch that doubles every 100 B tokens from
-1,024 to 8,192 sequences (it has the last one here), and the 1,000 steps to 0 after the end of the released
-7B.
+    torchrun --nproc_per_node=8 train.py olmo-1.7-7b --run=runs/olmo-1.7-7b-to-0 --train.steps=0 \\
+        --optim.anneal_steps=11921 --init_from=runs/olmo-1.7-7b/checkpoints/step-00476837
+
+The released 7B has 1,000 steps to 0 after the end of its data; here they need data that is left.
+
+65B's batch doubles every 100 B tokens from 1,024 to 8,192 sequences, which was done by hand.
 """
 
-from config import Config, Data, Model, Optim, Source, Tokenizer, Train
+from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
 
 # fmt: off
 SIZES = [
     # d_model, layers, heads, d_ff, context, LR, schedule, warm-up, batch, micro-batch, decay, tokens
     ("1b",     2048, 16, 16,  8192, 2048, 4e-4,   "cosine", 2000, 2048, 8, "linear", 739_328 * 2048 * 2048),
     ("7b",     4096, 32, 32, 11008, 2048, 3e-4,   "linear", 5000, 2048, 2, "linear", 2_460_000_000_000),
-    # warm-up over 10.486 B tokens = 625 x 8192 x 2048, and for 1.7 over 10.486 B = 2500 x 1024 x 4096
-    ("65b",    8192, 80, 64, 22016, 2048, 1.5e-4, "cosine",  625, 8192, 1, "all",    2_000_000_000_000),
+    # warm-up over 10.486 B tokens = 5000 x 1024 x 2048, and for 1.7 2500 x 1024 x 4096
+    ("65b",    8192, 80, 64, 22016, 2048, 1.5e-4, "cosine", 5000, 1024, 1, "all",    2_000_000_000_000),
     ("1.7-7b", 4096, 32, 32, 11008, 4096, 3e-4,   "cosine", 2500, 1024, 2, "all",    3_000_000_000_000),
 ]
 # fmt: on
+# The limit of the gradient's norm is so many times looser in the first 1000 steps: 65b, for 2.097 B tokens =
+# 1000 x 1024 x 2048
+LOOSER = {"7b": 10, "65b": 5}
 
 configs = {
     name: Config(
@@ -53,14 +60,25 @@ configs = {
             expected_tokens=tokens,
         ),
         optim=Optim(
-            lr=lr, schedule=kind, warmup_steps=warm, warmup_start_fraction=0.1, eps=1e-5, decay=decay
+            lr=lr,
+            schedule=kind,
+            warmup_steps=warm,
+            warmup_start_fraction=0.1,
+            eps=1e-5,
+            decay=decay,
+            grad_clip_start_factor=LOOSER.get(name, 1),
+            grad_clip_start_steps=1000,
         ),
         train=Train(
             batch_size=batch,
             micro_batch_size=micro,
+            batch_double_tokens=100_000_000_000 if name == "65b" else 0,
+            batch_size_max=8192 if name == "65b" else 0,
+            activation_checkpointing=int(name == "65b"),  # published: whole layers
             seed=6198,
             steps=2_000_000_000_000 // (batch * seq_len) if name == "1.7-7b" else 0,
         ),
+        parallel=Parallel(strategy="ddp" if name == "1b" else "fsdp"),
     )
     for name, d_model, n_layers, n_heads, d_ff, seq_len, lr, kind, warm, batch, micro, decay, tokens in SIZES
 }

@@ -7,7 +7,7 @@ RedPajama (the first versions of the models). LLaMA has no 3B: its learning rate
 saw 1 T tokens.
 """
 
-from config import Config, Data, Model, Optim, Source, Tokenizer, Train
+from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
 
 SIZES = [
     # d_model, layers, heads, d_ff
@@ -34,7 +34,9 @@ configs = {
             expected_tokens=1_000_000_000_000,
         ),
         optim=Optim(lr=3e-4, warmup_steps=2000),
-        train=Train(batch_size=2048, micro_batch_size=4),  # 2048 x 2048 = 4.19 M tokens a step
+        # 2048 x 2048 = 4.19 M tokens a step
+        train=Train(batch_size=2048, micro_batch_size=4, activation_checkpointing=int(name == "13b")),
+        parallel=Parallel(strategy="fsdp"),
     )
     for name, d_model, n_layers, n_heads, d_ff in SIZES
 }

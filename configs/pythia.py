@@ -11,7 +11,7 @@ Checkpoints, as published: steps 0, 1, 2, 4, ..., 512 and every 1,000 to 143,000
 2,048, ..., 131,072: 8 more. A chunk of data is 1,000 steps. In BF16 here; all but 1b were trained in FP16.
 """
 
-from config import Config, Data, Model, Optim, Source, Tokenizer, Train
+from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
 
 # fmt: off
 SIZES = [
@@ -28,6 +28,7 @@ SIZES = [
     ("12b",  5120, 36, 40, 1.2e-4,  8, 50688),
 ]
 # fmt: on
+FSDP = ("6.9b", "12b")  # which no GPU of 80 GB holds whole: 16 bytes a parameter
 
 configs = {
     name: Config(
@@ -61,7 +62,9 @@ configs = {
             checkpoint_every=1000,
             checkpoint_powers_of_two=True,
             checkpoint_chunks=False,
+            activation_checkpointing=int(name == "2.8b" or name in FSDP),
         ),
+        parallel=Parallel(strategy="fsdp" if name in FSDP else "ddp"),
         dataset="datasets/pythia",  # one for all sizes
     )
     for name, d_model, n_layers, n_heads, lr, micro_batch_size, vocab_size in SIZES

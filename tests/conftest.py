@@ -1,4 +1,107 @@
+"""What several test files share: the way to the scripts, the names of the configs, a tiny config to train."""
+
+import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import checkpoint
+import config
+import data
+import files
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = """
+from config import *
+config = Config(
+    model=Model(vocab_size=300, seq_len=24, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40),
+    tokenizer=Tokenizer(path={tokenizer!r}, vocab_size=300),
+    data=Data(sources=(Source("prose", paths=({text!r},)),), n_chunks=5, validation_fraction=0.2, workers=1),
+    optim=Optim(lr=1e-2, warmup_steps=4),
+    train=Train(batch_size=6, micro_batch_size=3, log_every=5, device="cpu"),
+    eval=Eval(prompt_tokens=8, continuation_tokens=8),
+    dataset={dataset!r},
+)
+"""
+
+
+def config_names() -> list[str]:
+    """7b, demo, ..., pythia-160m, ...: every file of configs/, and every entry of those that are tables."""
+    names = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        table = runpy.run_path(str(path)).get("configs")
+        names += [f"{path.stem}-{entry}" for entry in table] if table else [path.stem]
+    return names
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> Path:
+    """A config file with its tokenizer and dataset built: some 290 rows, 48 steps of 6 rows, 5 chunks."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text").mkdir()
+    for n in range(40):
+        lines = (f"{n * 7919 % (w + 2)} sheep and {w * n % 97} goats went up the hill" for w in range(14))
+        (folder / "text" / f"{n}.txt").write_text(" ".join(lines))
+    path = folder / "tiny.py"
+    names = {name: str(folder / name) for name in ("tokenizer", "text", "dataset")}
+    path.write_text(CONFIG.format(**names))
+    subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", path], check=True, capture_output=True)
+    data.build(config.load(str(path)))
+    return path
+
+
+def load(recipe: Path, run: Path, *overrides: str) -> config.Config:
+    return config.load(str(recipe), [f"--run={run}", *overrides])
+
+
+def metrics(run: Path) -> list[dict]:
+    """One record a step: the last one, where a resumed run came to a step again."""
+    return list({record["step"]: record for record in files.read_lines(run / "metrics.jsonl")}.values())
+
+
+def weights(run: Path) -> dict[str, str]:
+    """Hash of the weights and of the optimizer of every checkpoint."""
+    return {
+        c.path.name: (c.state["files"]["model.safetensors"], c.state["files"]["optimizer.safetensors"])
+        for c in checkpoint.checkpoints(run)
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}"]
+    subprocess.run(command, check=True, capture_output=True)
+    return run
+
+
+def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(6000):
+        if (run / "metrics.jsonl").exists() and len(files.read_lines(run / "metrics.jsonl")) >= step:
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"training ended before step {step}: {process.stderr.read()}")
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """train() takes over Ctrl-C; pytest wants it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -224,3 +225,154 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
         assert path.suffix in (".json", ".safetensors")
     source = (ROOT / "checkpoint.py").read_text()
     assert "torch.load" not in source and "torch.save" not in source and "pickle." not in source
+
+
+# ---- while training goes on -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Files are written when the test says so."""
+    write, gate = checkpoint.save_file, threading.Event()
+
+    def later(*arguments, **named):
+        assert gate.wait(30)
+        write(*arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "save_file", later)
+    return gate
+
+
+def test_what_is_saved_is_the_moment_when_saving_began(tmp_path, slow_disk):
+    net, adamw = trained(LLAMA)
+    saving = checkpoint.Saving(tmp_path, net, adamw)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    moment = adamw.state[net.norm.weight]["exp_avg"].clone()
+    saving.begin(state(3), {"tokenizer.json": b"{}"})
+    assert saving.busy()
+    for _ in range(3):
+        update(net, adamw)  # while the disk is still at work
+    assert checkpoint.checkpoints(tmp_path) == []
+    slow_disk.set()
+    folder = saving.finish()
+    assert not saving.busy() and [c.step for c in checkpoint.checkpoints(tmp_path)] == [3]
+    saved = checkpoint.load_model(folder)
+    for name, p in saved.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+    with checkpoint.open_tensors(folder / "optimizer.safetensors") as tensors:
+        assert torch.equal(tensors.get_tensor("exp_avg.norm.weight"), moment)
+    assert saving.finish() is None  # nothing under way
+
+
+def test_the_memory_of_one_save_serves_the_next(tmp_path):
+    net, adamw = trained(LLAMA)
+    saving, rooms = checkpoint.Saving(tmp_path, net, adamw), []
+    for step in (3, 4, 5):
+        saving.begin(state(step), {})  # waits for the one before
+        rooms.append({name: tensor.data_ptr() for name, tensor in saving.room.items()})
+        update(net, adamw)
+    saving.finish()
+    assert rooms[0] == rooms[1] == rooms[2]
+    hashes = [c.state["files"]["model.safetensors"] for c in checkpoint.checkpoints(tmp_path)]
+    assert len(hashes) == len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")]
+)
+def test_a_disk_that_fails_in_the_background_is_told_and_leaves_the_last_checkpoint(
+    tmp_path, monkeypatch, error
+):
+    net, adamw = trained(LLAMA)
+    checkpoint.save(tmp_path, net, adamw, state(3), {})
+    write = checkpoint.save_file
+
+    def fails(tensors, path, **named):
+        if path.name.startswith("optimizer"):
+            raise error
+        write(tensors, path, **named)
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    saving = checkpoint.Saving(tmp_path, net, adamw)
+    saving.begin(state(4), {})
+    with pytest.raises(OSError, match=rf"step 4 is not saved: process 0: .*{error.strerror}"):
+        saving.finish()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    saving.begin(state(4), {})  # there is room again
+    saving.finish()
+    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [3, 4]
+
+
+@FAMILIES
+def test_a_large_model_is_stored_in_shards_that_others_open_too(tmp_path, monkeypatch, cfg):
+    transformers = pytest.importorskip("transformers")
+    net, adamw = trained(cfg)
+    whole = checkpoint.save(tmp_path / "whole", net, adamw, state(3), {})
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 9000)  # the largest tensor has 4 x 71 x 24 = 6816
+    folder = checkpoint.save(tmp_path / "shards", net, adamw, state(3), {})
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert names[0].startswith("model-00001-of-0000") and len(names) > 6
+    assert all((folder / name).stat().st_size < 9000 + 2000 for name in names)  # with the header
+    one, many = checkpoint.load_model(whole), checkpoint.load_model(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for (name, a), b in zip(one.named_parameters(), many.parameters()):
+        assert torch.equal(a, b), name
+    tokens = torch.randint(cfg.vocab_size, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits, many(tokens), atol=1e-5)
+    other = Transformer(cfg)
+    other_adamw = optim.adamw(other, Optim(lr=1e-2))
+    checkpoint.load_optimizer(folder, other, other_adamw)
+    for a, b in zip(net.parameters(), other.parameters()):
+        assert all(torch.equal(adamw.state[a][key], other_adamw.state[b][key]) for key in adamw.state[a])
+    states = [checkpoint.read(f).state for f in (whole, folder)]
+    assert len({checkpoint.weights_hash(s) for s in states}) == 2  # of other files
+
+
+def test_a_layout_fills_files_in_order_and_a_large_tensor_has_one_of_its_own(monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10)
+    assert checkpoint.layout("model", {"a": 4, "b": 6}) == {"model.safetensors": ["a", "b"]}
+    assert checkpoint.layout("model", {"a": 4, "b": 7, "c": 25, "d": 1}) == {
+        "model-00001-of-00004.safetensors": ["a"],
+        "model-00002-of-00004.safetensors": ["b"],
+        "model-00003-of-00004.safetensors": ["c"],
+        "model-00004-of-00004.safetensors": ["d"],
+    }
+
+
+def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
+    cfg = Optim(lr=1e-2, optimizer="muon")
+    net = Transformer(LLAMA)
+    net.init_weights(2)
+    parts = optim.optimizers(net, cfg)
+
+    def both(net, parts):
+        tokens = torch.randint(67, (2, 9))
+        (net(tokens[:, :-1], tokens[:, 1:]) / 16).backward()
+        for part in parts:
+            part.step()
+            part.zero_grad()
+
+    both(net, parts)
+    folder = checkpoint.save(tmp_path, net, parts, state(1), {})
+    both(net, parts)
+    other = checkpoint.load_model(folder).requires_grad_(True)
+    other_parts = optim.optimizers(other, cfg)
+    checkpoint.load_optimizer(folder, other, other_parts)
+    both(other, other_parts)
+    for (name, a), b in zip(net.named_parameters(), other.parameters()):
+        assert torch.equal(a, b), name
+    with pytest.raises(ConfigError, match=r"lacks AdamW's state of layers\.0"):
+        checkpoint.load_optimizer(folder, other, optim.adamw(other, Optim()))
+
+
+def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
+    net, adamw = trained(LLAMA, 0)
+    for step in range(9):
+        checkpoint.save(tmp_path, net, adamw, state(step), {})
+    assert checkpoint.delete_others(tmp_path, kept={0, 4}, newest=2) == [1, 2, 3, 5, 6]
+    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [0, 4, 7, 8]
+    assert checkpoint.delete_others(tmp_path, kept={0, 4}, newest=2) == []
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4

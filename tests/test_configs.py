@@ -1,30 +1,18 @@
 """configs/: every shipped config loads, builds, and has the figures that were published."""
 
 import dataclasses
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import config_names
 
 import config
+import cost
 import optim
 from dataset import settings
 from model import Transformer
 
-ROOT = Path(__file__).parents[1]
-
-
-def every_name() -> list[str]:
-    """7b, demo, ..., pythia-160m, ...: every file of configs/, and every entry of those that are tables."""
-    names = []
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        table = runpy.run_path(str(path)).get("configs")
-        names += [f"{path.stem}-{entry}" for entry in table] if table else [path.stem]
-    return names
-
-
-NAMES = every_name()
+NAMES = config_names()
 
 # Parameters. Printed by the authors, in paper, card or code ...
 PUBLISHED = {
@@ -107,7 +95,7 @@ def test_every_model_has_a_published_or_counted_size():
 
 
 def steps(cfg: config.Config) -> int:
-    return cfg.data.expected_tokens // (cfg.train.batch_size * cfg.model.seq_len)
+    return cost.schedule(cfg, cfg.data.expected_tokens).steps.n_steps
 
 
 @pytest.mark.parametrize(
@@ -189,6 +177,35 @@ def test_warm_ups_stated_in_tokens_are_that_long():
     }.items():
         cfg = config.load(name)
         assert cfg.optim.warmup_steps * cfg.train.batch_size * cfg.model.seq_len == tokens
+
+
+def test_olmo_65b_doubles_its_batch_and_begins_with_a_looser_clip():
+    cfg = config.load("olmo-65b")
+    phases = cost.schedule(cfg).steps.phases
+    # 100 B tokens are 48,828,125 rows: 47,683.7 steps of 1,024, and of 2,048 23,842 more, ...
+    assert phases == [
+        (0, 0, 1024),
+        (47_684, 48_828_416, 2048),
+        (47_684 + 23_842, 48_828_416 + 23_842 * 2048, 4096),
+        (47_684 + 23_842 + 11_921, 48_828_416 + 23_842 * 2048 + 11_921 * 4096, 8192),
+    ]
+    assert [round(rows * 2048 / 1e9, 2) for _, rows, _ in phases] == [0, 100, 200, 300]
+    loose = 1000 * 1024 * 2048  # 2.097 B tokens
+    assert cfg.optim.grad_clip_start_steps * cfg.train.batch_size * cfg.model.seq_len == loose
+    assert [optim.clip_limit(step, cfg.optim) for step in (0, 999, 1000)] == [5, 5, 1]
+    assert [optim.clip_limit(s, config.load("olmo-7b").optim) for s in (0, 999, 1000)] == [10, 10, 1]
+    assert all(config.load(f"olmo2-{size}").optim.z_loss == 1e-5 for size in ("1b", "7b", "13b"))
+
+
+def test_a_config_is_sharded_where_a_gpu_of_80_gb_has_no_room_for_the_whole():
+    whole = {name for name in NAMES if config.load(name).parallel.strategy == "ddp"} - {"demo"}
+    assert {"124m", "1b"} < whole
+    for name in set(NAMES) - {"demo"}:
+        cfg = config.load(name)
+        ddp = cost.variant(cfg, "ddp", cfg.train.activation_checkpointing)
+        assert cost.fits(ddp, 8, "a100-80gb") == (name in whole), name
+    for gpus in (8, 224):  # a node, and Amber's own number
+        assert cost.fits(config.load("7b"), gpus, "a100-80gb")
 
 
 def test_olmo2_leaves_its_cosine_where_the_next_stage_begins():

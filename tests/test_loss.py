@@ -45,3 +45,74 @@ def test_without_gradients_none_are_computed_though_parameters_want_them(monkeyp
 def test_a_target_that_is_no_id_is_refused():
     with pytest.raises((RuntimeError, IndexError)):
         loss.vocabulary_loss(torch.randn(2, 3), torch.randn(7, 3), torch.tensor([1, -1]))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("z_loss", [1e-4, 0.05, 2.0])
+def test_z_loss_adds_its_gradient_and_not_its_value(rows, z_loss, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 53 * rows)
+    torch.manual_seed(1)
+    h, head = torch.randn(64, 19, requires_grad=True), torch.randn(53, 19, requires_grad=True)
+    targets = torch.randint(53, (64,))
+    targets[[0, 40, 41, 63]] = IGNORE
+    value = loss.vocabulary_loss(h, head, targets, z_loss)
+    ours = torch.autograd.grad(3.0 * value, (h, head))
+
+    wide = [x.detach().double().requires_grad_() for x in (h, head)]
+    logits = wide[0] @ wide[1].T
+    cross = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+    # PaLM, section 5; a token without a target has no z-loss either
+    square = torch.logsumexp(logits, 1).square()[targets != IGNORE].sum()
+    theirs = torch.autograd.grad(3.0 * (cross + z_loss * square), wide)
+
+    torch.testing.assert_close(value.double(), cross)
+    torch.testing.assert_close(value, loss.vocabulary_loss(h, head, targets))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b, atol=1e-5 * b.abs().max().item(), rtol=1e-5)
+    assert (ours[0][[0, 40, 41, 63]] == 0).all()
+    # and it is no rounding error: without it gradients are others
+    without = torch.autograd.grad(3.0 * loss.vocabulary_loss(h, head, targets), (h, head))
+    assert (ours[0] - without[0]).norm() > 0.5 * z_loss * without[0].norm()
+
+
+def test_z_loss_by_hand():
+    """One token, logits 2 and 0, target 0: log Z = log(e^2 + 1) = 2.126928, softmax 0.880797 and 0.119203."""
+    h, head = torch.tensor([[2.0]], requires_grad=True), torch.tensor([[1.0], [0.0]])
+    value = loss.vocabulary_loss(h, head, torch.tensor([0]), 0.5)
+    assert value.item() == pytest.approx(0.126928, abs=1e-6)
+    value.backward()
+    # d / d z_0 = 0.880797 - 1 + 2 x 0.5 x 2.126928 x 0.880797 = 1.754189, and h reaches z_0 alone
+    assert h.grad.item() == pytest.approx(0.880797 - 1 + 2.126928 * 0.880797, abs=1e-5)
+
+
+def test_z_loss_of_large_logits_does_not_overflow():
+    h, head = torch.full((1, 3), 100.0, requires_grad=True), torch.tensor([[10.0] * 3, [9.0] * 3])
+    loss.vocabulary_loss(h, head, torch.tensor([0]), 1e-4).backward()
+    # log Z = 3,000; softmax 1 and 0: d h = 2 x 1e-4 x 3,000 x 10
+    assert h.grad.tolist() == [pytest.approx([6.0] * 3)]
+
+
+def test_the_module_passes_its_z_loss_on():
+    module, h, head = loss.Loss(), torch.randn(2, 5, 3, requires_grad=True), torch.randn(7, 3)
+    targets = torch.randint(7, (2, 5))
+    for z_loss in (0.0, 0.3):
+        module.z_loss = z_loss
+        (ours,) = torch.autograd.grad(module(h, head, targets), h)
+        (theirs,) = torch.autograd.grad(
+            loss.vocabulary_loss(h.flatten(0, 1), head, targets.flatten(), z_loss), h
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_z_loss_in_bf16_is_off_by_what_bf16_explains():
+    torch.manual_seed(2)
+    h, head = torch.randn(64, 19, requires_grad=True), torch.randn(53, 19, requires_grad=True)
+    targets = torch.randint(53, (64,))
+    exact = torch.autograd.grad(loss.vocabulary_loss(h, head, targets, 0.05), (h, head))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss.vocabulary_loss(h, head, targets, 0.05)
+    assert value.dtype == torch.float32
+    for a, b in zip(torch.autograd.grad(value, (h, head)), exact):
+        # operands, logits and their gradient are rounded to 8 bits: logits are some 10 in size, so that each
+        # probability is off by up to 10 x 2^-8 of itself
+        assert (a - b).norm() < 10 * 2.0**-8 * b.norm()

@@ -1,7 +1,8 @@
-"""optim.py: schedules at their endpoints, groups as published, the clip by hand."""
+"""optim.py: schedules at their endpoints, groups as published, clip and Muon by hand."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,39 @@ def test_no_warm_up_and_a_warm_up_longer_than_training_are_schedules_too():
     assert optim.learning_rate(0, 10, Optim(lr=1.0, warmup_steps=0)) == 1.0
     assert optim.learning_rate(9, 10, Optim(lr=1.0, warmup_steps=100)) == pytest.approx(0.09)
     assert optim.learning_rate(10, 10, Optim(lr=1.0, warmup_steps=10, final_lr_fraction=0.1)) == 1.0
+
+
+def test_a_constant_rate_falls_linearly_in_the_last_part_of_the_steps():
+    cfg = Optim(lr=2.0, warmup_steps=10, schedule="constant", decay_fraction=0.2, final_lr_fraction=0.1)
+    rate = {step: optim.learning_rate(step, 100, cfg) for step in (0, 5, 10, 50, 80, 85, 90, 99, 100, 120)}
+    # 81 ... 100 are the last fifth: 2 x (0.1 + 0.9 x what is left of it)
+    by_hand = {0: 0, 5: 1, 10: 2, 50: 2, 80: 2, 85: 1.55, 90: 1.1, 99: 0.29, 100: 0.2, 120: 0.2}
+    assert rate == {step: pytest.approx(value) for step, value in by_hand.items()}
+
+    never = Optim(lr=2.0, warmup_steps=10, schedule="constant", decay_fraction=0.0)
+    assert [optim.learning_rate(step, 100, never) for step in (5, 10, 99, 100)] == [1.0, 2.0, 2.0, 2.0]
+    always = Optim(lr=2.0, warmup_steps=10, schedule="constant", decay_fraction=1.0, final_lr_fraction=0.0)
+    assert optim.learning_rate(55, 100, always) == pytest.approx(1.0)  # half-way between warm-up and end
+    late = Optim(lr=2.0, warmup_steps=90, schedule="constant", decay_fraction=0.5, final_lr_fraction=0.0)
+    rate = [optim.learning_rate(step, 100, late) for step in (45, 90, 95, 100)]
+    assert rate == [1.0, 2.0, 1.0, 0.0]  # warm-up comes first
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_an_annealed_run_leaves_the_schedule_where_it_stands_and_falls_to_zero(schedule):
+    cfg = Optim(lr=3e-4, warmup_steps=10, schedule=schedule, anneal_steps=40)
+    begin = optim.learning_rate(60, 100, cfg)
+    rate = [optim.annealed_rate(step, 60, 100, cfg) for step in (60, 61, 80, 99, 100, 105)]
+    assert rate == [pytest.approx(begin * left) for left in (1, 39 / 40, 1 / 2, 1 / 40, 0, 0)]
+
+
+def test_the_clip_is_looser_at_the_start_where_asked():
+    assert {optim.clip_limit(step, Optim(grad_clip=0.7)) for step in (0, 5000)} == {0.7}
+    cfg = Optim(grad_clip=1.5, grad_clip_start_factor=10.0, grad_clip_start_steps=3)
+    assert [optim.clip_limit(step, cfg) for step in range(5)] == [15.0, 15.0, 15.0, 1.5, 1.5]
+    assert (
+        optim.clip_limit(0, Optim(grad_clip=0.0, grad_clip_start_factor=10.0)) == 0.0
+    )  # no limit stays none
 
 
 def test_amber_decays_everything_and_olmo_only_linear_layers():
@@ -118,3 +152,156 @@ def test_the_clip_uses_the_global_norm_and_returns_it():
     net[1].weight.grad = torch.tensor([[math.inf]])
     assert math.isinf(optim.clip(net, 1.0).item())
     assert net[0].weight.grad.tolist() == [[pytest.approx(1.0), pytest.approx(1.5)]]
+
+
+# ---- Muon -------------------------------------------------------------------------------------------------
+
+
+def orthogonal(g: np.ndarray) -> np.ndarray:
+    """Five steps of Newton-Schulz with Jordan's coefficients: singular values go to 1 or so."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = g.T if g.shape[0] > g.shape[1] else g
+    x = wide / np.sqrt((wide**2).sum())
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def net_with_gradients(seed: int, **settings) -> Transformer:
+    """A model with biases, norms and matrices that are tall, wide and square; every gradient is random."""
+    torch.manual_seed(seed)
+    net = Transformer(Model(**SMALL, **settings))
+    net.init_weights(seed)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape)
+    return net
+
+
+def test_muon_moves_the_matrices_inside_layers_as_its_paper_says():
+    settings = dict(norm="layernorm", bias=True, n_kv_heads=1)
+    net = net_with_gradients(1, **settings)
+    cfg = Optim(optimizer="muon", lr=0.02, weight_decay=0.3, muon_momentum=0.9, decay="matrices")
+    muon, adamw = optim.optimizers(net, cfg)
+    inside = {n: p for n, p in net.named_parameters() if n.startswith("layers.") and p.ndim == 2}
+    assert len(inside) == 2 * 7
+    assert {id(p) for group in muon.param_groups for p in group["params"]} == set(map(id, inside.values()))
+
+    expected = {n: p.detach().double().numpy().copy() for n, p in inside.items()}
+    momentum = {n: np.zeros(p.shape) for n, p in inside.items()}
+    first = {n: value.copy() for n, value in expected.items()}
+    for lr in (0.02, 0.05):
+        for n, p in inside.items():
+            p.grad = torch.randn(p.shape)
+            g = p.grad.double().numpy()
+            momentum[n] = 0.9 * momentum[n] + 0.1 * g
+            ahead = 0.1 * g + 0.9 * momentum[n]  # Nesterov
+            scale = 0.2 * math.sqrt(max(p.shape))  # Liu et al. 2025, section 2.2
+            expected[n] -= lr * (scale * orthogonal(ahead) + 0.3 * expected[n])
+        for optimizer in (muon, adamw):
+            optim.set_rate(optimizer, lr)
+            optimizer.step()
+    for n, p in inside.items():
+        moved, by_hand = p.detach().double().numpy() - first[n], expected[n] - first[n]
+        # PyTorch iterates in BF16: five steps, each of which rounds three products to 8 bits
+        assert np.linalg.norm(moved - by_hand) < 5 * 3 * 2.0**-8 * np.linalg.norm(by_hand), n
+
+
+def test_beside_muon_everything_else_is_moved_by_adamw_bit_for_bit():
+    nets = [net_with_gradients(2, norm="layernorm", bias=True) for _ in range(2)]
+    common = dict(lr=0.02, weight_decay=0.3, decay="linear", beta2=0.9, eps=1e-3)
+    (adamw,) = optim.optimizers(nets[0], Optim(**common))
+    muon, rest = optim.optimizers(nets[1], Optim(**common, optimizer="muon"))
+    for optimizer in (adamw, muon, rest):
+        optim.set_rate(optimizer, 0.01)
+        optimizer.step()
+    names = {id(p): name for name, p in nets[1].named_parameters()}
+    by_adamw = {names[id(p)] for group in rest.param_groups for p in group["params"]}
+    assert by_adamw == {
+        n for n, p in nets[1].named_parameters() if not (n.startswith("layers.") and p.ndim == 2)
+    }
+    assert {"lm_head.weight", "embed_tokens.weight", "norm.weight", "layers.0.mlp.up_proj.bias"} <= by_adamw
+    for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters()):
+        assert torch.equal(a, b) == (name in by_adamw), name
+
+
+def test_muon_takes_its_rate_and_decay_from_the_group():
+    """Under muP matrices inside layers learn at a fraction of the rate, their decay with them."""
+    net = net_with_gradients(3, tie_embeddings=True, init="mup", mup_base_width=3)
+    muon, adamw = optim.optimizers(net, Optim(optimizer="muon", weight_decay=0.1), net.cfg.mup_scale)
+    optim.set_rate(muon, 0.08)
+    optim.set_rate(adamw, 0.08)
+    assert [(g["lr"], g["weight_decay"]) for g in muon.param_groups] == [(pytest.approx(0.08 / 4), 0.1)]
+    assert {g["lr"] for g in adamw.param_groups} == {0.08}
+
+
+# ---- gradients --------------------------------------------------------------------------------------------
+
+
+def test_norms_by_layer_are_of_what_is_in_each():
+    net = net_with_gradients(4, norm="layernorm", bias=True, positions="learned")
+    norms = optim.norms_by_layer(net)
+    assert list(norms) == ["embed_tokens", "embed_positions", "layers.0", "layers.1", "norm", "lm_head"]
+    for layer, value in norms.items():
+        grads = [p.grad.double() for n, p in net.named_parameters() if n.startswith(f"{layer}.")]
+        assert value == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-6)
+    assert optim.norm(optim.gradients(net)).item() == pytest.approx(math.hypot(*norms.values()), rel=1e-6)
+    net.norm.weight.grad = net.norm.bias.grad = None
+    assert "norm" not in optim.norms_by_layer(net)
+
+
+@pytest.mark.parametrize(
+    ("total", "limit", "factor"),
+    [
+        (5.0, 0.0, 1),
+        (5.0, 5.1, 1),
+        (5.0, 2.5, 0.5),
+        (20.0, 2.5, 0.125),
+        (math.inf, 1.0, 1),
+        (math.nan, 1.0, 1),
+    ],
+)
+def test_gradients_are_scaled_by_the_norm_that_is_given(total, limit, factor):
+    """The norm is everybody's, also where a process holds a part of the gradient only."""
+    net = torch.nn.Linear(2, 1)
+    net.weight.grad = torch.tensor([[3.0, -4.0]])  # and no gradient of the bias
+    optim.scale_gradients(net, total, limit)
+    assert net.weight.grad.tolist() == [pytest.approx([3.0 * factor, -4.0 * factor], rel=1e-5)]
+
+
+def gradients_of(share: float, tied: bool) -> dict[str, torch.Tensor]:
+    """Gradients of a model whose head has the embedding's values, be it the same matrix or another."""
+    net = Transformer(Model(**SMALL, tie_embeddings=tied))
+    net.init_weights(5)
+    if not tied:
+        net.lm_head.weight.data.copy_(net.embed_tokens.weight.data)
+    optim.shrink_embedding_gradient(net, share)
+    tokens = torch.randint(SMALL["vocab_size"], (3, 8), generator=torch.Generator().manual_seed(6))
+    net(tokens[:, :-1], tokens[:, 1:]).backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def test_only_the_gradient_of_the_embedding_shrinks():
+    whole, shrunk = gradients_of(1.0, tied=False), gradients_of(0.1, tied=False)
+    assert whole["embed_tokens.weight"].abs().sum() > 0
+    for name in whole:
+        factor = 0.1 if name == "embed_tokens.weight" else 1.0
+        torch.testing.assert_close(shrunk[name], factor * whole[name], rtol=1e-5, atol=1e-7)
+    assert gradients_of(0.0, tied=False)["embed_tokens.weight"].abs().sum() == 0
+
+
+def test_a_tied_head_gives_its_part_of_the_gradient_whole():
+    apart, tied = gradients_of(1.0, tied=False), gradients_of(0.1, tied=True)
+    expected = 0.1 * apart["embed_tokens.weight"] + apart["lm_head.weight"]
+    torch.testing.assert_close(tied["embed_tokens.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shrunk_gradient_changes_no_loss_and_asks_for_no_gradient_where_none_is_taken():
+    net, plain = Transformer(Model(**SMALL)), Transformer(Model(**SMALL))
+    net.init_weights(5)
+    plain.init_weights(5)
+    optim.shrink_embedding_gradient(net, 0.1)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(net(tokens), plain(tokens))
+    assert torch.equal(net(tokens, tokens), plain(tokens, tokens))

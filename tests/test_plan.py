@@ -1,28 +1,29 @@
 """cost.py and plan.py: what they say is what the model, the loop and the published runs say."""
 
 import dataclasses
-import functools
-import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.utils.checkpoint
+from conftest import config_names
 
 import checkpoint
 import config
 import cost
-import data
 import loss
 import optim
+import parallel
 import plan
 import train
-from config import Config, ConfigError, Model, Train
+from config import Config, ConfigError, Model, Optim, Parallel, Train
 from dataset import Dataset
 from model import Transformer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_memory
 
 ROOT = Path(__file__).parents[1]
 AMBER = Model()  # the defaults are LLaMA-7B
@@ -41,15 +42,6 @@ VARIANTS = {
     "documents": dict(document_mask=True),
     "alibi and documents": dict(positions="alibi", document_mask=True),
 }
-
-
-def names() -> list[str]:
-    """Every config there is, tables taken apart: "7b", "pythia-160m", ..."""
-    found = []
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        table = runpy.run_path(str(path)).get("configs", {})
-        found += [f"{path.stem}-{entry}" for entry in table] or [path.stem]
-    return found
 
 
 def built(model: Model) -> Transformer:
@@ -83,7 +75,7 @@ def test_every_part_has_as_many_parameters_as_the_built_model(name):
     assert cost.parameters(model) == by_part(built(model))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", config_names())
 def test_every_config_has_as_many_parameters_as_its_model(name):
     model = config.load(name).model
     assert cost.parameters(model) == by_part(built(model))
@@ -167,44 +159,21 @@ def test_activations_are_what_autograd_keeps_to_the_byte(name, bf16):
     assert cost.activations(model, 5 * model.seq_len, bf16, cuda=False) == kept_by_autograd(model, 5, bf16)
 
 
-def small_config(model: Model, micro: int, accumulation: int, precision: str) -> Config:
+def small_config(model: Model, micro: int, accumulation: int, precision: str, every: int = 0) -> Config:
     return Config(
         model=model.resolved(),
-        train=Train(batch_size=micro * accumulation, micro_batch_size=micro, precision=precision),
-    )
+        train=Train(
+            batch_size=micro * accumulation, micro_batch_size=micro, precision=precision, device="cpu",
+            activation_checkpointing=every,
+        ),
+    )  # fmt: skip
 
 
-def allocated_at_the_peak(cfg: Config, path: Path, checkpointing: str = "none") -> int:
-    """Bytes of tensors at the peak of the second training step, by PyTorch's profiler."""
-    net = Transformer(cfg.model)
-    net.init_weights(0)
-    for layer in net.layers if checkpointing == "all" else ():
-        layer.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
-        )
-    adamw, T, bf16 = optim.adamw(net, cfg.optim), cfg.model.seq_len, cfg.train.precision == "bf16"
-
-    def step():
-        tokens = torch.randint(cfg.model.vocab_size, (cfg.train.batch_size, T + 1))
-        for micro in tokens.split(cfg.train.micro_batch_size):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                nats = net(micro[:, :-1], micro[:, 1:])
-            (nats / (cfg.train.batch_size * T)).backward()
-        optim.clip(net, 1.0)
-        adamw.step()
-        adamw.zero_grad()
-
-    step()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    profile.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    events = [e["args"] for e in sorted(events, key=lambda e: e["ts"])]
-    began = events[0]["Total Allocated"] - events[0]["Bytes"]
-    standing = 12 * sum(p.numel() for p in net.parameters())  # weights and moments, there before
-    return standing + max(e["Total Allocated"] for e in events) - began
+def allocated_at_the_peak(cfg: Config) -> int:
+    """Bytes of tensors at the peak of a training step in this process, by PyTorch's profiler."""
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    alone = parallel.Everyone(0, 1, torch.device("cpu"), dtype)
+    return bench_memory.tensors_at_the_peak(cfg, alone, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -222,39 +191,77 @@ def allocated_at_the_peak(cfg: Config, path: Path, checkpointing: str = "none") 
                norm_place="after"), 3, 2, "bf16", "the loss is taken"),
     ],
 )  # fmt: skip
-def test_the_peak_of_a_step_is_the_allocators(model, micro, accumulation, precision, at, tmp_path):
+def test_the_peak_of_a_step_is_the_allocators(model, micro, accumulation, precision, at):
     cfg = small_config(model, micro, accumulation, precision)
-    says = cost.memory(cfg, 1, "ddp", "none", cuda=False)
+    says = cost.memory(cfg, 1, cuda=False)
     assert says["at"] == at
-    assert cost.total(says) == pytest.approx(allocated_at_the_peak(cfg, tmp_path / "trace.json"), rel=0.02)
+    assert cost.total(says) == pytest.approx(allocated_at_the_peak(cfg), rel=0.02)
 
 
-def test_checkpointing_as_pytorch_does_it_has_the_peak_that_is_forecast(tmp_path):
+@pytest.mark.parametrize("every, accumulation", [(1, 2), (2, 2), (4, 1)])
+def test_the_peak_with_activation_checkpointing_is_the_allocators(every, accumulation):
     model = Model(vocab_size=512, seq_len=128, d_model=128, n_layers=6, n_heads=4, d_ff=352)
-    cfg = small_config(model, 4, 2, "fp32")
-    says = cost.memory(cfg, 1, "ddp", "all", cuda=False)
-    measured = allocated_at_the_peak(cfg, tmp_path / "trace.json", "all")
-    assert cost.total(says) == pytest.approx(measured, rel=0.05)
+    cfg = small_config(model, 4, accumulation, "fp32", every)
+    says = cost.total(cost.memory(cfg, 1, cuda=False))
+    assert says == pytest.approx(allocated_at_the_peak(cfg), rel=0.05)
+
+
+@pytest.mark.parametrize("rows, at", [(1, "the weights are moved"), (24, "the last block goes backward")])
+def test_the_peak_with_muon_is_the_allocators(rows, at):
+    model = Model(vocab_size=600, seq_len=32, d_model=192, n_layers=3, n_heads=4, d_ff=768)
+    cfg = dataclasses.replace(small_config(model, rows, 1, "fp32"), optim=Optim(optimizer="muon"))
+    says = cost.memory(cfg, 1, cuda=False)
+    inner = 3 * (4 * 192**2 + 3 * 192 * 768)
+    assert says["optimizer"] == 4 * (inner + 2 * (2 * 600 * 192 + 7 * 192)) and says["at"] == at
+    assert cost.total(says) == pytest.approx(allocated_at_the_peak(cfg), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FSDP, every 2nd again", "tensor parallel"])
+def test_the_peak_of_two_processes_is_the_profilers(name):
+    says = cost.total(bench_memory.planned(name, "cpu"))
+    assert says == pytest.approx(bench_memory.peak(name, "cpu"), rel=0.05)
 
 
 @pytest.mark.slow
 def test_the_peak_of_a_process_is_within_15_per_cent():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import bench_memory
-
     for name in bench_memory.SHAPES:
         says = cost.total(bench_memory.planned(name, "cpu"))
         assert says == pytest.approx(bench_memory.peak(name, "cpu", steps=2), rel=0.15), name
 
 
-def test_the_slices_of_logits_are_as_large_as_the_models():
+def test_constants_that_other_files_have_too_are_the_same():
     assert (cost.LOGITS_BYTES, cost.LOGITS_BYTES_CUDA) == (loss.LOGITS_BYTES, loss.LOGITS_BYTES_CUDA)
+    assert cost.SHARD_BYTES == checkpoint.SHARD_BYTES
+
+
+def test_processes_stand_in_a_mesh():
+    """(replicate, shard, tp), worked out by hand."""
+    for spread, processes, expected in (
+        ({}, 6, (6, 1, 1)),
+        ({"tp": 2}, 8, (4, 1, 2)),
+        ({"strategy": "fsdp"}, 24, (1, 24, 1)),
+        ({"strategy": "fsdp", "shard": 4}, 24, (6, 4, 1)),
+        ({"strategy": "fsdp", "shard": 3, "tp": 2}, 24, (4, 3, 2)),
+    ):
+        assert config.mesh_shape(Parallel(**spread), processes) == expected
+    for spread, processes, message in (
+        ({"tp": 2}, 3, "3 process.es. do not divide by parallel.tp=2"),
+        ({"shard": 2}, 8, "needs parallel.strategy='fsdp'"),
+        ({"strategy": "fsdp", "shard": 3, "tp": 2}, 8, "does not divide 4 process.es. .8 / parallel.tp=2."),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.mesh_shape(Parallel(**spread), processes)
+
+
+def amber(batch: int = 2240, every: int = 0, **spread) -> Config:
+    train = Train(batch_size=batch, micro_batch_size=10, activation_checkpointing=every)
+    return Config(model=AMBER.resolved(), train=train, parallel=Parallel(**spread))
 
 
 def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():
-    cfg = Config(model=AMBER.resolved(), train=Train(batch_size=2240, micro_batch_size=10))
     P = 6_738_415_616
-    whole, shard = (cost.memory(cfg, 8, s, "none", cuda=True) for s in ("ddp", "fsdp"))
+    whole, shard = (cost.memory(amber(strategy=s), 8, cuda=True) for s in ("ddp", "fsdp"))
     for kind, numbers in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
         assert (whole[kind], shard[kind]) == (4 * P * numbers, 4 * P * numbers / 8)
     assert whole["activations"] == shard["activations"] > 100 * 2**30
@@ -262,8 +269,40 @@ def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():
     # per token: h before each half 2 x 4 D; two cast inputs 2 x 2 D; q, k, v, output 4 x 2 D;
     # log-sum 4 H; gate, act, up, product 4 x 2 F; a root mean square of each norm 2 x 4
     assert layer == n * (20 * 4096 + 4 * 32 + 8 * 11008 + 8)
-    kept = cost.activations(AMBER, n, True, True, "all")
-    assert kept == 32 * n * 4 * 4096 + layer + n * (4 * 4096 + 4) + 4 * 2048 * 128
+    rest = n * (4 * 4096 + 4) + 4 * 2048 * 128
+    assert cost.activations(AMBER, n, True, True, 0) == 32 * layer + rest
+    assert cost.activations(AMBER, n, True, True, 1) == 32 * n * 4 * 4096 + rest
+    # every third of 32 blocks from the first on is 11 of them
+    assert cost.activations(AMBER, n, True, True, 3) == 11 * n * 4 * 4096 + 21 * layer + rest
+
+
+def test_hybrid_sharding_divides_by_the_gpus_of_one_copy():
+    hybrid, P = cost.memory(amber(strategy="fsdp", shard=8, every=1), 32, cuda=True), 6_738_415_616
+    assert (hybrid["weights"], hybrid["gradients"], hybrid["optimizer"]) == (P / 2, P / 2, P)
+    one_node = cost.memory(amber(strategy="fsdp", every=1), 8, cuda=True)
+    assert hybrid == one_node  # also by accumulation: 7 micro-batches of 10 rows, and 28
+    assert cost.accumulation(amber(strategy="fsdp", shard=8), 32) == 7
+
+
+def test_weights_that_stay_gathered_are_let_go_block_by_block_in_backward():
+    kept = cost.memory(amber(80, 1, strategy="fsdp", reshard=False), 8, cuda=True)
+    gone = cost.memory(amber(80, 1, strategy="fsdp"), 8, cuda=True)
+    # BF16: 31 blocks, embedding, head and final norm, the head's gradient; FP32: the last block's gradients
+    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert kept["at"] == "block 31 of 32 goes backward"
+    assert kept["copies"] == 2 * (31 * block + 3 * 32000 * 4096 + 4096) + 4 * block
+    assert gone["copies"] < 0.25 * kept["copies"]
+
+
+def test_tensor_parallel_divides_matrices_and_tokens_but_not_embedding_head_and_norms():
+    says = cost.memory(amber(tp=4, strategy="fsdp"), 8, cuda=True)
+    matrices, whole = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
+    assert says["weights"] == 4 * (matrices / 4 + whole) / 2 and says["optimizer"] == 2 * says["weights"]
+    n = 20_480
+    # the two cast inputs of the matrices are of all tokens; the rest is a quarter
+    layer = n * (4 * 4096 + (16 * 4096 + 4 * 32 + 8 * 11008 + 8) / 4)
+    assert cost.kept_by_layer(AMBER, n, True, True, tp=4) == layer
+    assert cost.accumulation(amber(tp=4), 8) == 112  # two copies of the data's share
 
 
 # ---- what fits --------------------------------------------------------------------------------------------
@@ -274,99 +313,98 @@ def run(*argv: str) -> subprocess.CompletedProcess:
 
 
 def test_what_does_not_fit_is_refused_with_a_change_that_fits():
-    refused = run("7b", "--gpus", "8", "--gpu", "a100-80gb")
+    bare = ("--parallel.strategy=ddp", "--train.activation_checkpointing=0")
+    refused = run("7b", "--gpus", "8", "--gpu", "a100-80gb", *bare)
     assert refused.returncode == 2 and "does not fit" in refused.stdout and "Traceback" not in refused.stderr
     flags = refused.stderr.strip().partition("it would with ")[2].split()
-    assert flags == ["--train.micro_batch_size=5", "--strategy=fsdp"]
-    assert run("7b", "--gpus", "8", "--gpu", "a100-80gb", *flags).returncode == 0
+    assert flags == ["--train.micro_batch_size=5", "--parallel.strategy=fsdp"]
+    assert run("7b", "--gpus", "8", "--gpu", "a100-80gb", *bare, *flags).returncode == 0
 
 
 def change(model: Model, batch: int, micro: int, gpus: int, gpu: str) -> list[str]:
     cfg = Config(model=model.resolved(), train=Train(batch_size=batch, micro_batch_size=micro))
-    assert not cost.fits(cfg, gpus, "ddp", "none", gpu)
-    return cost.smallest_change(cfg, gpus, "ddp", "none", gpu)
+    assert not cost.fits(cfg, gpus, gpu)
+    return cost.smallest_change(cfg, gpus, gpu)
 
 
 def test_the_smallest_change_is_tried_in_order():
     small = Model(d_model=768, n_layers=12, n_heads=12, d_ff=2048, seq_len=1024)
     assert change(small, 512, 256, 2, "rtx-4090") == ["--train.micro_batch_size=32"]
     long = Model(d_model=1024, n_layers=24, n_heads=16, d_ff=2736, seq_len=2**17)  # one row is too much
-    assert change(long, 8, 1, 2, "a100-80gb") == ["--checkpointing=all"]
+    again, fsdp = "--train.activation_checkpointing=1", "--parallel.strategy=fsdp"
+    assert change(long, 8, 1, 2, "a100-80gb") == [again]
     wide = Model(d_model=3072, n_layers=24, n_heads=24, d_ff=8192, seq_len=256)
-    assert change(wide, 8, 1, 8, "a100-40gb") == ["--strategy=fsdp"]
-    assert change(AMBER, 2048, 1, 2, "a100-80gb") == ["--strategy=fsdp"]
-    large = config.load("llama-1-65b").model
-    assert change(large, 2048, 2, 8, "a100-80gb") == ["--checkpointing=all", "--strategy=fsdp", "--gpus=32"]
+    assert change(wide, 8, 1, 8, "a100-40gb") == [fsdp]
+    assert change(AMBER, 2048, 1, 2, "a100-80gb") == [fsdp]
+    large, grouped = (config.load(f"llama-{name}").model for name in ("1-65b", "2-70b"))
+    fewer = "--train.micro_batch_size=1"
+    assert change(large, 2048, 2, 8, "a100-80gb") == [fewer, again, fsdp, "--gpus=16"]
+    assert change(grouped, 2048, 2, 8, "a100-80gb") == [again, fsdp, "--gpus=32"]
     assert change(config.load("llama-3.1-405b").model, 1, 1, 1, "rtx-4090") == []
 
 
 # ---- steps, chunks, checkpoints ---------------------------------------------------------------------------
 
-RECIPE = """
-from config import *
-config = Config(
-    model=Model(vocab_size=300, seq_len=24, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40),
-    tokenizer=Tokenizer(path={tokenizer!r}, vocab_size=300),
-    data=Data(sources=(Source("prose", paths=({text!r},)),), n_chunks=5, validation_fraction=0.2, workers=1),
-    train=Train(batch_size=6, micro_batch_size=3, device="cpu"),
-    eval=Eval(prompt_tokens=8, continuation_tokens=8),
-    dataset={dataset!r},
-)
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> str:
-    """A config file with its tokenizer and dataset built: some 40 steps of 6 rows in 5 chunks."""
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "text").mkdir()
-    for n in range(40):
-        lines = (f"{n * 7919 % (w + 2)} sheep and {w * n % 97} goats went up the hill" for w in range(14))
-        (folder / "text" / f"{n}.txt").write_text(" ".join(lines))
-    path = folder / "tiny.py"
-    path.write_text(RECIPE.format(**{n: str(folder / n) for n in ("tokenizer", "text", "dataset")}))
-    subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", path], check=True, capture_output=True)
-    data.build(config.load(str(path)))
-    return str(path)
-
 
 @pytest.mark.parametrize(
     "overrides",
     [[], ["--train.steps=17"], ["--train.checkpoint_every=4", "--train.checkpoint_powers_of_two=true"],
-     ["--train.batch_size=15", "--train.checkpoint_chunks=false", "--train.checkpoint_powers_of_two=true"]],
+     ["--train.batch_size=15", "--train.checkpoint_chunks=false", "--train.checkpoint_powers_of_two=true"],
+     ["--train.batch_double_tokens=1000", "--train.batch_size_max=24"]],
 )  # fmt: skip
 def test_steps_and_checkpoints_are_those_that_train_makes(recipe, overrides, tmp_path, monkeypatch):
-    cfg = config.load(recipe, [f"--run={tmp_path / 'run'}", *overrides])
+    cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", *overrides])
     when, dataset = cost.schedule(cfg), Dataset(cfg.dataset)
-    assert when.rows == dataset.n_rows and when.steps == dataset.n_rows // cfg.train.batch_size
-    assert when.last_step == min(cfg.train.steps or when.steps, when.steps)
+    assert when.steps.n_rows == dataset.n_rows
+    if not cfg.train.batch_double_tokens:
+        assert when.steps.n_steps == dataset.n_rows // cfg.train.batch_size
+    assert when.last_step == min(cfg.train.steps or when.steps.n_steps, when.steps.n_steps)
     monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # Ctrl-C stays pytest's
     train.train(cfg)
     assert when.checkpoints == [c.step for c in checkpoint.checkpoints(cfg.run)]
 
 
 def test_chunks_end_where_data_would_end_them_also_before_there_is_a_dataset(recipe):
-    cfg, dataset = config.load(recipe), Dataset(config.load(recipe).dataset)
-    ends = [dataset.chunk_range(chunk)[1] for chunk in range(dataset.n_chunks)]
-    assert cost.schedule(cfg, tokens=dataset.n_rows * 24).chunk_ends == cost.schedule(cfg).chunk_ends == ends
+    cfg = config.load(str(recipe))
+    dataset = Dataset(cfg.dataset)
+    chunks = [tuple(dataset.chunk_range(chunk)) for chunk in range(dataset.n_chunks)]
+    assert cost.schedule(cfg, tokens=dataset.n_rows * 24).chunks == cost.schedule(cfg).chunks == chunks
     elsewhere = dataclasses.replace(cfg, dataset="nowhere")
     assert cost.schedule(elsewhere) is None
     with_tokens = dataclasses.replace(cfg.data, expected_tokens=dataset.n_rows * 24 + 23)
-    assert cost.schedule(dataclasses.replace(elsewhere, data=with_tokens)).chunk_ends == ends
+    assert cost.schedule(dataclasses.replace(elsewhere, data=with_tokens)).chunks == chunks
 
 
 def test_a_dataset_that_does_not_suit_is_refused(recipe):
     with pytest.raises(ConfigError, match=r"rows of 24 tokens and model\.seq_len=32"):
-        cost.schedule(config.load(recipe, ["--model.seq_len=32"]))
+        cost.schedule(config.load(str(recipe), ["--model.seq_len=32"]))
     with pytest.raises(ConfigError, match=r"4 steps .* fewer than data\.n_chunks=5"):
-        cost.schedule(config.load(recipe), tokens=24 * 6 * 4)
+        cost.schedule(config.load(str(recipe)), tokens=24 * 6 * 4)
+
+
+def test_a_batch_that_doubles_is_planned_with_its_own_steps():
+    # 240 rows of 24 tokens: 6 a step until 60 rows have been seen, 12 until 120, 24 to the end
+    cfg = Config(
+        model=Model(**SMALL | dict(seq_len=24)).resolved(),
+        train=Train(batch_size=6, micro_batch_size=2, batch_double_tokens=60 * 24, batch_size_max=24),
+        data=config.Data(n_chunks=4, expected_tokens=240 * 24),
+        dataset="nowhere",
+    )
+    when = cost.schedule(cfg)
+    assert when.steps.phases == [(0, 0, 6), (10, 60, 12), (15, 120, 24)]
+    assert when.steps.n_steps == when.last_step == 10 + 5 + 5
+    assert when.chunks == [(0, 60), (60, 120), (120, 180), (180, 240)]
+    # 60 rows beyond the 15th step are two and a half batches of 24
+    assert when.checkpoints == [0, 10, 15, 18, 20] and when.steps.consumed(20) == 240
+    short = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=12))
+    assert cost.schedule(short).checkpoints == [0, 10, 12] and when.steps.consumed(12) == 60 + 2 * 12
 
 
 def test_amber_has_762_steps_a_chunk_and_a_remainder():
     when = cost.schedule(config.load("7b", ["--dataset=nowhere"]), tokens=360 * 1_706_976 * 2048)
-    assert when.rows == 360 * 1_706_976
-    assert divmod(when.steps, 360) == (762, 15) and len(when.checkpoints) == 361
-    size = cost.disk(AMBER, 361)
+    assert when.steps.n_rows == 360 * 1_706_976
+    assert divmod(when.steps.n_steps, 360) == (762, 15) and len(when.checkpoints) == 361
+    size = cost.disk(amber(), 361)
     assert size["weights"] == 4 * 6_738_415_616 and size["optimizer"] == 8 * 6_738_415_616
     assert size["all"] == 361 * size["weights"] + 360 * size["optimizer"]
 
@@ -379,10 +417,18 @@ def test_a_checkpoint_on_disk_is_as_large_as_planned(tmp_path):
     net(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)).backward()
     adamw.step()
     folder = checkpoint.save(tmp_path, net, adamw, {"step": 1}, {})
-    size = cost.disk(model, 1)
+    size = cost.disk(Config(model=model), 1)
     for name, planned in (("model", size["weights"]), ("optimizer", size["optimizer"])):
         on_disk = (folder / f"{name}.safetensors").stat().st_size
         assert planned < on_disk < planned + 20_000  # names and shapes, and the random state
+
+
+def test_a_save_copies_12_bytes_a_parameter_to_the_hosts():
+    P = 6_738_415_616
+    # 26.95 GB of weights in 6 files of 5 GB, and 53.91 GB of moments in 11
+    assert cost.saving(amber(), 8) == (12 * P, 8) and cost.saving(amber(), 224) == (12 * P, 17)
+    muon = dataclasses.replace(amber(), optim=Optim(optimizer="muon"))
+    assert cost.saving(muon, 1) == (12 * P - 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008), 1)
 
 
 # ---- time, energy, money ----------------------------------------------------------------------------------
@@ -423,10 +469,11 @@ def number(report: str, name: str) -> float:
 
 def test_the_report_of_amber_at_its_own_speed():
     shown = run(
-        "7b", "--gpus", "224", "--strategy=fsdp", "--checkpointing=all", "--price=2", "--tokens=1.2585e12",
+        "7b", "--gpus", "224", "--price=2", "--tokens=1.2585e12",
         "--tokens-per-second-per-gpu=2600",
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("7b on 224 x a100-80gb, FSDP, activation checkpointing of every block")
     assert number(shown.stdout, "total") == 6_738_415_616
     assert number(shown.stdout, "tokens a step") == 4_587_520
     assert number(shown.stdout, "gradient accumulation") == 1
@@ -446,8 +493,8 @@ def test_an_assumed_mfu_gives_the_speed_that_has_it_and_says_so():
 
 
 def test_a_cpu_has_no_peak_and_needs_a_speed(recipe):
-    assert "No peak is known for a CPU" in run(recipe).stdout
-    shown = run(recipe, "--tokens-per-second-per-gpu=1500", "--watts=30", "--gpus=2").stdout
+    assert "No peak is known for a CPU" in run(str(recipe)).stdout
+    shown = run(str(recipe), "--tokens-per-second-per-gpu=1500", "--watts=30", "--gpus=2").stdout
     assert number(shown, "hours") == pytest.approx(number(shown, "tokens") / 3000 / 3600, abs=0.1)
 
 
@@ -464,7 +511,9 @@ def test_a_cpu_has_no_peak_and_needs_a_speed(recipe):
         (["7b", "--mfu=0.4", "--tokens-per-second-per-gpu=9"], "keep one"),
         (["7b", "--gpus=9"], "does not divide"),
         (["7b", "--pue=0.9"], "at least 1"),
-        (["demo", "--strategy=fsdp"], "on a CPU use ddp"),
+        (["demo", "--strategy=fsdp"], "did you mean 'parallel.strategy'?"),
+        (["7b", "--parallel.tp=3"], "does not divide by parallel.tp=3"),
+        (["1b", "--parallel.shard=4"], "parallel.shard=4 needs parallel.strategy='fsdp'"),
         (["nothing"], "no config 'nothing'"),
     ],
 )

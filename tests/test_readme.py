@@ -1,6 +1,7 @@
 """README, imports and style of the house: what the front door says is so."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -24,27 +25,36 @@ MAY_IMPORT = {
     "dataset": ["config", "files"],
     "data": ["config", "files", "documents", "tokenizer", "dataset"],
     "families": ["config"],
-    "cost": ["config"],
+    "steps": ["config"],
+    "cost": ["config", "steps"],
     "optim": ["config"],
     "parallel": ["config"],
-    "checkpoint": ["config", "files", "model", "families"],
-    "ledger": ["config", "files", "model", "dataset", "parallel", "checkpoint"],
+    "checkpoint": ["config", "files", "model", "families", "parallel"],
+    "learner": ["config", "model", "optim", "parallel"],
+    "ledger": ["config", "files", "model", "dataset", "cost", "parallel", "checkpoint"],
+    "incidents": ["config", "files", "dataset", "steps", "optim", "checkpoint"],
+    "benchmark": ["config", "files", "cost", "optim", "parallel", "learner", "ledger"],
+    "mirror": ["config", "files"],
     "train": [
         "config",
         "files",
         "model",
         "dataset",
-        "cost",
+        "steps",
         "optim",
         "parallel",
         "families",
         "checkpoint",
+        "learner",
         "ledger",
+        "incidents",
+        "benchmark",
         "tokenizer",
     ],
     "sample": ["config", "files", "model", "parallel", "checkpoint", "tokenizer"],
-    "memorize": ["config", "files", "model", "dataset", "parallel", "checkpoint", "sample"],
+    "memorize": ["config", "files", "model", "dataset", "steps", "parallel", "checkpoint", "sample"],
     "eval": [
+        "steps",
         "config",
         "files",
         "model",
@@ -62,6 +72,8 @@ MAY_IMPORT = {
     "report": ["config", "files", "run_folder", "figures"],
 }
 NO_TORCH = {
+    "steps",
+    "mirror",
     "config",
     "files",
     "documents",
@@ -120,6 +132,7 @@ def commands() -> list[list[str]]:
     return sorted({command.strip() for command in found if ".py" in command or "-m pytest" in command})
 
 
+@functools.cache
 def help_of(script: str, *words: str) -> str:
     command = [sys.executable, ROOT / script, *words, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd="/")

@@ -4,21 +4,19 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load, metrics, start, wait_for_step, weights
 
 import checkpoint
 import config
-import data
 import files
 import optim
 import parallel
@@ -28,85 +26,6 @@ from dataset import Dataset
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]
-
-CONFIG = """
-from config import *
-config = Config(
-    model=Model(vocab_size=300, seq_len=24, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40),
-    tokenizer=Tokenizer(path={tokenizer!r}, vocab_size=300),
-    data=Data(sources=(Source("prose", paths=({text!r},)),), n_chunks=5, validation_fraction=0.2, workers=1),
-    optim=Optim(lr=1e-2, warmup_steps=4),
-    train=Train(batch_size=6, micro_batch_size=3, log_every=5, device="cpu"),
-    eval=Eval(prompt_tokens=8, continuation_tokens=8),
-    dataset={dataset!r},
-)
-"""
-
-
-@pytest.fixture(scope="session")
-def recipe(tmp_path_factory) -> Path:
-    """A config file with its tokenizer and dataset built: some 290 rows, 48 steps of 6 rows, 5 chunks."""
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "text").mkdir()
-    for n in range(40):
-        lines = (f"{n * 7919 % (w + 2)} sheep and {w * n % 97} goats went up the hill" for w in range(14))
-        (folder / "text" / f"{n}.txt").write_text(" ".join(lines))
-    path = folder / "tiny.py"
-    names = {name: str(folder / name) for name in ("tokenizer", "text", "dataset")}
-    path.write_text(CONFIG.format(**names))
-    subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", path], check=True, capture_output=True)
-    data.build(config.load(str(path)))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """train() takes over Ctrl-C; pytest wants it back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def load(recipe: Path, run: Path, *overrides: str) -> config.Config:
-    return config.load(str(recipe), [f"--run={run}", *overrides])
-
-
-def metrics(run: Path) -> list[dict]:
-    """One record a step: the last one, where a resumed run came to a step again."""
-    return list({record["step"]: record for record in files.read_lines(run / "metrics.jsonl")}.values())
-
-
-def weights(run: Path) -> dict[str, str]:
-    """Hash of the weights and of the optimizer of every checkpoint."""
-    return {
-        c.path.name: (c.state["files"]["model.safetensors"], c.state["files"]["optimizer.safetensors"])
-        for c in checkpoint.checkpoints(run)
-    }
-
-
-@pytest.fixture(scope="session")
-def whole(recipe, tmp_path_factory) -> Path:
-    """The run that nothing interrupts."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}"]
-    subprocess.run(command, check=True, capture_output=True)
-    return run
-
-
-def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    for _ in range(6000):
-        if (run / "metrics.jsonl").exists() and len(files.read_lines(run / "metrics.jsonl")) >= step:
-            return
-        if process.poll() is not None:
-            raise AssertionError(f"training ended before step {step}: {process.stderr.read()}")
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
 
 
 # ---- what is printed is right -----------------------------------------------------------------------------
@@ -223,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_chunk_and_documents(recipe, t
     assert record["event"] == "nonfinite" and f"after step {record['step']}: chunk {record['chunk']}" in err
     dataset, first = Dataset(config.load(str(recipe)).dataset), 6 * record["step"]
     expected = {f"{d[0]}:{d[1]}" for p in range(first, first + 6) for d in dataset.documents(p)}
-    assert set(record["documents"]) == expected and record["rows"] == [first, first + 5]
+    assert set(record["documents"]) == expected and record["rows"] == [[first, first + 5]]
     assert [c.step for c in checkpoint.checkpoints(run)] == [0]
 
 
@@ -274,34 +193,6 @@ def test_a_disk_that_fills_up_is_a_message_and_earlier_checkpoints_stay(recipe, 
     assert "Traceback" not in result.stderr
     assert [c.step for c in checkpoint.checkpoints(run)] == [0]
     assert len(list((run / "checkpoints").iterdir())) == 1
-
-
-# ---- several processes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_have_the_same_losses_as_one(recipe, whole, tmp_path, processes):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        f"--nproc_per_node={processes}",
-        "--",
-        ROOT / "train.py",
-        recipe,
-        f"--run={run}",
-        "--train.micro_batch_size=1",
-        "--train.steps=15",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    together = metrics(run)
-    assert len(together) == 15
-    for ours, alone in zip(together, metrics(whole)):
-        assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
-    assert result.stdout.count("parameters") == 1  # one process speaks
-    assert "interrupted" not in result.stdout
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -478,3 +369,69 @@ def test_eval_reads_a_bare_model_folder_on_held_out_text(recipe, whole, tmp_path
     one_merge_less(folder / "tokenizer.json")
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "another tokenizer" in refused.stderr
+
+
+# ---- recipes of the loop ----------------------------------------------------------------------------------
+
+
+def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_falls_to_zero(recipe, whole, tmp_path):
+    run, origin = tmp_path / "run", checkpoint.checkpoints(whole)[2].path
+    begin, n_steps = checkpoint.read(origin).step, len(metrics(whole))
+    asked = (f"--init_from={origin}", "--optim.anneal_steps=7")
+    train.train(load(recipe, run, *asked, f"--train.steps={begin + 4}"))  # cut off on the way
+    train.train(load(recipe, run, *asked))
+    cfg, peak = load(recipe, run), optim.learning_rate(begin, n_steps, load(recipe, run).optim)
+    records = metrics(run)
+    assert [r["step"] for r in records] == [*range(begin + 1, begin + 8)]
+    assert [r["lr"] for r in records] == pytest.approx([peak * (1 - i / 7) for i in range(7)])
+    # the first update is the same as the original run's: same weights, moments, rows and rate
+    assert records[0]["loss"] == metrics(whole)[begin]["loss"]
+    assert records[1]["loss"] == metrics(whole)[begin + 1]["loss"]
+    assert records[3]["loss"] != metrics(whole)[begin + 3]["loss"]
+    assert checkpoint.checkpoints(run)[0].step == begin
+    assert checkpoint.checkpoints(run)[-1].step == begin + 7
+    with pytest.raises(ConfigError, match="needs --init_from"):
+        load(recipe, run, "--optim.anneal_steps=7")
+    with pytest.raises(ConfigError, match=r"is no checkpoint of train\.py"):
+        bare = tmp_path / "bare"
+        shutil.copytree(origin, bare)
+        (bare / "state.json").unlink()
+        train.train(load(recipe, tmp_path / "other", f"--init_from={bare}", "--optim.anneal_steps=7"))
+    assert cfg.optim.anneal_steps == 0
+
+
+def test_a_batch_that_doubles_sees_every_row_once_in_order(recipe, whole, tmp_path, monkeypatch):
+    run, seen = tmp_path / "run", []
+    plain = train.Learner.gradients
+    monkeypatch.setattr(
+        train.Learner, "gradients", lambda self, batch, n: (seen.append(batch), plain(self, batch, n))[1]
+    )
+    # after 50 rows of 24 tokens: 9 steps of 6, then 12, and after 100 rows 24
+    asked = ("--train.batch_double_tokens=1200", "--train.batch_size_max=24")
+    train.train(load(recipe, run, *asked))
+    sizes = [len(batch) for batch in seen]
+    assert sizes[:9] == [6] * 9 and sizes[9:13] == [12] * 4 and set(sizes[13:]) == {24}
+    dataset = Dataset(load(recipe, run).dataset)
+    assert torch.equal(torch.cat(seen), torch.from_numpy(dataset.rows(0, sum(sizes))))
+    assert [r["tokens"] for r in metrics(run)] == [24 * n for n in itertools.accumulate(sizes)]
+    assert metrics(run)[0]["loss"] == metrics(whole)[0]["loss"]
+    chunks = [c.state["chunk"] for c in checkpoint.checkpoints(run)]
+    assert chunks[0] == -1 and chunks[-1] == 4 and chunks == sorted(chunks)
+
+
+def test_only_the_newest_of_other_checkpoints_are_kept(recipe, tmp_path):
+    run = tmp_path / "run"
+    train.train(load(recipe, run, "--train.checkpoint_every=2", "--train.keep_others=2"))
+    found = checkpoint.checkpoints(run)
+    cfg = load(recipe, run)
+    dataset = Dataset(cfg.dataset)
+    ends = {math.ceil(dataset.chunk_range(c)[1] / 6) for c in range(5)} | {0, dataset.n_rows // 6}
+    n_steps = dataset.n_rows // 6
+    others = [c.step for c in found if c.step not in ends and c.step != n_steps]
+    assert {c.step for c in found if c.step in ends} == {e for e in ends if e <= n_steps} | {0}
+    assert len(others) == 2 and others == [s for s in range(0, n_steps, 2) if s not in ends][-2:]
+
+
+def test_saving_in_step_gives_the_same_checkpoints_as_saving_beside_it(recipe, whole, tmp_path):
+    train.train(load(recipe, tmp_path / "run", "--train.save_async=false"))
+    assert weights(tmp_path / "run") == weights(whole)

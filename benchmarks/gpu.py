@@ -1,0 +1,248 @@
+"""Everything that only a GPU can show, in one command and one file.
+
+    python benchmarks/gpu.py                                   # half an hour, one GPU
+    python benchmarks/gpu.py --only steps attention            # some parts; the file keeps the others
+    OMP_NUM_THREADS=1 python benchmarks/gpu.py --cpu-smoke     # each part in miniature on a CPU
+
+steps            `train.py CONFIG --benchmark`: 124m, 1b, 7b with activation checkpointing
+others           bench_train.py beside transformers, litgpt and a plain loop, with and without --compile
+save             bench_save.py, without and with --sync
+precision        loss curves in BF16 and in FP32 of a small model of local text, and of another seed in FP32
+attention        compiled flex attention in a model's gradients, against the CPU's with the mask written out
+deterministic    train.deterministic twice, in two processes: the same bits
+
+Each part is a process of its own; one that fails is recorded as failed, and the others go on. Writes
+benchmarks/gpu-<device>-<date>.json after every part. Exit code 1 where a part failed, 2 without a GPU.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import config
+import optim
+import parallel
+from config import Config, Model, Train
+from learner import Learner
+
+ROOT, SPAWN = Path(__file__).parents[1], multiprocessing.get_context("spawn")
+SMOKE = {  # what a CPU does in seconds
+    "steps": "--model.d_model=32 --model.n_layers=2 --model.n_heads=2 --model.d_ff=48 "
+    "--model.n_kv_heads=1 --model.seq_len=64 --train.micro_batch_size=1 --train.batch_size=2",
+    "others": "--layers 1 --width 32 --heads 2 --length 32 --rows 2 --vocab_size 300 --steps 2 --threads 1",
+    "save": "--size 2 32 2 48 300 64 2 --steps 2 --rounds 2 --threads 1",
+}
+
+
+def script(*command: object) -> dict:
+    """Runs a script that has --json FILE, with what it prints on the console; returns the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "figures.json")
+        line = [sys.executable, *map(str, command), "--json", str(path)]
+        done = subprocess.run(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(line[1:-2])}: {done.stderr.strip()[-1000:]}")
+        return json.loads(path.read_text())
+
+
+def alone(action, *arguments):
+    """Calls it in a process of its own: what it held is free again, and what it set is forgotten."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        return pool.submit(action, *arguments).result()
+
+
+def steps(smoke: bool) -> dict:
+    """Real steps of three configs, of a few micro-batches each, which tell as much as hundreds."""
+    configs = {"124m": ["--train.batch_size=128"], "1b": ["--train.batch_size=32"]}
+    configs["7b"] = ["--train.batch_size=10", "--train.activation_checkpointing=1"]
+    if not smoke and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
+        # FP32 weights, gradients and two moments of 6.74e9 parameters are 100 GiB; of half the layers 52
+        configs["7b"].append("--model.n_layers=16")
+    n, found = 1 if smoke else 30, {}
+    for name, settings in configs.items():
+        try:
+            settings += SMOKE["steps"].split() * smoke
+            found[name] = {"settings": settings, **script("train.py", name, "--benchmark", n, *settings)}
+        except RuntimeError as error:  # such as a lack of memory: the others still answer
+            found[name] = {"error": str(error)}
+            print(f"  {error}")
+    return judged(found, {name: "error" not in figures for name, figures in found.items()})
+
+
+def others(smoke: bool) -> dict:
+    command = ["benchmarks/bench_train.py", *(SMOKE["others"] if smoke else "--steps 30").split()]
+    fewer = ["--sides", "plain"] if smoke else []  # to compile takes a CPU minutes
+    return {"eager": script(*command), "compiled": script(*command, "--compile", *fewer)}
+
+
+def save(smoke: bool) -> dict:
+    command = ["benchmarks/bench_save.py", *(SMOKE["save"] if smoke else "--steps 30").split()]
+    return {"async": script(*command), "sync": script(*command, "--sync")}
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------
+
+
+def learner(smoke: bool, model: dict, train: dict, seed: int = 0):
+    """A Learner of a model with its first weights, on the GPU, or on the CPU for a smoke test."""
+    torch.set_float32_matmul_precision("highest")  # parallel.start loosens it for BF16
+    train = {"device": "cpu" if smoke else "cuda", "compile": "off" if smoke else "on", **train}
+    cfg = Config(model=Model(**model), train=Train(batch_size=32, micro_batch_size=32, **train)).resolved()
+    made = Learner(cfg, parallel.start(cfg.train, cfg.parallel), 0)
+    made.fill(made.model.initial_weights(seed))
+    return made
+
+
+def learn(made, batch, step: int, n_steps: int) -> float:
+    """One step as train.py makes it; returns the loss."""
+    n_tokens = batch[:, 1:].numel()
+    loss, norm = made.everyone.sum(made.gradients(batch, n_tokens) / n_tokens, made.norm())
+    settings = dataclasses.replace(made.cfg.optim, lr=1e-3, warmup_steps=n_steps // 10)
+    made.update(optim.learning_rate(step, n_steps, settings), norm, optim.clip_limit(step, settings))
+    return loss
+
+
+def precision(smoke: bool) -> dict:
+    """How far BF16's loss is from FP32's, in nats a byte, beside how far another seed's weights are."""
+    n_steps, width = (6, 5) if smoke else (400, 20)
+    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = torch.tensor(list(b"".join(path.read_bytes() for path in library)[: 2**22]), dtype=torch.uint8)
+    # 6 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 2 x 256 x 384 + 384 = 10,819,968 parameters
+    shape = {"vocab_size": 256, "d_model": 384, "n_layers": 6, "n_heads": 6, "d_ff": 1024, "seq_len": 256}
+    if smoke:
+        shape |= {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 48, "seq_len": 64}
+    curves = {}
+    for name, dtype, seed in (("fp32", "fp32", 0), ("bf16", "bf16", 0), ("other seed", "fp32", 1)):
+        made, generator = learner(smoke, shape, {"precision": dtype}, seed), torch.Generator().manual_seed(0)
+        curve = []
+        for step in range(n_steps):
+            starts = torch.randint(len(text) - shape["seq_len"], (32, 1), generator=generator)
+            batch = text[starts + torch.arange(shape["seq_len"] + 1)].long().to(made.everyone.device)
+            curve.append(learn(made, batch, step, n_steps))
+        curves[name] = torch.tensor(curve)
+        torch._dynamo.reset()
+    smooth = {name: curve.unfold(0, width, 1).mean(1) for name, curve in curves.items()}
+    report = {"steps": n_steps, "smoothed_over": width, "final": {k: c[-1].item() for k, c in smooth.items()}}
+    for name in ("bf16", "other seed"):
+        apart = (smooth[name] - smooth["fp32"])[n_steps // 8 :]  # the first fall steeply, and differ by when
+        values = {"max": apart.abs().max(), "mean_absolute": apart.abs().mean(), "mean": apart.mean()}
+        report[f"{name} - fp32"] = {key: value.item() for key, value in values.items()}
+    print(json.dumps(report))
+    return {**report, "curves": {name: curve.tolist() for name, curve in curves.items()}}
+
+
+KINDS = {"document mask": {"document_mask": True}, "window": {"window": 100}, "ALiBi": {"positions": "alibi"}}
+KINDS["all three"] = {key: value for kind in KINDS.values() for key, value in kind.items()}
+
+
+def attention(smoke: bool) -> dict:
+    """Loss and gradients of a model on CUDA, blocks compiled, flex attention, against a dense mask."""
+    report, T = {}, 64 if smoke else 677  # 677: five of flex attention's blocks of 128, and some
+    shape = {"vocab_size": 300, "seq_len": T, "d_model": 256, "n_heads": 4, "n_kv_heads": 2, "d_ff": 512}
+    batch = torch.randint(300, (3, T + 1), generator=torch.Generator().manual_seed(0))
+    batch[:, 50 :: 1 + T // 3] = 0  # ends of documents
+    # of a gradient's norm: FP32 1e-4, the house's; BF16 0.05, about ten roundings of 2^-8
+    for dtype, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
+        for name, kind in KINDS.items():
+            made = []
+            for train in ({"precision": dtype}, {"device": "cpu", "compile": "off", "precision": "fp32"}):
+                made.append(learner(smoke, {**shape, "n_layers": 2, **kind}, train))
+                made[-1].nats = made[-1].gradients(batch.to(made[-1].everyone.device), 3 * T).item()
+            apart = {"loss": abs(made[0].nats / made[1].nats - 1)}
+            for (key, ours), theirs in zip(made[0].model.named_parameters(), made[1].model.parameters()):
+                apart[key] = ((ours.grad.cpu() - theirs.grad).norm() / theirs.grad.norm()).item()
+            worst = max(apart, key=apart.get)
+            report[f"{name}, {dtype}"] = {"worst": worst, "apart": apart[worst], "tolerance": tolerance}
+            print(f"  {name}, {dtype}: {apart[worst]:.1e} apart at worst, in {worst}; tolerance {tolerance}")
+            torch._dynamo.reset()
+    return judged(report, {name: found["apart"] <= found["tolerance"] for name, found in report.items()})
+
+
+def judged(report: dict, good: dict) -> dict:
+    failed = ", ".join(name for name in report if not good[name])
+    return {**report, "error": f"not as it should be: {failed}"} if failed else report
+
+
+def deterministic(smoke: bool) -> dict:
+    """The hash of all weights after a few steps, from two processes."""
+    report = {}
+    for name, kind in {"causal": {}, "all three": KINDS["all three"]}.items():
+        hashes = [alone(trained_hash, smoke, kind) for _ in range(2)]
+        report[name] = {"same": hashes[0] == hashes[1], "sha256": hashes}
+        print(f"  {name}: {'the same bits' if report[name]['same'] else 'DIFFERENT'}")
+    return judged(report, {name: found["same"] for name, found in report.items()})
+
+
+def trained_hash(smoke: bool, kind: dict) -> str:
+    n_steps, T = (3, 64) if smoke else (20, 512)
+    shape = {"vocab_size": 1000, "seq_len": T, "d_model": 256, "n_layers": 2, "n_heads": 4, "d_ff": 512}
+    made = learner(smoke, {**shape, **kind}, {"deterministic": True})
+    generator = torch.Generator().manual_seed(0)
+    for step in range(n_steps):
+        batch = torch.randint(1000, (8, T + 1), generator=generator).to(made.everyone.device)
+        learn(made, batch, step, n_steps)
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in made.model.parameters())
+    return hashlib.sha256(weights).hexdigest()
+
+
+# ---- all of it --------------------------------------------------------------------------------------------
+
+PARTS = {part.__name__: part for part in (steps, others, save, precision, attention, deterministic)}
+
+
+def about(smoke: bool) -> dict:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    there = [name for name in ("triton", "transformers", "litgpt") if importlib.util.find_spec(name)]
+    versions |= {name: importlib.metadata.version(name) for name in there}
+    gpu = None if smoke else torch.cuda.get_device_properties(0)
+    found = {"format": 1, "date": datetime.date.today().isoformat(), "device": gpu.name if gpu else "cpu"}
+    found |= {"memory_bytes": gpu and gpu.total_memory, "platform": platform.platform()}
+    return {**found, "versions": versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--cpu-smoke", action="store_true", help="in miniature; its numbers mean nothing")
+    args = parser.parse_args()
+    if not (args.cpu_smoke or torch.cuda.is_available()):
+        config.fail("PyTorch sees no CUDA device here; --cpu-smoke runs the script without one")
+    report = about(args.cpu_smoke)
+    folder = Path(tempfile.gettempdir()) if args.cpu_smoke else Path(__file__).parent
+    path = folder / f"gpu-{report['device'].lower().replace(' ', '-')}-{report['date']}.json"
+    parts = report["parts"] = json.loads(path.read_text())["parts"] if path.exists() else {}
+    for part in args.only:
+        print(f"\n== {part}", flush=True)
+        start = time.perf_counter()
+        try:
+            found = alone(PARTS[part], args.cpu_smoke)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        if "error" in found:
+            print(f"FAILED: {found['error'][:2000]}", flush=True)
+        parts[part] = {"part_seconds": time.perf_counter() - start, **found}
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    failed = [part for part in args.only if "error" in parts[part]]
+    print(f"\n{path}" + f"; failed: {', '.join(failed)}" * bool(failed))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Incidents: a loss or gradient that is not finite, or far above what it was. Found, recorded, replayed.
+
+    python incidents.py runs/demo                             # what happened in a run
+    python incidents.py runs/demo --replay 137                # the batch of that incident, alone, row by row
+    python incidents.py runs/demo --replay 137 --checkpoint 120
+
+train.py asks `judge` after every backward, before the optimizer is touched, on all processes alike, and does
+what train.on_spike says. Reads the run folder and its dataset; writes nothing.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import config
+import files
+import steps
+from config import Config, ConfigError, Train
+from dataset import Dataset
+
+KINDS = ("nonfinite", "spike")  # events of the ledger
+
+
+def judge(loss: float, norm: float, recent: list[tuple[float, float]], train: Train) -> dict | None:
+    """What is wrong with a step: {"event": "nonfinite"} or {"event": "spike", "z": {...}}; None: nothing.
+
+    `recent`: loss and gradient norm of the steps before it, incidents left out, at most train.spike_window. A
+    spike is judged when there are so many.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return {"event": "nonfinite"}
+    if not train.spike_z or len(recent) < train.spike_window:
+        return None
+    past = {"loss": [pair[0] for pair in recent], "grad_norm": [pair[1] for pair in recent]}
+    scores = {name: robust_z(value, past[name]) for name, value in (("loss", loss), ("grad_norm", norm))}
+    if max(scores.values()) <= train.spike_z:
+        return None
+    return {"event": "spike", "z": {name: round(z, 2) for name, z in scores.items()}}
+
+
+def robust_z(value: float, past: list[float]) -> float:
+    """(value - median) / (1.4826 x the median absolute deviation): deviations, where values are normal.
+
+    Neither median is moved by a few spikes in the window, as mean and deviation are. Where nothing varied, a
+    thousandth of the median stands for the deviation.
+    """
+    median = statistics.median(past)
+    deviation = 1.4826 * statistics.median(abs(x - median) for x in past)
+    return (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)
+
+
+def documents(dataset: Dataset, pieces: Iterable[tuple[int, int]]) -> list[str]:
+    """The documents of rows, given as ranges of positions: ["docs:a.txt", ...]."""
+    found = {(d[0], d[1]) for first, end in pieces for p in range(first, end) for d in dataset.documents(p)}
+    return sorted(f"{source}:{name}" for source, name in found)
+
+
+def told(record: dict) -> str:
+    """An incident in a sentence or two, for people."""
+    names, rows = record["documents"], ", ".join(f"{first} to {last}" for first, last in record["rows"])
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    why = (
+        "" if record["event"] == "nonfinite" else f", {max(record['z'].values())} deviations above the median"
+    )
+    return (
+        f"loss {record['loss']} and gradient norm {record['grad_norm']}{why} in the step after step "
+        f"{record['step']}: chunk {record['chunk']}, rows {rows}, {len(names)} documents: {some}"
+    )
+
+
+def of_run(run: Path | str) -> list[dict]:
+    return [r for r in files.read_lines(Path(run) / "ledger.jsonl") if r.get("event") in KINDS]
+
+
+# ---- replaying --------------------------------------------------------------------------------------------
+
+
+def replay(run: Path | str, step: int, at: int | None = None) -> tuple[list[tuple], dict[str, float], int]:
+    """The batch after step `step` on the weights of a checkpoint, by default the newest up to there.
+
+    Returns (position, loss, documents) of each row, the gradient's norm by layer, and the checkpoint's step.
+    The weights are those of the checkpoint, not of the moments before the incident: what is seen is whether
+    the batch is bad by itself (PaLM, section 5.1: theirs were not).
+    """
+    import torch
+
+    import checkpoint
+    import optim
+
+    cfg: Config = config.load_run(run)
+    dataset = Dataset(cfg.dataset)
+    known = [
+        c for c in checkpoint.chosen(run, [] if at is None else [at]) if at is not None or c.step <= step
+    ]
+    if not known:
+        raise ConfigError(f"{run} has no checkpoint up to step {step}")
+    c = known[-1]
+    incident = [r for r in of_run(run) if r["step"] == step]
+    if incident:
+        pieces = [(first, last + 1) for first, last in incident[-1]["rows"]]
+    else:
+        plan = steps.of(cfg, dataset.n_rows, c.state.get("order"))
+        if step >= plan.n_steps:
+            raise ConfigError(f"{run} has {plan.n_steps} steps; there is no batch after step {step}")
+        pieces = plan.pieces(step)
+    positions = [p for first, end in pieces for p in range(first, end)]
+    model = checkpoint.load_model(c.path).requires_grad_(True)
+    rows = []
+    for position in positions:
+        row = torch.from_numpy(dataset.rows(position, 1))
+        loss = model(row[:, :-1], row[:, 1:]) / dataset.seq_len
+        (loss / len(positions)).backward()
+        rows.append((position, loss.item(), documents(dataset, [(position, position + 1)])))
+    return rows, optim.norms_by_layer(model), c.step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="the batch after this step, row by row")
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="STEP", help="on these weights; default: the newest before"
+    )
+    args = parser.parse_args()
+    try:
+        config.load_run(args.run)
+        if args.replay is None:
+            found = of_run(args.run)
+            for record in found:
+                config.show(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
+                norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
+                largest = sorted(
+                    norms, key=lambda name: -norms[name] if math.isfinite(norms[name]) else -math.inf
+                )
+                if norms:
+                    shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
+                    config.show(f"  largest gradients: {shown}")
+            config.show(f"{len(found)} incidents" if found else "no incident")
+            sys.exit(0)
+        rows, norms, at = replay(args.run, args.replay, args.checkpoint)
+    except ConfigError as error:
+        config.fail(error)
+    config.show(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
+    for position, loss, names in sorted(
+        rows, key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
+    ):
+        config.show(
+            f"  row {position:>8}  loss {loss:8.4f}  {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
+        )
+    for name, norm in norms.items():
+        config.show(f"  gradient of {name:<16} {norm:.4g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""benchmark.py and what ledger.py measures: figures that belong together, and a trace that opens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import cost
+import ledger
+import parallel
+import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / "train.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, processes):
+    file = tmp_path / "figures.json"
+    asked = ("--train.batch_size=12", "--dataset=/nowhere", f"--run={tmp_path / 'run'}", "--benchmark", "4")
+    result = run(recipe, *asked, f"--json={file}", processes=processes)
+    assert result.returncode == 0, result.stderr[-2000:]
+    about = json.loads(file.read_text())
+    assert about["tokens_per_second"] == pytest.approx(12 * 24 / about["seconds"])
+    parts = [about[f"{part}_seconds"] for part in ("data", "forward_backward", "optimizer")]
+    assert 0 < max(parts) < about["seconds"] < 3 * sum(parts)
+    assert about["processes"] == processes and about["memory_bytes"] > 50e6
+    assert about["config"]["train"]["batch_size"] == 12
+    cfg = config.load(str(recipe), [*asked[:3]])
+    planned = cost.total(cost.memory(cfg, processes, False)) / cost.GIB
+    assert f"{planned:.2f}" in result.stdout and f"{about['tokens_per_second']:,.0f}" in result.stdout
+    assert result.stdout.count("tokens a second") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--benchmark"], "--benchmark needs a value"),
+        (["--benchmark", "0"], "at least 1"),
+        (["--benchmark=many"], "whole number"),
+        (["--profile=3"], "takes no value"),
+        (["--benchmark", "2", "--train.batch_size=7"], "does not divide"),
+        (["--benchmark", "2", "--parallel.tp=2"], "do not divide by parallel.tp=2"),
+    ],
+)
+def test_wrong_flags_are_one_message(recipe, flags, message):
+    result = run(recipe, *flags)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_profile_is_a_trace_of_steps_with_the_matrix_products_in_it(recipe, tmp_path):
+    cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", "--train.steps=8"])
+    train.train(cfg, profile=True)
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert "aten::mm" in names and any("AdamW" in str(name) for name in names)
+
+
+def test_the_meter_reads_memory_and_says_nothing_of_what_it_cannot_know(recipe):
+    cfg = config.load(str(recipe))
+    meter = ledger.Meter(cfg, parallel.alone())
+    before, room = meter.memory(), bytearray(200_000_000)
+    assert meter.memory() >= before > 0 and len(room)
+    assert meter.joules() == 0 and meter.totals() == {}
+    assert set(meter.about(100.0, 0.0)) == {"memory_bytes"}
+
+
+def test_energy_is_power_times_time_and_mfu_is_costs(recipe, monkeypatch):
+    cfg = config.load("7b")
+    meter = ledger.Meter(cfg, parallel.alone())
+    meter.peak, meter.nvml, meter.watts, meter.use = 312e12, True, 350.0, 97
+    record = meter.about(2600.0, 7.2e6)
+    plain, palm = cost.mfu(cfg.model, 2600.0, 312e12)
+    assert (record["mfu_6n"], record["mfu"], record["peak_flops"]) == (plain, palm, 312e12)
+    assert palm == pytest.approx(0.364, abs=0.001)  # Amber's figure
+    assert record["kwh"] == pytest.approx(2.0) and record["gpu_watts"] == 350 and record["gpu_use"] == 0.97
+    # 2 kWh x PUE 1.1 x 0.385 kg/kWh
+    assert meter.totals() == {"kwh": pytest.approx(2.0), "kg_co2": pytest.approx(0.847)}

@@ -1,0 +1,211 @@
+"""train.py and ledger.py with several processes: they agree, they are killed, they hang, they come back."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import load, metrics, wait_for_step, weights
+
+import checkpoint
+import files
+import train
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- several processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_have_the_same_losses_as_one(recipe, whole, tmp_path, processes):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        f"--nproc_per_node={processes}",
+        "--",
+        ROOT / "train.py",
+        recipe,
+        f"--run={run}",
+        "--train.micro_batch_size=1",
+        "--train.steps=15",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    together = metrics(run)
+    assert len(together) == 15
+    for ours, alone in zip(together, metrics(whole)):
+        assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    assert result.stdout.count("parameters") == 1  # one process speaks
+    assert "interrupted" not in result.stdout
+
+
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*map(str, [*command, f"--max-restarts={restarts}", "--", *arguments])]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_goes_on_with_any_number_of_processes_and_any_way_of_spreading(recipe, whole, tmp_path):
+    """One process, then four (tensor parallel x FSDP), then three (DDP): the losses are those of one."""
+    run = tmp_path / "run"
+    train.train(load(recipe, run, "--train.steps=5"))
+    for processes, steps, *how in (
+        (4, 11, "--parallel.strategy=fsdp", "--parallel.tp=2"),
+        (3, 17, "--parallel.strategy=ddp"),
+    ):
+        asked = [f"--run={run}", f"--train.steps={steps}", "--train.micro_batch_size=1", *how]
+        command = torchrun(processes, ROOT / "train.py", recipe, *asked)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment())
+        assert result.returncode == 0, result.stderr[-3000:]
+    together = metrics(run)
+    assert len(together) == 17
+    for ours, alone in zip(together, metrics(whole)):
+        assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert (ours["lr"], ours["tokens"], ours["chunk"]) == (alone["lr"], alone["tokens"], alone["chunk"])
+    sizes = [
+        r["world_size"] for r in files.read_lines(run / "ledger.jsonl") if r["event"] in ("start", "resume")
+    ]
+    assert sizes == [1, 4, 3]
+    train.train(load(recipe, run, "--train.steps=18"))  # and one again
+    assert metrics(run)[-1]["loss"] == pytest.approx(metrics(whole)[17]["loss"], abs=1e-5)
+
+
+def kill_a_rank(run: Path, rank: int, pids_gone: set[int], deadline: float = 60) -> None:
+    """Kills a process of a run by the name that it left there."""
+    for _ in range(int(deadline * 100)):
+        try:
+            pid = json.loads((run / ".processes" / f"{rank}.json").read_text())["pid"]
+            if pid not in pids_gone:
+                os.kill(pid, signal.SIGKILL)
+                pids_gone.add(pid)
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.01)
+    raise AssertionError(f"process {rank} did not come up")
+
+
+@pytest.fixture(scope="session")
+def pair(recipe, tmp_path_factory) -> Path:
+    """The run of two processes, sharded, that nothing interrupts."""
+    run = tmp_path_factory.mktemp("pair") / "run"
+    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *PAIR)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run
+
+
+PAIR = ("--parallel.strategy=fsdp", "--train.checkpoint_every=3")
+
+
+def test_torchrun_brings_a_run_back_when_a_rank_is_killed(recipe, pair, tmp_path):
+    run = tmp_path / "run"
+    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *PAIR, restarts=3)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for_step(run, 8, process)
+    kill_a_rank(run, 1, set())
+    err = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, err[-3000:]
+    assert weights(run) == weights(pair)
+    events = [record["event"] for record in files.read_lines(run / "ledger.jsonl")]
+    assert events.index("fault") < events.index("resume") and events[-1] == "finish"
+    (fault,) = [r for r in files.read_lines(run / "ledger.jsonl") if r["event"] == "fault"]
+    assert fault["died_without_a_word"] == [1] and fault["restart"] == 1
+    (other,) = [who for who in fault["processes"] if who["rank"] == 0]
+    assert "error" in other  # what the first process saw of it
+    assert list((run / ".processes").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_dozen_kills_at_random_moments_leave_no_trace(recipe, pair, tmp_path):
+    generator, run, gone = random.Random(360), tmp_path / "run", set()
+    asked = (*PAIR, "--train.checkpoint_every=1")  # almost always in the middle of a save
+    for _ in range(12):
+        command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *asked, restarts=1)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+        )
+        for _ in range(2):  # the second one ends the whole
+            kill_a_rank(run, generator.randrange(2), gone)
+            time.sleep(generator.uniform(0, 1.5))
+        process.wait(timeout=180)
+        for c in checkpoint.checkpoints(run):
+            assert all(files.sha256(c.path / name) == digest for name, digest in c.state["files"].items())
+    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *asked)
+    assert subprocess.run(command, capture_output=True, env=environment()).returncode == 0
+    ours, theirs = weights(run), weights(pair)
+    assert len(gone) == 24 and {name: ours[name] for name in theirs} == theirs
+
+
+def test_a_process_that_hangs_ends_the_run_with_a_message(recipe, tmp_path):
+    run, processes = tmp_path / "run", []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for rank in "01":
+        together = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            recipe,
+            f"--run={run}",
+            *PAIR,
+            "--parallel.timeout_seconds=8",
+        ]
+        processes.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**environment(), **together},
+            )
+        )
+    try:
+        while not any(c.step >= 3 for c in checkpoint.checkpoints(run)):
+            assert processes[0].poll() is None, processes[0].stderr.read()
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGSTOP)
+        err = processes[0].communicate(timeout=60)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 1 and "did not answer within parallel.timeout_seconds=8" in err
+    assert "goes on from the newest checkpoint" in err and "Traceback" not in err
+    assert checkpoint.checkpoints(run)[-1].step >= 3
+
+
+def test_sigterm_before_preemption_saves_in_every_process(recipe, pair, tmp_path):
+    run = tmp_path / "run"
+    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *PAIR, "--train.checkpoint_every=0")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for_step(run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    last = files.read_lines(run / "ledger.jsonl")[-1]
+    assert last["event"] == "interrupted" and checkpoint.checkpoints(run)[-1].step == last["step"] >= 3
+    assert list((run / ".processes").iterdir()) == []
