@@ -26,10 +26,9 @@ from learner import Learner
 WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
 
 
-def run(cfg: Config, n_steps: int, json: str = "") -> dict:
+def run(cfg: Config, n_steps: int, file: str = "") -> dict:
     """Makes n_steps steps, prints one table and returns its figures. Medians over steps."""
-    shape = config.mesh_shape(cfg.parallel, parallel.world_size())
-    config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, shape[0] * shape[1])
+    cost.accumulation(cfg, parallel.world_size())  # they must divide
     everyone = parallel.start(cfg.train, cfg.parallel)
     learner = Learner(cfg, everyone, eot=0)
     with torch.no_grad():
@@ -37,7 +36,7 @@ def run(cfg: Config, n_steps: int, json: str = "") -> dict:
             parameter.normal_(std=0.02)
     meter, T = ledger.Meter(cfg, everyone), cfg.model.seq_len
     n_tokens, n_rows = cfg.train.batch_size * T, cfg.train.batch_size // everyone.copies
-    generator = torch.Generator().manual_seed(cfg.train.seed + everyone.rank // shape[2])
+    generator = torch.Generator().manual_seed(cfg.train.seed + everyone.share(everyone.copies).start)
     times = {"data_seconds": [], "forward_backward_seconds": [], "optimizer_seconds": [], "seconds": []}
     joules = []
     for step in range(WARM_UP + n_steps):
@@ -63,16 +62,16 @@ def run(cfg: Config, n_steps: int, json: str = "") -> dict:
         "processes": everyone.world_size,
     }
     machine = ledger.about_machine(everyone)
-    if json:
-        everyone.once(files.write_json, Path(json), {**figures, **machine, "config": config.to_dict(cfg)})
-    everyone.once(show, cfg, figures, machine, n_steps)
+    if file:
+        everyone.once(files.write_json, Path(file), {**figures, **machine, "config": config.to_dict(cfg)})
+    everyone.once(show, cfg, figures, machine, n_steps, everyone.device.type == "cuda")
     everyone.leave()
     return figures
 
 
-def show(cfg: Config, figures: dict, machine: dict, n_steps: int) -> None:
+def show(cfg: Config, figures: dict, machine: dict, n_steps: int, cuda: bool) -> None:
     """The table: measured, and what cost.py expects of the same config."""
-    cuda, processes = "mfu" in figures or torch.cuda.is_available(), figures["processes"]
+    processes = figures["processes"]
     plan = cost.memory(cfg, processes, cuda)
     flops, gib = cost.flops_per_token(cfg.model), cost.GIB
     rows = [

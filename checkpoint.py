@@ -162,6 +162,8 @@ class Saving:
         """
         if self.thread is None:
             return None
+        while self.everyone.sum(self.busy())[0]:  # a slow disk may take longer than a collective may wait
+            time.sleep(0.01)
         self.thread.join()
         self.thread = None
         told = self.everyone.collect((self.error, self.hashes))
@@ -178,7 +180,7 @@ class Saving:
         files.write_json(
             self.aside / "state.json", {"format": FORMAT, **self.state, "time": time.time(), "files": hashes}
         )
-        if final.exists():  # without its state.json; or of a time before a rollback
+        if final.exists():  # without its state.json: someone's, not ours
             shutil.rmtree(final)
         os.replace(self.aside, final)
         files.sync(self.folder)
@@ -374,7 +376,8 @@ def load_optimizer(folder: Path | str, model: nn.Module, optimizers) -> None:
     )
     for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
         if set(tensors) <= {"random.cpu", "random.cuda"}:
-            break  # step 0: nothing has moved yet
+            optimizer.state.clear()  # step 0: nothing has moved yet, or not any more
+            continue
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             kind, moments = type(optimizer).__name__, {}
             for key in STATE[kind]:

@@ -297,8 +297,10 @@ class Train:
     # what an incident does: stop; skip the update; defer the rest of the chunk to the end (K2); go back to a
     # checkpoint and leave batches out (PaLM, GLM-130B)
     on_spike: Literal["stop", "skip", "defer", "rollback"] = "stop"
-    rollback_steps: int = 100  # the checkpoint is at least so many steps before the spike, if there is one
-    rollback_skip: int = 200  # batches left out: half of them before the spike, half from it on
+    rollback_steps: int = 100  # the checkpoint is at least so many steps before the spike, else the first
+    rollback_skip: int = (
+        200  # batches left out: half before the spike (not before the checkpoint), then the rest
+    )
     max_incidents: int = 10  # the one after so many stops the run whatever on_spike says
 
     def __post_init__(self):

@@ -30,6 +30,7 @@ class Learner:
         """Gives every parameter its value, whole ones in the order of the model's parameters."""
         for parameter, value in zip(self.model.parameters(), values, strict=True):
             parallel.put(parameter, value)
+        self.everyone.alike(self.model)
 
     def gradients(self, batch: Tensor, n_tokens: int) -> Tensor:
         """Takes the gradient of the mean loss over the global batch, which has n_tokens targets.

@@ -10,6 +10,7 @@ train.py calls these; none of them changes what is learned. Files (checkpoint.py
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import platform
 import resource
@@ -242,9 +243,10 @@ def step_line(record: dict, last_step: int, left: float) -> str:
     """One aligned line: nats a token, global gradient norm, rate, speed, chunk, estimated seconds left."""
     minutes, seconds = divmod(int(left), 60)
     speed, clock = record["tokens_per_second"], f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    loss, norm = (math.nan if record[name] is None else record[name] for name in ("loss", "grad_norm"))
     return (
-        f"step {record['step']:>{len(str(last_step))}}/{last_step}  loss {record['loss']:7.4f}  "
-        f"grad {record['grad_norm']:7.3f}  lr {record['lr']:.2e}  "
+        f"step {record['step']:>{len(str(last_step))}}/{last_step}  loss {loss:7.4f}  "
+        f"grad {norm:7.3f}  lr {record['lr']:.2e}  "
         f"{speed:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {clock}"
     )
 

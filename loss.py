@@ -26,7 +26,7 @@ class Loss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.z_loss = 0.0  # train.py sets it from optim.z_loss
+        self.z_loss = 0.0  # learner.py sets it from optim.z_loss
 
     def forward(self, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """h (B, T, D), head (V, D), targets (B, T) -> the sum of their losses."""

@@ -96,7 +96,7 @@ class Everyone:
 
     @property
     def copies(self) -> int:
-        """Processes that see different rows; each has tp - 1 others beside it that see the same."""
+        """Replicas x shards: processes that see different rows, each with tp - 1 others that see the same."""
         return self.world_size // self.shape[2]
 
     def share(self, n: int) -> slice:
@@ -129,9 +129,9 @@ class Everyone:
         if self.sharded or self.world_size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # A gradient is then a view into the buffer that is reduced: one copy less of all gradients. What is
-        # broadcast here is empty memory: every process fills its own.
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # A gradient is then a view into the buffer that is reduced: one copy less of all gradients. There is
+        # nothing to broadcast yet: see `alike`.
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
 
     def shard_weights(self, model: nn.Module, reshard: bool) -> None:
         """FSDP2: every block is gathered when it is its turn, in BF16 where that is the precision.
@@ -213,6 +213,29 @@ class Everyone:
         if problem is not None:
             raise problem
 
+    def first(self, function: Callable, *arguments) -> object:
+        """function(*arguments) by the first process, told to all: what each reads for itself might differ."""
+        told = [None]
+
+        def ask():
+            told[0] = function(*arguments)
+
+        self.once(ask)
+        if self.world_size > 1:
+            dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def aside(self, action: Callable, *arguments) -> None:
+        """Runs action(*arguments) in the first process, and nobody waits for it."""
+        if self.rank == 0:
+            action(*arguments)
+
+    def alike(self, model: nn.Module) -> None:
+        """Gives all copies of a model that is not sharded the first one's parameters, to the last bit."""
+        if self.world_size > 1 and not self.sharded:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
     def leave(self) -> None:
         """Parts from the others, when all are done."""
         if self.world_size > 1:
@@ -249,20 +272,22 @@ def start(train: Train, settings: Parallel) -> Everyone:
     sharded = n > 1 and (settings.strategy == "fsdp" or settings.tp > 1)
     mesh = None
     if n > 1:
-        meet("nccl" if here.type == "cuda" else "gloo", settings.timeout_seconds)
+        patience = datetime.timedelta(seconds=settings.timeout_seconds)
+        meet("nccl" if here.type == "cuda" else "gloo", patience)
         if sharded:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
+            for group in mesh.get_all_groups():  # which would wait as long as PyTorch thinks right
+                dist.distributed_c10d._set_pg_timeout(patience, group)
     return Everyone(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
 
 
-def meet(backend: str, timeout_seconds: int) -> None:
+def meet(backend: str, patience: datetime.timedelta) -> None:
     """Joins the process group, on a restart by torchrun too.
 
     torchrun 2.13 keeps one store through all its restarts, without a prefix, so that a restarted process may
     find the addresses that dead ones left there, and wait for them for ever. On one node the number of the
     restart is a prefix on which all agree. On several it is not: each node counts its own.
     """
-    patience = datetime.timedelta(seconds=timeout_seconds)
     store, rank, n = next(dist.rendezvous("env://", timeout=patience))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and os.environ.get("LOCAL_WORLD_SIZE") == str(n):

@@ -33,9 +33,7 @@ class Steps:
     @property
     def n_steps(self) -> int:
         """Of whole batches; what is left at the end of the order is never trained on."""
-        first_step, row, size = (
-            self.phases[-1] if self.phases[-1][1] <= self.n_rows else self.phase_of_row(self.n_rows)
-        )
+        first_step, row, size = self.phase_of_row(self.n_rows)
         return first_step + (self.n_rows - row) // size
 
     @property
@@ -134,6 +132,8 @@ def trained(state: dict, positions):
     out = positions < 0
     for first, end in consumed:
         out = out | (first <= positions) & (positions < end)
+    for first, end in state.get("skipped", []):  # batches that moved nothing
+        out = out & ~((first <= positions) & (positions < end))
     return out
 
 

@@ -1,11 +1,11 @@
 """The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
 
-    python train.py configs/demo.py                              # one process python train.py demo
-    --init_from=models/mine --run=runs/new  # from weights that are there torchrun --nproc_per_node=8 train.py
-    configs/7b.py           # eight GPUs, the same program torchrun --nproc_per_node=8 --max-restarts=100
-    train.py 7b   # and by itself again when a process dies python train.py 124m --benchmark 30
-    # speed and memory, on made-up tokens python train.py demo --profile                               # a
-    trace of three steps: runs/demo/trace.json
+    python train.py configs/demo.py                              # one process
+    python train.py demo --init_from=models/mine --run=runs/new  # from weights that are there
+    torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
+    torchrun --nproc_per_node=8 --max-restarts=9 train.py 7b     # and again by itself when a process dies
+    python train.py 124m --benchmark 30                          # speed and memory, on made-up tokens
+    python train.py demo --profile                               # three steps, in runs/demo/trace.json
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
 checkpoint and leave. The same command again goes on from the newest complete checkpoint, after kill -9 too,
@@ -36,6 +36,7 @@ import torch
 import benchmark
 import checkpoint
 import config
+import cost
 import files
 import incidents
 import ledger
@@ -71,17 +72,16 @@ class Stopped(RuntimeError):
 def train(cfg: Config, profile: bool = False) -> None:
     """Trains cfg.run from where it stands to the end of the data, or to train.steps."""
     # Settings are checked before the processes meet and before the first file is written.
-    copies = math.prod(config.mesh_shape(cfg.parallel, parallel.world_size())[:2])
-    accumulation = config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, copies)
+    accumulation = cost.accumulation(cfg, parallel.world_size())
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
-    found = checkpoint.checkpoints(cfg.run)
-    origin = None if found else open_origin(cfg, dataset)
+    origin = None if checkpoint.checkpoints(cfg.run) else open_origin(cfg, dataset)
     changed = ledger.check_same_run(cfg, dataset)
 
     everyone = parallel.start(cfg.train, cfg.parallel)
     everyone.once(ledger.lock, Path(cfg.run))
+    found = everyone.first(checkpoint.checkpoints, cfg.run)
     run = Run(cfg, dataset, everyone, found, origin)
     if found and found[-1].step >= run.last_step:
         everyone.once(
@@ -119,13 +119,16 @@ class Run:
         self.chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
         self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of the schedule, whatever is left out later
         self.annealed = checkpoint.read(origin) if origin and cfg.optim.anneal_steps else None
-        self.begin_step = found[0].step if found else self.annealed.step if self.annealed else 0
+        self.begin_step = (
+            self.resumed.state.get("begin", 0) if found else self.annealed.step if self.annealed else 0
+        )
         self.stand(self.resumed or self.annealed)
 
     def stand(self, at: Checkpoint | None) -> None:
         """Takes the position in the data from a checkpoint, or the very start."""
         state = at.state if at else {}
         self.step = at.step if at else 0
+        self.skipped = state.get("skipped", [])
         self.recent = deque(map(tuple, state.get("recent", [])), self.cfg.train.spike_window)
         self.change_order(steps.of(self.cfg, self.dataset.n_rows, state.get("order")))
 
@@ -187,7 +190,9 @@ class Run:
         rows = self.steps.consumed(self.step)
         state = {
             "step": self.step,
-            "rows": rows,  # position in the order: its first so many rows have been trained on
+            "begin": self.begin_step,
+            "rows": rows,  # position in the order: its first so many rows have been consumed
+            "skipped": self.skipped,  # those of them that moved nothing: ranges of the dataset's order
             "tokens": rows * self.cfg.model.seq_len,
             "chunk": self.steps.newest_chunk(self.chunks, self.step),
             "eot": self.dataset.manifest["eot"],
@@ -210,8 +215,14 @@ class Run:
         state = self.saving.state
         self.log("checkpoint", step=state["step"], chunk=state["chunk"], checkpoint=path.name)
         if self.cfg.train.keep_others:
-            arguments = (self.folder, self.kept, self.cfg.train.keep_others)
-            self.everyone.once(checkpoint.delete_others, *arguments)
+            kept = set(self.kept)
+            if self.cfg.train.on_spike == "rollback":  # and one to go back to
+                old = [s for s in self.steps_saved() if s <= state["step"] - self.cfg.train.rollback_steps]
+                kept |= set(old[-1:])
+            self.everyone.once(checkpoint.delete_others, self.folder, kept, self.cfg.train.keep_others)
+
+    def steps_saved(self) -> list[int]:
+        return [c.step for c in self.everyone.first(checkpoint.checkpoints, self.folder)]
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -223,7 +234,7 @@ class Run:
             ledger.Meter(self.cfg, self.everyone),
         )
         T = cfg.model.seq_len
-        began, began_at = time.perf_counter(), self.step
+        began, done = time.perf_counter(), 0
         while self.step < self.last_step:
             t0 = time.perf_counter()
             batch = self.batches.get(self.steps, self.step)  # (this process's rows, T+1)
@@ -245,14 +256,14 @@ class Run:
             else:
                 learner.update(lr, norm, limit)
                 self.recent.append((loss, norm))
-            self.step += 1
+            self.step, done = self.step + 1, done + 1
 
             t3 = time.perf_counter()
             seconds = t3 - t0
             record = {
                 "step": self.step,
-                "loss": loss,
-                "grad_norm": norm,
+                "loss": loss if math.isfinite(loss) else None,
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "lr": lr,
                 "tokens": self.steps.consumed(self.step) * T,
                 "tokens_per_second": n_tokens / seconds,
@@ -265,16 +276,15 @@ class Run:
                 "time": time.time(),
                 **({"skipped": True} if incident else {}),
             }
-            everyone.once(ledger.log_step, self.folder, record)
+            everyone.aside(ledger.log_step, self.folder, record)
             if self.step % cfg.train.log_every == 0 or self.step in (1, self.last_step):
-                pace = (time.perf_counter() - began) / max(1, self.step - began_at)
-                left = (self.last_step - self.step) * pace
-                everyone.once(ledger.say, ledger.step_line(record, self.last_step, left))
+                left = (self.last_step - self.step) * (time.perf_counter() - began) / done
+                everyone.aside(ledger.say, ledger.step_line(record, self.last_step, left))
             if not writing:  # every process has written its part of the checkpoint
                 self.saved()
             if self.step in self.save_at or stop:
                 self.save()
-            if profiler and profiler(self.step - began_at):
+            if profiler and profiler(done):
                 profiler = None
             if stop and self.step < self.last_step:
                 self.saved()
@@ -293,9 +303,10 @@ class Run:
     # ---- incidents ----------------------------------------------------------------------------------------
 
     def incident(self, found: dict, loss: float, norm: float) -> bool:
-        """Writes it down, does what train.on_spike says; True if the step is over, False if it begins anew.
+        """Writes it down and does what train.on_spike says.
 
-        All processes come here together, with the same numbers. Raises Stopped where the run ends.
+        True: the step counts, without an update. False: the step or the order is another now, and the loop
+        goes on from there. All processes come here together, with the same numbers. Stopped: the run ends.
         """
         cfg, everyone, step = self.cfg, self.everyone, self.step
         norms = optim.norms_by_layer(self.learner.model)  # all processes together
@@ -304,10 +315,12 @@ class Run:
         self.n_incidents += 1
         pieces = self.steps.pieces(step)
         chunk = self.dataset.chunk_of(pieces[0][0])
-        earlier = [c for c in checkpoint.checkpoints(self.folder) if c.step <= step]
+        earlier = [c for c in everyone.first(checkpoint.checkpoints, self.folder) if c.step <= step]
         action, order, back = cfg.train.on_spike, None, None
         if action == "defer":
-            order = self.steps.deferred(step, self.chunks[chunk])
+            # a batch may begin in one chunk and end in the next
+            last = self.dataset.chunk_of(pieces[-1][1] - 1)
+            order = self.steps.deferred(step, (self.chunks[chunk][0], self.chunks[max(chunk, last)][1]))
         elif action == "rollback":
             back = [earlier[0], *(c for c in earlier if c.step <= step - cfg.train.rollback_steps)][-1]
             half = cfg.train.rollback_skip // 2
@@ -341,6 +354,7 @@ class Run:
             )
         everyone.once(ledger.say, f"{action}: {told}")
         if action == "skip":
+            self.skipped = [*self.skipped, *pieces]
             return True
         if action == "rollback":
             everyone.once(checkpoint.set_aside, self.folder, back.step, step)
@@ -428,6 +442,18 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     tokenizers.check_same(folder, dataset.folder)
     if cfg.optim.anneal_steps:
         state = checkpoint.read(folder).state
+        order = steps.of(cfg, dataset.n_rows, state.get("order"))
+        left = min(order.n_steps, steps.of(cfg, dataset.n_rows).n_steps) - state["step"]
+        if order.consumed(state["step"]) != state["rows"]:
+            raise ConfigError(
+                f"--init_from={cfg.init_from} consumed {state['rows']} rows in {state['step']} steps, and "
+                f"this config's batches would be {order.consumed(state['step'])}: anneal with the same ones"
+            )
+        if left < cfg.optim.anneal_steps:
+            raise ConfigError(
+                f"optim.anneal_steps={cfg.optim.anneal_steps}: after the origin's step {state['step']} "
+                f"{cfg.dataset} has data for {left}; anneal in fewer steps, or from an earlier checkpoint"
+            )
         if state["dataset_sha256"] != dataset.sha256:
             raise ConfigError(
                 f"--init_from={cfg.init_from} was trained on another dataset than {cfg.dataset}; annealing "

@@ -125,6 +125,31 @@ def test_skip_leaves_the_weights_as_they_were_and_goes_on(recipe, tmp_path, monk
     assert [s[0] for s in faults.seen] == [B * s for s in range(9) if s != 5]
     (record,) = ledger(run, "nonfinite")
     assert record["action"] == "skip" and ledger(run, "finish")
+    end = checkpoint.checkpoints(run)[
+        -1
+    ].state  # the batch that moved nothing is not one that was learned from
+    assert end["skipped"] == [[5 * B, 6 * B]] and end["rows"] == 9 * B
+    seen = steps.trained(end, np.arange(11 * B))
+    assert seen.tolist() == [p // B < 9 and p // B != 5 for p in range(11 * B)]
+    assert next(r for r in metrics(run) if r["step"] == 6)["loss"] is None
+
+
+def test_a_rollback_to_the_very_start_forgets_the_moments_too(recipe, tmp_path, monkeypatch):
+    cfg = load(recipe, tmp_path / "back", "--train.on_spike=rollback", "--train.rollback_skip=40")
+    fresh = load(recipe, tmp_path / "fresh", "--train.steps=1")
+    dataset = Dataset(cfg.dataset)
+    Faults(monkeypatch, dataset, {3 * B: math.nan})
+    with pytest.raises(train.Stopped):  # nothing is left to train on without those 40 batches
+        train.train(load(recipe, tmp_path / "none", "--train.on_spike=rollback", "--train.rollback_skip=60"))
+    train.train(load(recipe, tmp_path / "back", "--train.on_spike=rollback", "--train.rollback_skip=2"))
+    (record,) = ledger(tmp_path / "back", "nonfinite")
+    assert record["back_to"] == "step-00000000" and record["order"][0] == [0, 2 * B]
+    train.train(fresh)
+    # what it learned after the rollback is what a run learns that never saw those batches
+    again = [r for r in files.read_lines(tmp_path / "back" / "metrics.jsonl") if r["step"] == 1][1]
+    assert again["loss"] == metrics(tmp_path / "fresh")[0]["loss"]
+    moved = [r for r in files.read_lines(tmp_path / "back" / "metrics.jsonl") if r["step"] == 2]
+    assert moved[0]["loss"] == moved[1]["loss"] and moved[0]["grad_norm"] == moved[1]["grad_norm"]
 
 
 @pytest.mark.parametrize("times", [1, 10**9])

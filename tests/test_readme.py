@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "model",
         "dataset",
         "steps",
+        "cost",
         "optim",
         "parallel",
         "families",

@@ -390,6 +390,12 @@ def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_falls_to_zer
     assert records[3]["loss"] != metrics(whole)[begin + 3]["loss"]
     assert checkpoint.checkpoints(run)[0].step == begin
     assert checkpoint.checkpoints(run)[-1].step == begin + 7
+    for override, message in (
+        ("--optim.anneal_steps=700", "anneal in fewer steps"),
+        ("--train.batch_size=12", "anneal with the same ones"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train.train(load(recipe, tmp_path / "other", *asked, override))
     with pytest.raises(ConfigError, match="needs --init_from"):
         load(recipe, run, "--optim.anneal_steps=7")
     with pytest.raises(ConfigError, match=r"is no checkpoint of train\.py"):
