@@ -20,7 +20,7 @@ import files
 import ledger
 import optim
 import parallel
-from config import Config
+from config import Config, ConfigError
 from learner import Learner
 
 WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
@@ -29,6 +29,8 @@ WARM_UP = 3  # steps that are not counted: compilation, allocation, first touche
 def run(cfg: Config, n_steps: int, file: str = "") -> dict:
     """Makes n_steps steps, prints one table and returns its figures. Medians over steps."""
     cost.accumulation(cfg, parallel.world_size())  # they must divide
+    if file and not Path(file).absolute().parent.is_dir():
+        raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
     everyone = parallel.start(cfg.train, cfg.parallel)
     learner = Learner(cfg, everyone, eot=0)
     with torch.no_grad():
@@ -62,9 +64,9 @@ def run(cfg: Config, n_steps: int, file: str = "") -> dict:
         "processes": everyone.world_size,
     }
     machine = ledger.about_machine(everyone)
+    everyone.once(show, cfg, figures, machine, n_steps, everyone.device.type == "cuda")
     if file:
         everyone.once(files.write_json, Path(file), {**figures, **machine, "config": config.to_dict(cfg)})
-    everyone.once(show, cfg, figures, machine, n_steps, everyone.device.type == "cuda")
     everyone.leave()
     return figures
 

@@ -9,7 +9,7 @@
         config.json model.safetensors tokenizer.json ...   a Hugging Face model folder, weights in FP32
         optimizer.safetensors                              the optimizer's moments and the random state
         state.json                                         step, position in the data, hashes: written last
-      checkpoints/spike-00000650-step-00000640/   one that a rollback left, out of the way
+      checkpoints/incident-3-step-00000640/   one that the rollback of the third incident left behind
 
 Beyond 5 GB the tensors are in shards, model-00001-of-00006.safetensors ..., with an index, as others write
 them. A checkpoint is written into a hidden folder beside the others and renamed when every byte of it is on
@@ -236,11 +236,11 @@ def delete_others(run: Path | str, kept: set[int], newest: int) -> list[int]:
     return [c.step for c in gone]
 
 
-def set_aside(run: Path | str, after: int, at: int) -> None:
-    """Renames what a rollback leaves, checkpoints beyond step `after`: spike-<at>-step-... can be studied."""
+def set_aside(run: Path | str, after: int, incident: int) -> None:
+    """Renames what a rollback leaves, checkpoints beyond step `after`: incident-3-step-... can be studied."""
     for c in checkpoints(run):
         if c.step > after:
-            target = c.path.with_name(f"spike-{at:08d}-{c.path.name}")
+            target = c.path.with_name(f"incident-{incident}-{c.path.name}")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(c.path, target)
 
@@ -261,6 +261,15 @@ def checkpoints(run: Path | str) -> list[Checkpoint]:
         if isinstance(state, dict):
             found.append(checked(path, state, int(match[1])))
     return sorted(found, key=lambda c: c.step)
+
+
+def incomplete(run: Path | str, after: int) -> list[str]:
+    """Names of checkpoint folders beyond a step that do not count: their state.json is missing or damaged."""
+    whole = {c.path for c in checkpoints(run)}
+    folders = (path for path in (Path(run) / "checkpoints").glob("step-*") if path not in whole)
+    return sorted(
+        p.name for p in folders if re.fullmatch(r"step-\d+", p.name) and step_number(p.name) > after
+    )
 
 
 def checked(path: Path, state: dict, step: int | None) -> Checkpoint:

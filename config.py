@@ -293,7 +293,7 @@ class Train:
     # a spike: loss or gradient norm so many deviations above the median of the last spike_window steps
     # (robust: 1.4826 x the median absolute deviation); 0: only what is not finite is an incident
     spike_z: float = 0.0
-    spike_window: int = 128
+    spike_window: int = 128  # nothing is judged before so many steps have passed
     # what an incident does: stop; skip the update; defer the rest of the chunk to the end (K2); go back to a
     # checkpoint and leave batches out (PaLM, GLM-130B)
     on_spike: Literal["stop", "skip", "defer", "rollback"] = "stop"
@@ -305,7 +305,8 @@ class Train:
 
     def __post_init__(self):
         check_types(self)
-        at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "rollback_skip", "spike_window")
+        at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "rollback_skip")
+        at_least(self, 4, "spike_window")
         at_least(
             self,
             0,
@@ -336,9 +337,7 @@ class Parallel:
     # ddp: every GPU holds the whole model; fsdp: weights, gradients and moments are sharded over GPUs (FSDP2)
     strategy: Literal["ddp", "fsdp"] = "ddp"
     shard: int = 0  # fsdp: GPUs that share one copy, such as a node's 8 (hybrid sharding); 0: all of them
-    reshard: bool = (
-        True  # fsdp: a block's weights are let go after its forward, and gathered again for backward
-    )
+    reshard: bool = True  # fsdp: blocks' weights are let go after the forward, gathered again for backward
     tp: int = 1  # GPUs that split every matrix and the tokens between them (tensor and sequence parallel)
     timeout_seconds: int = 900  # a collective that takes longer ends the run: a process hangs, or is gone
 

@@ -62,9 +62,10 @@ def told(record: dict) -> str:
     """An incident in a sentence or two, for people."""
     names, rows = record["documents"], ", ".join(f"{first} to {last}" for first, last in record["rows"])
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    why = (
-        "" if record["event"] == "nonfinite" else f", {max(record['z'].values())} deviations above the median"
-    )
+    why = ""
+    if record["event"] == "spike":
+        name = max(record["z"], key=record["z"].get)
+        why = f" ({name} {record['z'][name]} deviations above the median)"
     return (
         f"loss {record['loss']} and gradient norm {record['grad_norm']}{why} in the step after step "
         f"{record['step']}: chunk {record['chunk']}, rows {rows}, {len(names)} documents: {some}"
@@ -99,6 +100,10 @@ def replay(run: Path | str, step: int, at: int | None = None) -> tuple[list[tupl
         raise ConfigError(f"{run} has no checkpoint up to step {step}")
     c = known[-1]
     incident = [r for r in of_run(run) if r["step"] == step]
+    if incident and at is None:  # the weights before the last incident there; a rollback has moved them aside
+        folder = Path(run) / "checkpoints"
+        aside = folder / f"incident-{incident[-1]['number']}-{incident[-1]['checkpoint']}"
+        c = checkpoint.read(aside if aside.exists() else folder / incident[-1]["checkpoint"])
     if incident:
         pieces = [(first, last + 1) for first, last in incident[-1]["rows"]]
     else:
@@ -140,7 +145,7 @@ def main() -> None:
                 if norms:
                     shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
                     config.show(f"  largest gradients: {shown}")
-            config.show(f"{len(found)} incidents" if found else "no incident")
+            config.show(f"{len(found)} incident(s)" if found else "no incident")
             sys.exit(0)
         rows, norms, at = replay(args.run, args.replay, args.checkpoint)
     except ConfigError as error:

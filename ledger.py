@@ -111,7 +111,8 @@ def note_faults(run: Path) -> None:
     folder = run / ".processes"
     folder.mkdir(exist_ok=True)
     failed = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+    names = (path for path in folder.glob("*.json") if path.stem.isdecimal())
+    for path in sorted(names, key=lambda path: int(path.stem)):
         try:
             failed.append(json.loads(path.read_text()))
         except ValueError:
@@ -210,7 +211,7 @@ def greet(cfg, dataset, everyone, model, step, last_step, steps, accumulation) -
     print(f"data     {rows} from {cfg.dataset}")
     micro = f"{accumulation * size // cfg.train.batch_size} micro-batch(es) of {cfg.train.micro_batch_size}"
     tokens = f"{size} rows = {size * cfg.model.seq_len:,} tokens"
-    print(f"step     {tokens}: {everyone.copies} process(es) x {micro}")
+    print(f"step     {tokens}: {everyone.copies} share(s) x {micro}")
     replicate, shard, tp = everyone.shape
     how = f"{replicate} x " * (replicate > 1) + f"FSDP over {shard}" if everyone.sharded and shard > 1 else ""
     how = " x ".join(filter(None, [how, f"tensor parallel over {tp}" * (tp > 1)])) or "DDP"

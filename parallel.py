@@ -24,6 +24,7 @@ import datetime
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -114,6 +115,8 @@ class Everyone:
         """
         if self.shape[2] > 1:
             split_matrices(model, self.mesh["tp"])
+            # PyTorch: norms over two dimensions of a mesh may differ in a last bit; train.py takes their mean
+            warnings.filterwarnings("ignore", message=".*_NormPartial")
         compiles = {"auto": self.device.type == "cuda", "on": True, "off": False}[cfg.train.compile]
         every = cfg.train.activation_checkpointing
         for i, block in enumerate(model.layers):

@@ -171,6 +171,11 @@ class Run:
             changed=changed,
             **machine,
         )
+        missing = everyone.first(checkpoint.incomplete, self.folder, self.step)
+        if missing:
+            everyone.once(
+                ledger.say, f"note     {', '.join(missing)}: incomplete or damaged, and passed over"
+            )
         everyone.once(
             ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, accumulation
         )
@@ -286,6 +291,10 @@ class Run:
                 self.save()
             if profiler and profiler(done):
                 profiler = None
+            elif profiler and self.step == self.last_step:
+                everyone.aside(
+                    ledger.say, "note     --profile traces steps 4 to 6, and there were not so many"
+                )
             if stop and self.step < self.last_step:
                 self.saved()
                 self.log("interrupted", step=self.step)
@@ -332,6 +341,7 @@ class Run:
         record = {
             **found,
             "step": step,
+            "number": self.n_incidents,
             "action": action,
             "loss": loss if math.isfinite(loss) else str(loss),
             "grad_norm": norm if math.isfinite(norm) else str(norm),
@@ -346,18 +356,21 @@ class Run:
         self.log(record.pop("event"), **record)
         told = incidents.told({**found, **record})
         if action == "stop":
+            most = f" It is incident {self.n_incidents} of train.max_incidents={cfg.train.max_incidents}."
             raise Stopped(
-                f"{told} (all of them in {cfg.run}/ledger.jsonl). The optimizer has not moved and the newest "
+                f"{told} (all of them in {cfg.run}/ledger.jsonl).{most * (self.n_incidents > 1)} "
+                "The optimizer has not moved and the newest "
                 f"checkpoint is good. Its batch: python incidents.py {cfg.run} --replay {step}. A lower "
                 "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
                 "remedy; with train.on_spike=skip, defer or rollback a run goes on by itself"
             )
-        everyone.once(ledger.say, f"{action}: {told}")
+        where = f" to {back.path.name}, without the rows from {self.steps.consumed(first)} on" if back else ""
+        everyone.once(ledger.say, f"{action}{where}: {told}")
         if action == "skip":
             self.skipped = [*self.skipped, *pieces]
             return True
         if action == "rollback":
-            everyone.once(checkpoint.set_aside, self.folder, back.step, step)
+            everyone.once(checkpoint.set_aside, self.folder, back.step, self.n_incidents)
             checkpoint.load_weights(back.path, self.learner.model)
             checkpoint.load_optimizer(back.path, self.learner.model, self.learner.optimizers)
             self.stand(back)
@@ -449,6 +462,14 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
                 f"--init_from={cfg.init_from} consumed {state['rows']} rows in {state['step']} steps, and "
                 f"this config's batches would be {order.consumed(state['step'])}: anneal with the same ones"
             )
+        if cfg.train.steps and cfg.train.steps <= state["step"]:
+            raise ConfigError(
+                f"train.steps={cfg.train.steps} ends before annealing begins, after step {state['step']}"
+            )
+        if not optim.learning_rate(state["step"], order.n_steps, cfg.optim):
+            raise ConfigError(
+                f"the rate after step {state['step']} is 0: there is nothing to anneal; use a later one"
+            )
         if left < cfg.optim.anneal_steps:
             raise ConfigError(
                 f"optim.anneal_steps={cfg.optim.anneal_steps}: after the origin's step {state['step']} "
@@ -467,6 +488,10 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
 
 def main(cfg: Config, flags: dict[str, str]) -> None:
     try:
+        if "--json" in flags and "--benchmark" not in flags:
+            raise ConfigError("--json is for --benchmark N")
+        if "--profile" in flags and "--benchmark" in flags:
+            raise ConfigError("--profile traces a training and --benchmark is none; give one of them")
         if "--benchmark" in flags:
             benchmark.run(cfg, int(flags["--benchmark"]), flags.get("--json", ""))
         else:

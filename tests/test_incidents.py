@@ -217,7 +217,9 @@ def test_rollback_goes_back_and_leaves_batches_out(recipe, tmp_path, monkeypatch
     assert seen == [*range(14), *range(8, 12), *range(16, n_steps)]
     last = checkpoint.checkpoints(run)[-1]
     assert last.step == n_steps - 4 and ledger(run, "finish")[0]["step"] == last.step
-    assert [p.name for p in (run / "checkpoints").glob("spike-*")] == ["spike-00000014-step-00000012"]
+    assert [p.name for p in (run / "checkpoints").glob("incident-*")] == ["incident-1-step-00000012"]
+    monkeypatch.undo()
+    assert incidents.replay(run, 14)[2] == 12  # the weights before the incident, which were moved aside
     assert not steps.trained(last.state, np.arange(12 * B, 16 * B)).any()
 
 
