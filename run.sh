@@ -75,7 +75,7 @@ case "${1:-demo}" in
   test)
     shift; setup requirements.txt requirements-dev.txt
     # All of them: a file at a time in each of two processes, of one thread, which is as much as they use.
-    [ $# -gt 0 ] || set -- -n 2 --dist loadfile
+    [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
     OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
     ;;
   -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0" ;;

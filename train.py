@@ -232,13 +232,8 @@ class Run:
     # ---- the loop -----------------------------------------------------------------------------------------
 
     def loop(self, interrupted: Interrupted, profiler=None) -> None:
-        cfg, everyone, learner, meter = (
-            self.cfg,
-            self.everyone,
-            self.learner,
-            ledger.Meter(self.cfg, self.everyone),
-        )
-        T = cfg.model.seq_len
+        cfg, everyone, learner, T = self.cfg, self.everyone, self.learner, self.cfg.model.seq_len
+        meter = ledger.Meter(cfg, everyone)
         began, done = time.perf_counter(), 0
         while self.step < self.last_step:
             t0 = time.perf_counter()
