@@ -66,6 +66,16 @@ def read_lines(path: Path | str) -> list[dict]:
     return [record for record in records if isinstance(record, dict)]
 
 
+def latest(records: list[dict]) -> list[dict]:
+    """What counts: a record takes back those of its own step and of later ones that stand before it."""
+    kept = []
+    for record in records:
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
 def sha256(path: Path | str) -> str:
     """Of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:

@@ -12,7 +12,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import config
@@ -24,7 +24,7 @@ from dataset import Dataset
 KINDS = ("nonfinite", "spike")  # events of the ledger
 
 
-def judge(loss: float, norm: float, recent: list[tuple[float, float]], train: Train) -> dict | None:
+def judge(loss: float, norm: float, recent: Collection[tuple[float, float]], train: Train) -> dict | None:
     """What is wrong with a step: {"event": "nonfinite"} or {"event": "spike", "z": {...}}; None: nothing.
 
     `recent`: loss and gradient norm of the steps before it, incidents left out, at most train.spike_window. A

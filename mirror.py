@@ -116,16 +116,6 @@ def read(path: Path, offset: int) -> tuple[list[dict], int]:
     return records, offset + len(block)
 
 
-def latest(records: list[dict]) -> list[dict]:
-    """What counts: a record takes back those of its own step and of later ones that stand before it."""
-    kept = []
-    for record in records:
-        while kept and kept[-1]["step"] >= record["step"]:
-            kept.pop()
-        kept.append(record)
-    return kept
-
-
 def finished(run: Path) -> bool:
     events = [record.get("event") for record in files.read_lines(run / "ledger.jsonl")]
     return [event for event in events if event != "checkpoint"][-1:] == ["finish"]
@@ -145,7 +135,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
                 continue
             if records and not target:
                 target = kind(run, records[0], returns)
-            for record in latest(records):
+            for record in files.latest(records):
                 target.send(record)
                 sent = record["step"]
             if target:

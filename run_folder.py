@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+import files
 
 
 @dataclass
@@ -142,11 +143,7 @@ def load(folder: str | Path) -> Run:
 def load_metrics(run: Run) -> None:
     """Fills run.metrics; nan where a step does not hold a number."""
     lines = read_lines(run, "metrics.jsonl", {"step": int})
-    by_step = {}
-    for line in lines:
-        if by_step and line["step"] <= next(reversed(by_step)):  # gone back: what came after is made anew
-            by_step = {step: kept for step, kept in by_step.items() if step < line["step"]}
-        by_step[line["step"]] = line
+    by_step = {line["step"]: line for line in files.latest(lines)}
     if len(by_step) < len(lines):
         again = plural(len(lines) - len(by_step), "step")
         run.note(f"metrics.jsonl: {again} recorded twice, as after a resume; the later line counts.")

@@ -190,8 +190,7 @@ class Run:
 
     def save(self) -> None:
         """Begins to save the state after the step just finished; `saved` makes it count."""
-        if self.saving.thread is not None:
-            self.saved()
+        self.saved()  # of the one before
         rows = self.steps.consumed(self.step)
         state = {
             "step": self.step,
@@ -249,7 +248,7 @@ class Run:
             t2 = time.perf_counter()
 
             lr, limit = self.rate(), optim.clip_limit(self.step, cfg.optim)
-            incident = incidents.judge(loss, norm, list(self.recent), cfg.train)
+            incident = incidents.judge(loss, norm, self.recent, cfg.train)
             if incident:
                 if not self.incident(incident, loss, norm):
                     continue  # with another batch, or from an earlier step
@@ -450,6 +449,11 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     tokenizers.check_same(folder, dataset.folder)
     if cfg.optim.anneal_steps:
         state = checkpoint.read(folder).state
+        if state["dataset_sha256"] != dataset.sha256:
+            raise ConfigError(
+                f"--init_from={cfg.init_from} was trained on another dataset than {cfg.dataset}; annealing "
+                "goes on in the same one. Without optim.anneal_steps its weights begin anew on any data"
+            )
         order = steps.of(cfg, dataset.n_rows, state.get("order"))
         left = min(order.n_steps, steps.of(cfg, dataset.n_rows).n_steps) - state["step"]
         if order.consumed(state["step"]) != state["rows"]:
@@ -469,11 +473,6 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
             raise ConfigError(
                 f"optim.anneal_steps={cfg.optim.anneal_steps}: after the origin's step {state['step']} "
                 f"{cfg.dataset} has data for {left}; anneal in fewer steps, or from an earlier checkpoint"
-            )
-        if state["dataset_sha256"] != dataset.sha256:
-            raise ConfigError(
-                f"--init_from={cfg.init_from} was trained on another dataset than {cfg.dataset}; annealing "
-                "goes on in the same one. Without optim.anneal_steps its weights begin anew on any data"
             )
     return folder
 

@@ -68,7 +68,7 @@ MAY_IMPORT = {
     ],
     "convert": ["config", "files", "model", "families", "checkpoint", "tokenizer"],
     "plan": ["config", "cost"],
-    "run_folder": ["config"],
+    "run_folder": ["config", "files"],
     "figures": ["run_folder"],
     "report": ["config", "files", "run_folder", "figures"],
 }

@@ -23,38 +23,38 @@ ROOT = Path(__file__).parents[1]
 # ---- several processes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_have_the_same_losses_as_one(recipe, whole, tmp_path, processes):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        f"--nproc_per_node={processes}",
-        "--",
-        ROOT / "train.py",
-        recipe,
-        f"--run={run}",
-        "--train.micro_batch_size=1",
-        "--train.steps=15",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    together = metrics(run)
-    assert len(together) == 15
-    for ours, alone in zip(together, metrics(whole)):
-        assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
-    assert result.stdout.count("parameters") == 1  # one process speaks
-    assert "interrupted" not in result.stdout
-
-
-def torchrun(processes: int, *arguments: object, restarts: int = 0) -> list[str]:
+def torchrun(processes: int, recipe: Path, run: Path, *asked: str, restarts: int = 0) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*map(str, [*command, f"--max-restarts={restarts}", "--", *arguments])]
+    command += [f"--max-restarts={restarts}", "--", ROOT / "train.py", recipe, f"--run={run}", *asked]
+    return [*map(str, command)]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def ended_well(command: list[str]) -> str:
+    """Runs a command to its end, which must be a good one; what it printed."""
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def same_as_alone(together: list[dict], alone: list[dict], n_steps: int) -> None:
+    """Losses and gradient norms of a run's first steps are those of one process."""
+    assert len(together) == n_steps
+    for ours, theirs in zip(together, alone):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_have_the_same_losses_as_one(recipe, whole, tmp_path, processes):
+    run = tmp_path / "run"
+    out = ended_well(torchrun(processes, recipe, run, "--train.micro_batch_size=1", "--train.steps=15"))
+    same_as_alone(metrics(run), metrics(whole), 15)
+    assert out.count("parameters") == 1  # one process speaks
+    assert "interrupted" not in out
 
 
 def test_a_run_goes_on_with_any_number_of_processes_and_any_way_of_spreading(recipe, whole, tmp_path):
@@ -65,15 +65,10 @@ def test_a_run_goes_on_with_any_number_of_processes_and_any_way_of_spreading(rec
         (4, 11, "--parallel.strategy=fsdp", "--parallel.tp=2"),
         (3, 17, "--parallel.strategy=ddp"),
     ):
-        asked = [f"--run={run}", f"--train.steps={steps}", "--train.micro_batch_size=1", *how]
-        command = torchrun(processes, ROOT / "train.py", recipe, *asked)
-        result = subprocess.run(command, capture_output=True, text=True, env=environment())
-        assert result.returncode == 0, result.stderr[-3000:]
-    together = metrics(run)
-    assert len(together) == 17
-    for ours, alone in zip(together, metrics(whole)):
-        assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        asked = (f"--train.steps={steps}", "--train.micro_batch_size=1", *how)
+        ended_well(torchrun(processes, recipe, run, *asked))
+    same_as_alone(metrics(run), metrics(whole), 17)
+    for ours, alone in zip(metrics(run), metrics(whole)):
         assert (ours["lr"], ours["tokens"], ours["chunk"]) == (alone["lr"], alone["tokens"], alone["chunk"])
     sizes = [
         r["world_size"] for r in files.read_lines(run / "ledger.jsonl") if r["event"] in ("start", "resume")
@@ -102,9 +97,7 @@ def kill_a_rank(run: Path, rank: int, process: subprocess.Popen, gone: set[int])
 def pair(recipe, tmp_path_factory) -> Path:
     """The run of two processes, sharded, that nothing interrupts."""
     run = tmp_path_factory.mktemp("pair") / "run"
-    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *PAIR)
-    result = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert result.returncode == 0, result.stderr[-3000:]
+    ended_well(torchrun(2, recipe, run, *PAIR))
     return run
 
 
@@ -113,7 +106,7 @@ PAIR = ("--parallel.strategy=fsdp", "--train.checkpoint_every=3")
 
 def test_torchrun_brings_a_run_back_when_a_rank_is_killed(recipe, pair, tmp_path):
     run = tmp_path / "run"
-    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *PAIR, restarts=3)
+    command = torchrun(2, recipe, run, *PAIR, restarts=3)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
@@ -137,7 +130,7 @@ def test_two_dozen_kills_at_random_moments_leave_no_trace(recipe, pair, tmp_path
     asked = (*PAIR, "--train.checkpoint_every=1")  # almost always in the middle of a save
     while len(gone) < 24:
         run = tmp_path / str(len(gone))
-        command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *asked, restarts=1)
+        command = torchrun(2, recipe, run, *asked, restarts=1)
         for _ in range(3):
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
@@ -149,8 +142,7 @@ def test_two_dozen_kills_at_random_moments_leave_no_trace(recipe, pair, tmp_path
             for c in checkpoint.checkpoints(run):
                 for name, digest in c.state["files"].items():
                     assert files.sha256(c.path / name) == digest
-        command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *asked)
-        assert subprocess.run(command, capture_output=True, env=environment()).returncode == 0
+        ended_well(torchrun(2, recipe, run, *asked))
         ours = weights(run)
         assert {name: ours[name] for name in theirs} == theirs
 
@@ -202,7 +194,7 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(recipe, tmp_path):
 
 def test_sigterm_before_preemption_saves_in_every_process(recipe, pair, tmp_path):
     run = tmp_path / "run"
-    command = torchrun(2, ROOT / "train.py", recipe, f"--run={run}", *PAIR, "--train.checkpoint_every=0")
+    command = torchrun(2, recipe, run, *PAIR, "--train.checkpoint_every=0")
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
