@@ -201,7 +201,8 @@ class Data:
     stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))  # set in the config file
     n_chunks: int = 360  # files of rows; a checkpoint is taken at the end of each (Amber: 360)
     validation_fraction: float = 0.01  # of each source's documents, held out before chunking
-    seed: int = 1234  # keys the shuffle and the choice of validation documents
+    seed: int = 1234  # keys the order of rows, and of documents in a pass that is not whole
+    validation_seed: int = 1234  # keys the choice of held-out documents: the same for runs in another order
     workers: int = 0  # processes that encode; derived: one a core
     max_bad_fraction: float = 0.01  # a build stops where more of a source's documents are unreadable
     expected_tokens: int = 0  # to train on, for plan.py while there is no dataset yet (Amber: 1.258e12)

@@ -17,8 +17,15 @@ Reads the config's sources and its tokenizer. Writes
 How: worker processes encode batches of documents; the tokens of a source go to one file. The stream of a
 stage is only described, by its table; a chunk is written by fetching the rows that the shuffle puts there.
 A build works in `<dataset>.partial`, which is renamed when all of it is on disk: what has the final name is
-finished. Memory is bounded by the sizes below and by the largest document, but for a byte a document and
+finished. Memory is bounded by the sizes below and by the largest document, but for some bytes a document and
 the names of the input files.
+
+Held out: documents, by a hash of their ids. A source of few documents, where this leaves nothing to measure
+or takes too much away, is split inside its documents instead: the end of long ones is held out, after a gap
+of one row that is neither trained on nor held out.
+
+Mixtures: a stage asks each source for a number of tokens. It gets whole passes over the documents, and then
+a last pass that takes documents in a keyed order until the number is reached. The last document is cut.
 """
 
 import fcntl
@@ -45,6 +52,7 @@ import tokenizer
 from config import Config, ConfigError, Source, Stage, fail, from_command_line
 from dataset import (
     BLOCK_DOCUMENTS,
+    FORMAT,
     Dataset,
     below,
     differences,
@@ -62,6 +70,7 @@ from files import sha256, sync
 __all__ = ["Dataset", "build", "shuffle", "unshuffle", "verify"]
 
 BATCH_CHARACTERS = 1 << 21  # of text to a worker at once: 0.2 s of encoding, against 5 ms of handing over
+SPLIT_DOCUMENTS = 20  # of a source of few documents, whose ends are held out: about so many, by their hash
 BLOCK_BYTES = 1 << 25  # of rows fetched at once; the larger, the fewer sweeps over the tokens on disk
 
 # What a build knows of each document of a source, in reading order. offset: its first token in the source's
@@ -72,36 +81,52 @@ ENTRY = np.dtype([("tokens", "<i8"), ("offset", "<i8"), ("hash", "<u8")])
 # ---- encoding: a source's documents -> one file of tokens -------------------------------------------------
 
 
-def start_worker(path: str, eot: str, dtype: str, seed: int, validation_fraction: float) -> None:
+def start_worker(path: str, eot: str, dtype: str, seq_len: int, seed: int, fraction: float) -> None:
     """Runs first in every worker process. A worker ends when its parent does, even by `kill -9`."""
     global worker
-    worker = tokenizer.load(path, eot), np.dtype(dtype), seed, validation_fraction
+    worker = tokenizer.load(path, eot), np.dtype(dtype), seq_len, seed, fraction
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode(batch: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+def encode(
+    batch: list[tuple[str, str]], inside: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
     """(id, text) of documents -> tokens to train on, tokens held out, and an ENTRY and a table line of each.
 
     Whether a document is held out follows from its id alone, whatever its source: a file that is read as
-    code and as English is held out in both or in neither.
+    code and as English is held out in both or in neither. With `inside` above 0, a share of the documents,
+    no document is held out, but the ends of long ones of this share; the two parts of a document are then two
+    entries and two lines, which say their characters.
     """
-    tok, dtype, seed, validation_fraction = worker
+    tok, dtype, seq_len, seed, fraction = worker
     eot = np.array([tok.eot], np.uint32)
-    ids = [np.concatenate([x, eot]) for x in tok.encode_batch([text for _, text in batch])]
-    entries = np.zeros(len(batch), ENTRY)
-    entries["tokens"] = [len(x) for x in ids]
-    entries["hash"] = [number(f"{seed}/{id}") for id, _ in batch]
-    held_out = below(entries["hash"], validation_fraction)
-    entries["offset"] = np.where(held_out, -1, 0)
-    lines = [
-        {"id": id, "tokens": len(x), "bytes": len(text.encode()), "validation": bool(held)}
-        for (id, text), x, held in zip(batch, ids, held_out)
-    ]
+    parts, hashes, lines = [], [], []  # of texts
+    for id, text in batch:
+        hash = number(f"{seed}/{id}")
+        end = begin = len(text)
+        if inside == 1 or below(hash, inside):
+            end, begin = split_inside(tok, text, seq_len, fraction)
+        held = not inside and bool(below(hash, fraction))
+        for first, last, held_out in ((0, end, held), (begin, len(text), True)):
+            if first < last:
+                parts.append(text[first:last])
+                hashes.append(hash)
+                line = {"id": id, "tokens": 0, "bytes": len(parts[-1].encode()), "validation": held_out}
+                if begin < len(text):
+                    line |= {"characters": [first, last]}
+                lines.append(line)
+        if begin < len(text):
+            lines[-1] |= {"gap_bytes": len(text[end:begin].encode())}
+    ids = [np.concatenate([x, eot]) for x in tok.encode_batch(parts)]
+    entries = np.zeros(len(ids), ENTRY)
+    entries["tokens"], entries["hash"] = [len(x) for x in ids], hashes
+    entries["offset"] = [-int(line["validation"]) for line in lines]
+    lines = [line | {"tokens": len(x)} for line, x in zip(lines, ids)]
     streams = []
-    for wanted in (False, True):
-        stream = [x for x, held in zip(ids, held_out) if held == wanted]
+    for wanted in (0, -1):
+        stream = [x for x, offset in zip(ids, entries["offset"]) if offset == wanted]
         stream = np.concatenate(stream) if stream else np.empty(0, dtype)
         if stream.size and stream.max() >= tok.vocab_size:
             raise ConfigError(f"the tokenizer gave id {stream.max()}, beyond its {tok.vocab_size} entries")
@@ -109,38 +134,92 @@ def encode(batch: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray, np.nda
     return *streams, entries, lines
 
 
-def encoded(source: Source, bad: documents.BadDocuments, pool: ProcessPoolExecutor, workers: int) -> Iterator:
-    """What `encode` gives for a source's documents, in their order whatever the number of workers.
+def split_inside(tok: "tokenizer.Tokenizer", text: str, seq_len: int, fraction: float) -> tuple[int, int]:
+    """A document -> (end, begin): text[:end] is trained on, text[begin:] is held out, between them is a gap.
+
+    The held-out part has `fraction` of the tokens, and at least a row; the gap has about a row. Both begin at
+    a word. A document of fewer than 4 rows is trained on whole: (len(text), len(text)).
+    """
+    n_tokens = len(tok.encode_array(text))
+    row = seq_len * len(text) / max(1, n_tokens)  # characters of a row, on average
+    held = row * max(1.0, fraction * n_tokens / seq_len)
+    while n_tokens >= 4 * seq_len and held + row < len(text) / 2:
+        begin = word_start(text, len(text) - int(held))
+        if len(tok.encode_array(text[begin:])) >= seq_len:
+            return word_start(text, begin - int(row)), begin
+        held *= 1.2  # its tokens are longer than the average
+    return len(text), len(text)
+
+
+def word_start(text: str, at: int) -> int:
+    """The first character of the word that text[at] is in; `at` itself where a word is very long."""
+    starts = (i for i in range(at, max(0, at - 100), -1) if text[i - 1].isspace())
+    return next(starts, at)
+
+
+def encoded(read: Iterator[documents.Document], inside: float, pool: ProcessPoolExecutor, n: int) -> Iterator:
+    """What `encode` gives for documents, in their order whatever n, the number of workers.
 
     Two batches a worker are under way: enough that none waits, and all the memory that this takes.
     """
     pending: deque = deque()
     batch, characters = [], 0
-    for document in documents.read(source, bad):
+    for document in read:
         batch.append((document.id, document.text))
         characters += len(document.text) + 100  # so that a million tiny documents are not one batch
         if characters >= BATCH_CHARACTERS:
-            pending.append(pool.submit(encode, batch))
+            pending.append(pool.submit(encode, batch, inside))
             batch, characters = [], 0
-            if len(pending) > 2 * workers:
+            if len(pending) > 2 * n:
                 yield pending.popleft().result()
     if batch:
-        pending.append(pool.submit(encode, batch))
+        pending.append(pool.submit(encode, batch, inside))
     while pending:
         yield pending.popleft().result()
 
 
-def encode_source(config: Config, source: Source, folder: Path, pool: ProcessPoolExecutor) -> dict:
+def encode_source(
+    config: Config, source: Source, names: dict[str, str], folder: Path, pool: ProcessPoolExecutor
+) -> dict:
+    """Writes a source's tokens and its table of documents, split inside them if need be; returns the counts.
+
+    `names`: what documents.read calls files that several sources read. A source with such files is not split
+    inside: the end of a module's code holds other text than the end of its docstrings.
+    """
+    T, fraction = config.model.seq_len, config.data.validation_fraction
+    count = encode_all(config, source, names, folder, pool, inside=0.0)
+    held_out = count["validation_tokens"] / max(1, count["validation_tokens"] + count["tokens"])
+    too_few = count["validation_tokens"] <= T or not count["documents"] or held_out > max(0.2, 2 * fraction)
+    shared = any(os.path.realpath(path) in names for path in documents.files(source))
+    if fraction and too_few and not shared:
+        n_documents = count["documents"] + count["validation_documents"]
+        inside = min(1.0, SPLIT_DOCUMENTS / max(1, n_documents))
+        count = encode_all(config, source, names, folder, pool, inside)
+    if not count["documents"]:
+        read = count["validation_documents"] + sum(count["bad"].values())
+        raise ConfigError(f"source {source.name!r} has no document to train on; {read:,} were read")
+    return count | unique_ids(folder, source.name)
+
+
+def encode_all(
+    config: Config,
+    source: Source,
+    names: dict[str, str],
+    folder: Path,
+    pool: ProcessPoolExecutor,
+    inside: float,
+) -> dict:
     """Writes work/<source>.{tokens,validation,entries} and documents/<source>.*; returns the counts."""
     bad = documents.BadDocuments()
     kinds = ("documents", "tokens", "bytes")
-    count = dict.fromkeys([*kinds, *(f"validation_{kind}" for kind in kinds)], 0)
+    count = dict.fromkeys([*kinds, *(f"validation_{kind}" for kind in kinds), "gap_bytes"], 0)
     work, table = folder / "work" / source.name, folder / "documents" / source.name
-    names = f"{work}.tokens", f"{work}.validation", f"{work}.entries", f"{work}.offsets", f"{table}.jsonl"
-    files, end = [open(name, "wb") for name in names], 0  # end: of the table's lines
+    paths = f"{work}.tokens", f"{work}.validation", f"{work}.entries", f"{work}.offsets", f"{table}.jsonl"
+    files, end = [open(path, "wb") for path in paths], 0  # end: of the table's lines
     files[3].write(bytes(8))
+    read = documents.read(source, bad, names)
     with bar(f"encode {source.name}", "B", text_bytes(source)) as progress:
-        for train, held, entries, lines in encoded(source, bad, pool, config.data.workers):
+        for train, held, entries, lines in encoded(read, inside, pool, config.data.workers):
             kept = entries["offset"] == 0
             ends = count["tokens"] + np.cumsum(entries["tokens"][kept])
             entries["offset"][kept] = ends - entries["tokens"][kept]
@@ -148,6 +227,7 @@ def encode_source(config: Config, source: Source, folder: Path, pool: ProcessPoo
                 prefix = "validation_" if line["validation"] else ""
                 for kind, value in zip(kinds, (1, line["tokens"], line["bytes"])):
                     count[prefix + kind] += value
+                count["gap_bytes"] += line.get("gap_bytes", 0)
             lines = [json.dumps(line).encode() + b"\n" for line in lines]
             offsets = end + np.cumsum([len(line) for line in lines], dtype="<i8")
             end = int(offsets[-1])
@@ -163,9 +243,49 @@ def encode_source(config: Config, source: Source, folder: Path, pool: ProcessPoo
             f"source {source.name!r}: {bad.count:,} of {total:,} documents cannot be used, more than "
             f"data.max_bad_fraction={config.data.max_bad_fraction}:\n  " + "\n  ".join(bad.examples)
         )
-    if not count["documents"]:
-        raise ConfigError(f"source {source.name!r} has no document to train on; {total:,} were read")
-    return {"files": len(documents.files(source)), **count, "bad": bad.reasons, "bad_examples": bad.examples}
+    stated = {"files": len(documents.files(source)), **count, "bad": bad.reasons}
+    return {**stated, "bad_examples": bad.examples, "split_inside": inside > 0}
+
+
+def unique_ids(folder: Path, name: str) -> dict:
+    """Renames documents whose id an earlier document of the source has: "x" again is "x#2", then "x#3".
+
+    So every id means one document. Whether it is held out still follows from the id that it came with.
+    Returns {"duplicate_ids": how many were renamed, "duplicate_examples": the first ones}.
+    """
+    hashes = np.memmap(folder / "work" / f"{name}.entries", ENTRY, "r")["hash"]
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]  # equal ids have equal hashes
+    table, aside = folder / "documents" / f"{name}.jsonl", folder / "work" / f"{name}.jsonl"
+    if not len(again):
+        return {"duplicate_ids": 0, "duplicate_examples": []}
+    suspects = set(hashes[again].tolist())
+    with open(table, "rb") as file:
+        known = {json.loads(line)["id"] for line, hash in zip(file, hashes) if int(hash) in suspects}
+    # Names that look like ours: only these can collide with a new one.
+    with open(table, "rb") as file:
+        known |= {json.loads(line)["id"] for line in file if b"#" in line}
+    met, renamed, offsets = {}, [], [0]
+    with open(table, "rb") as file, open(aside, "wb") as out:
+        for line, hash in zip(file, hashes):
+            if int(hash) in suspects:
+                about = json.loads(line)
+                id = about["id"]
+                if not about.get("characters", [0])[0]:  # else it is the second part of the document before
+                    met[id] = [id, 1] if id not in met else next_name(id, met[id][1] + 1, known)
+                    renamed += [met[id][0]] if met[id][1] > 1 else []
+                line = json.dumps(about | {"id": met[id][0]}).encode() + b"\n"
+            offsets.append(offsets[-1] + out.write(line))
+    os.replace(aside, table)
+    np.save(folder / "documents" / f"{name}.offsets.npy", np.array(offsets, "<i8"))
+    return {"duplicate_ids": len(renamed), "duplicate_examples": renamed[:5]}
+
+
+def next_name(id: str, n: int, known: set[str]) -> list:
+    """next_name("x", 2, {"x", "x#2"}) -> ["x#3", 3]"""
+    while f"{id}#{n}" in known:
+        n += 1
+    return [f"{id}#{n}", n]
 
 
 def text_bytes(source: Source) -> int | None:
@@ -183,45 +303,105 @@ def bar(what: str, unit: str, total: int | None) -> tqdm:
 # ---- stages: which documents, how often -------------------------------------------------------------------
 
 
-def stage_epochs(stage: Stage, sources: dict[str, dict]) -> dict[str, float]:
-    """Passes over each source, in the order of the sources; from their tokens where the stage has weights."""
-    epochs = stage.epochs or dict.fromkeys(sources, 1.0)
+def stage_tokens(stage: Stage, sources: dict[str, dict]) -> dict[str, int]:
+    """Tokens that a stage asks of each source, in the order of the sources: {"web": 750, "code": 250}."""
     if stage.weights:
-        unit = stage.tokens / sum(stage.weights.values())
-        epochs = {name: unit * weight / sources[name]["tokens"] for name, weight in stage.weights.items()}
-    return {name: epochs[name] for name in sources if name in epochs}
+        names = [name for name in sources if name in stage.weights]
+        ends = np.cumsum([stage.weights[name] for name in names]) / sum(stage.weights.values())
+        ends = [round(stage.tokens * float(end)) for end in ends]  # so that their sum is stage.tokens
+        asked = {name: end - begin for name, begin, end in zip(names, [0, *ends], ends)}
+    else:
+        epochs = stage.epochs or dict.fromkeys(sources, 1.0)
+        asked = {name: round(epochs[name] * sources[name]["tokens"]) for name in sources if name in epochs}
+    for name, tokens in asked.items():
+        if tokens < 2:  # an end-of-text token alone is no text
+            raise ConfigError(
+                f"stage {stage.name!r} would get {tokens} tokens of source {name!r}; raise its weight or "
+                "epochs, or the stage's tokens, or leave the source out of the stage"
+            )
+    return asked
 
 
-def stage_documents(epochs: dict[str, float], entries: dict[str, np.ndarray], key: np.uint64) -> Iterator:
+def stage_documents(asked: dict, sources: dict, entries: dict, key: np.uint64) -> Iterator:
     """The stream of a stage in blocks: (source's name, numbers of documents, tokens of each).
 
-    2.3 epochs are two passes over all documents and one over those whose keyed hash falls into the lower 0.3.
+    2.3 times a source's tokens are two passes over all its documents, and one over those that an order named
+    by `key` puts first, until 0.3 of the tokens are reached. The last of these is cut.
     """
-    for name, passes in epochs.items():
-        whole, fraction = divmod(passes, 1)
-        for epoch in range(int(whole) + (fraction > 0)):
+    for name, wanted in asked.items():
+        whole, rest = divmod(wanted, sources[name]["tokens"])
+        limit, left = last_pass(entries[name], key, rest)
+        for epoch in range(whole + (rest > 0)):
             for first in range(0, len(entries[name]), BLOCK_DOCUMENTS):
                 block = entries[name][first : first + BLOCK_DOCUMENTS]
-                taken = block["offset"] >= 0
+                tokens = np.where(block["offset"] >= 0, block["tokens"], 0)
                 if epoch == whole:
-                    taken &= below(scramble(block["hash"] ^ key), fraction)
-                yield name, first + np.flatnonzero(taken), block["tokens"][taken]
+                    keyed = scramble(block["hash"] ^ key)
+                    for i in np.flatnonzero((keyed == limit) & (tokens > 0)):
+                        tokens[i] = min(tokens[i], left) if left > 1 else 0  # 1 would be an end of text alone
+                        left -= tokens[i]
+                    tokens[keyed > limit] = 0
+                taken = np.flatnonzero(tokens)
+                yield name, first + taken, tokens[taken]
+
+
+def last_pass(entries: np.ndarray, key: np.uint64, wanted: int) -> tuple[np.uint64, int]:
+    """Which documents make up `wanted` tokens: those whose keyed hash is below a limit, and then those at it.
+
+    Returns the limit, and the tokens left for the documents at it. The limit is found by bisection, in 64
+    sweeps over the hashes: a sort would hold all of them in memory.
+    """
+
+    def tokens_below(limit: int) -> int:
+        total = 0
+        for first in range(0, len(entries), BLOCK_DOCUMENTS):
+            block = entries[first : first + BLOCK_DOCUMENTS]
+            taken = (block["offset"] >= 0) & (scramble(block["hash"] ^ key) < np.uint64(limit))
+            total += int(block["tokens"][taken].sum())
+        return total
+
+    low, high, left = 0, 1 << 64, wanted  # tokens_below(low) <= wanted < tokens_below(high)
+    while wanted and high - low > 1:
+        middle = (low + high) // 2
+        tokens = tokens_below(middle)
+        if tokens <= wanted:
+            low, left = middle, wanted - tokens
+        else:
+            high = middle
+    return np.uint64(low), left
+
+
+def document_id(table: Path, n: int) -> str:
+    """The id in the n-th line of a source's table of documents."""
+    offsets = np.load(table.with_name(f"{table.stem}.offsets.npy"), mmap_mode="r")
+    with open(table, "rb") as file:
+        file.seek(int(offsets[n]))
+        return json.loads(file.readline())["id"]
 
 
 def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries: dict) -> dict:
     """Writes the table of a stage's stream; returns what the manifest says of the stage."""
-    epochs, key = stage_epochs(stage, sources), number(f"{config.data.seed}/{stage.name}")
-    mixture = {name: {"epochs": passes, "documents": 0, "tokens": 0} for name, passes in epochs.items()}
-    for name, numbers, tokens in stage_documents(epochs, entries, key):
+    asked, key = stage_tokens(stage, sources), number(f"{config.data.seed}/{stage.name}")
+    mixture = {}
+    for name, wanted in asked.items():
+        epochs = stage.epochs.get(name, wanted / sources[name]["tokens"])
+        mixture[name] = {"epochs": epochs, "asked_tokens": wanted, "documents": 0, "tokens": 0, "cut": None}
+    for name, numbers, tokens in stage_documents(asked, sources, entries, key):
         mixture[name]["documents"] += len(numbers)
         mixture[name]["tokens"] += int(tokens.sum())
     n_documents = sum(part["documents"] for part in mixture.values())
     table = np.lib.format.open_memmap(path, "w+", "<i8", (3, n_documents + 1))
     n = total = 0
-    for name, numbers, tokens in stage_documents(epochs, entries, key):
+    for name, numbers, tokens in stage_documents(asked, sources, entries, key):
         block = slice(n, n + len(numbers))
         table[0, block] = total + np.cumsum(tokens) - tokens
         table[1, block], table[2, block] = [*sources].index(name), numbers
+        for i in np.flatnonzero(tokens < entries[name]["tokens"][numbers]):
+            # its last token in the stream is an end-of-text token, which `fetch` puts there
+            used, of = int(tokens[i]), int(entries[name]["tokens"][numbers[i]])
+            id = document_id(path.with_name(f"{name}.jsonl"), int(numbers[i]))
+            cut = {"id": id, "tokens": used, "of_tokens": of, "first_token": int(table[0, n + i])}
+            mixture[name]["cut"] = cut
         n, total = n + len(numbers), total + int(tokens.sum())
     table[:, n] = total, -1, -1
     table.flush()
@@ -232,6 +412,13 @@ def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries
             f"stage {stage.name!r} has {total:,} tokens, not one row of model.seq_len={T} + 1; add text"
         )
     dropped = total - rows * T - 1  # the stream's end, too short for a row
+    last = [*mixture][-1]
+    if mixture[last]["tokens"] <= dropped:
+        raise ConfigError(
+            f"stage {stage.name!r}: the {mixture[last]['tokens']} tokens of source {last!r} would all be "
+            f"dropped with the stage's last {dropped} tokens, which fill no row of model.seq_len={T}; raise "
+            "its weight or epochs, or leave it out of the stage"
+        )
     stated = {"name": stage.name, "repeats": stage.repeats, "tokens": total, "rows": rows}
     return {**stated, "dropped_tokens": dropped, "mixture": mixture}
 
@@ -240,11 +427,19 @@ def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries
 
 
 def fetch(
-    table: np.ndarray, rows: np.ndarray, T: int, entries: list, files: list, out: np.ndarray, to: np.ndarray
+    table: np.ndarray,
+    cuts: dict[int, int],
+    rows: np.ndarray,
+    T: int,
+    entries: list,
+    files: list,
+    out: np.ndarray,
+    to: np.ndarray,
 ):
-    """Reads rows of the stream that `table` describes into out[to[i]] (rows, T+1).
+    """Reads rows, ascending, of the stream that `table` describes into out[to[i]] (rows, T+1).
 
-    Returns source, document and target tokens of every (row, document) pair that was met.
+    `cuts`: place in the stream -> the end-of-text token that ends a document there which was cut. Returns
+    source, document and target tokens of every (row, document) pair that was met.
     """
     starts, sources, numbers = table
     begin, end = rows * T, rows * T + T + 1
@@ -268,10 +463,17 @@ def fetch(
     for s, place, size, at in zip(source[heads].tolist(), *pieces.tolist()):
         if os.preadv(files[s].fileno(), [memory[place : place + size]], at) != size:
             raise OSError(5, "is shorter than its table", files[s].name)
+    for at, eot in cuts.items():
+        for r in (at // T, (at - 1) // T):  # one row, or the two that share this token
+            i = np.searchsorted(rows, r)
+            if i < len(rows) and rows[i] == r:
+                out[to[i], at - r * T] = eot
     return source, document, right - np.maximum(left, begin[row] + 1)  # the first token of a row is no target
 
 
-def write_chunks(config: Config, folder: Path, stages: list[dict], entries: dict, dtype: np.dtype) -> tuple:
+def write_chunks(
+    config: Config, folder: Path, stages: list[dict], entries: dict, dtype: np.dtype, eot: int
+) -> tuple:
     """Writes chunks/000.bin ...; returns what the manifest says of each, and their hashes.
 
     A chunk ends where a step ends: boundaries are multiples of the batch size. The last chunk also takes
@@ -282,6 +484,8 @@ def write_chunks(config: Config, folder: Path, stages: list[dict], entries: dict
     bounds = [k * (n_rows // B) // n_chunks * B for k in range(n_chunks)] + [n_rows]
     paths = [folder / "documents" / f"{stage['name']}.npy" for stage in stages]
     tables = [np.load(path, mmap_mode="r").view(np.ndarray) for path in paths]
+    cuts = [[part["cut"] for part in stage["mixture"].values() if part["cut"]] for stage in stages]
+    cuts = [{cut["first_token"] + cut["tokens"] - 1: eot for cut in of_stage} for of_stage in cuts]
     files = [open(folder / "work" / f"{name}.tokens", "rb", buffering=0) for name in entries]
     block = max(1, BLOCK_BYTES // ((T + 1) * dtype.itemsize))
     chunks, hashes = [], {}
@@ -299,7 +503,7 @@ def write_chunks(config: Config, folder: Path, stages: list[dict], entries: dict
                         to = np.flatnonzero(stage == s)
                         to = to[np.argsort(row[to])]  # in the order of the disk
                         source, document, tokens = fetch(
-                            tables[s], row[to], T, [*entries.values()], files, out, to
+                            tables[s], cuts[s], row[to], T, [*entries.values()], files, out, to
                         )
                         targets += np.bincount(source, tokens, len(entries))  # exact below 2^53
                         for i in np.unique(source):
@@ -321,14 +525,8 @@ def write_chunks(config: Config, folder: Path, stages: list[dict], entries: dict
 
 def write_validation(config: Config, folder: Path, name: str, count: dict, dtype: np.dtype) -> dict:
     """Writes validation/<source>.bin: rows cut like training rows, in the order of the held-out documents."""
-    T, total, fraction = config.model.seq_len, count["validation_tokens"], config.data.validation_fraction
+    T, total = config.model.seq_len, count["validation_tokens"]
     rows = max(0, total - 1) // T
-    if not rows and fraction:
-        raise ConfigError(
-            f"source {name!r}: {count['validation_documents']:,} held-out documents have {total:,} tokens, "
-            f"not one row of model.seq_len={T} + 1; "
-            f"raise data.validation_fraction={fraction}, or set it to 0 to hold out nothing"
-        )
     block = max(1, BLOCK_BYTES // (T * dtype.itemsize))
     stream = open(folder / "work" / f"{name}.validation", "rb")
     with stream, open(folder / "validation" / f"{name}.bin", "wb") as file:
@@ -406,10 +604,34 @@ def list_inputs(config: Config) -> dict[str, list]:
     return inputs
 
 
+def shared_names(sources: tuple[Source, ...]) -> dict[str, str]:
+    """Real path -> name of every file that several sources read: the name that it has in the first of them.
+
+    A document is one document in all of its sources, held out of all or of none, only if its id is the same.
+    """
+    first, shared = {}, {}
+    for source in sources:
+        for path, name in documents.listed(source):
+            where, name = first.setdefault(os.path.realpath(path), (source.name, name))
+            if where != source.name:
+                shared[os.path.realpath(path)] = name
+    return shared
+
+
 def check_same(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict) -> None:
     """Raises ConfigError that names what differs, unless the folder is the dataset of this config."""
     manifest, _ = read_manifest(folder)
     differs = differences(manifest, config)
+    for stage in manifest["stages"] if manifest["format"] == 1 else ():
+        total = sum(part["tokens"] for part in stage["mixture"].values())
+        if any(part["epochs"] % 1 for part in stage["mixture"].values()):
+            got = ", ".join(
+                f"{n} {100 * part['tokens'] / total:.1f} %" for n, part in stage["mixture"].items()
+            )
+            print(
+                f"note: {folder} was built by an earlier version, whose mixtures were only about those asked "
+                f"for: stage {stage['name']!r} has {got}. Remove the folder to build it anew"
+            )
     if manifest["tokenizer"]["sha256"] != tok.sha256:
         differs.append(f"tokenizer {manifest['tokenizer']['sha256'][:12]} (now {tok.sha256[:12]})")
     record = folder / "inputs.json"  # is not there when the folder came from another machine
@@ -453,11 +675,13 @@ def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict
         (folder / name).mkdir()
     tok.save(folder)
     dtype = np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
-    start = (config.tokenizer.path, config.tokenizer.eot, dtype.str, data.seed, data.validation_fraction)
+    start = (config.tokenizer.path, config.tokenizer.eot, dtype.str, T)
+    start += (data.validation_seed, data.validation_fraction)
+    names = shared_names(data.sources)
     # spawned, because a fork of a process that has threads can deadlock
     pool = ProcessPoolExecutor(data.workers, multiprocessing.get_context("spawn"), start_worker, start)
     try:
-        sources = {source.name: encode_source(config, source, folder, pool) for source in data.sources}
+        sources = {source.name: encode_source(config, source, names, folder, pool) for source in data.sources}
     finally:
         pool.shutdown(cancel_futures=True)
     for name, count in sources.items():
@@ -475,13 +699,13 @@ def write(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs: dict
             f"{n_rows:,} rows of model.seq_len={T} are {n_rows // B:,} steps of train.batch_size={B}, fewer "
             f"than data.n_chunks={data.n_chunks}; lower data.n_chunks, batch or row, or give more text"
         )
-    chunks, hashes = write_chunks(config, folder, stages, entries, dtype)
+    chunks, hashes = write_chunks(config, folder, stages, entries, dtype, tok.eot)
     shutil.rmtree(folder / "work")
 
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     del files["lock"]
     manifest = {
-        **{"format": 1, "name": config.name, "seq_len": T, "row_length": T + 1, "dtype": dtype.name},
+        **{"format": FORMAT, "name": config.name, "seq_len": T, "row_length": T + 1, "dtype": dtype.name},
         **{"vocab_size": tok.vocab_size, "eot": tok.eot},
         "tokenizer": {"file": tok.file, "sha256": tok.sha256},
         **{"seed": data.seed, "order": "feistel-1", "row_multiple": B},
@@ -509,20 +733,53 @@ def summary(folder: Path, manifest: dict) -> str:
         per_token = f"{s['bytes'] / max(1, s['tokens'] - s['documents']):.3f}"
         counts = s["files"], s["documents"], s["tokens"], s["bytes"], per_token, s["validation_rows"]
         table.append((name, *counts, sum(s["bad"].values())))
-    table += [(), ("stage", "repeats", "documents", "tokens", "rows", "dropped tokens")]
+    table += [(), ("stage", "source", "epochs", "documents", "asked tokens", "tokens", "asked %", "%", "cut")]
     for s in manifest["stages"]:
-        n_documents = sum(part["documents"] for part in s["mixture"].values())
-        table.append((s["name"], s["repeats"], n_documents, s["tokens"], s["rows"], s["dropped_tokens"]))
+        asked = sum(part["asked_tokens"] for part in s["mixture"].values())
+        for name, part in s["mixture"].items():
+            shares = part["asked_tokens"] / asked, part["tokens"] / s["tokens"]
+            cut = f"{part['cut']['tokens']:,} of {part['cut']['of_tokens']:,}" if part["cut"] else "-"
+            counts = part["documents"], part["asked_tokens"], part["tokens"]
+            percent = (f"{100 * share:.2f}" for share in shares)
+            table.append((s["name"], name, f"{part['epochs']:.4g}", *counts, *percent, cut))
     lines = []
     for line in table:
         cells = [f"{cell:,}" if isinstance(cell, int) else cell for cell in line]
         lines.append("".join(f"{cell:<16}" if i == 0 else f"{cell:>16}" for i, cell in enumerate(cells)))
+    lines += [
+        f"stage {s['name']}: {s['rows']:,} rows" + f", trained {s['repeats']} times" * (s["repeats"] > 1)
+        + f"; {s['dropped_tokens']:,} tokens at its end fill no row and are dropped"
+        for s in manifest["stages"]
+    ]  # fmt: skip
     lines += [f"bad: {example}" for s in manifest["sources"].values() for example in s["bad_examples"][:3]]
+    lines += [note for name, s in manifest["sources"].items() for note in notes(name, s)]
     return "\n".join(lines) + (
         f"\n\n{folder}: {manifest['rows']:,} rows of {manifest['seq_len']:,} tokens in "
         f"{len(manifest['chunks'])} chunks, {manifest['steps']:,} steps of {manifest['row_multiple']} rows, "
         f"{manifest['rows_after_last_step']:,} rows after the last step"
     )
+
+
+def notes(name: str, s: dict) -> list[str]:
+    """What a user should know of a source: how its held-out rows were chosen, ids that came twice."""
+    out = []
+    if s["split_inside"] and s["validation_rows"]:
+        out.append(
+            f"note: source {name!r} has few documents: the ends of {s['validation_documents']:,} of them are "
+            f"held out, {s['validation_bytes']:,} bytes, after a gap of {s['gap_bytes']:,} bytes that is "
+            "neither trained on nor held out"
+        )
+    elif not s["validation_rows"]:
+        out.append(
+            f"note: source {name!r} holds nothing out, so its loss on unseen text cannot be measured; raise "
+            "data.validation_fraction, or add text"
+        )
+    if s["duplicate_ids"]:
+        out.append(
+            f"warning: source {name!r}: {s['duplicate_ids']:,} documents have an id that an earlier document "
+            f"has; they are called {', '.join(s['duplicate_examples'])}" + ", ..." * (s["duplicate_ids"] > 5)
+        )
+    return out
 
 
 def main() -> None:

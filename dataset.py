@@ -28,6 +28,7 @@ from tqdm import tqdm
 from config import Config, ConfigError, to_dict
 from files import sha256
 
+FORMAT = 2  # of manifest.json. In 1 a part of a pass was whole documents, by hash: about as many tokens
 KEYS = ("format", "seq_len", "row_length", "dtype", "vocab_size", "eot", "tokenizer", "seed", "row_multiple")
 KEYS += ("settings", "sources", "stages", "rows", "chunks", "files", "file_bytes")
 UNHASHED = ("manifest.json", "inputs.json", "lock")  # the last two are about the machine that built it
@@ -259,7 +260,7 @@ def read_manifest(folder: Path) -> tuple[dict, str]:
         data = (folder / "manifest.json").read_bytes()
         manifest = json.loads(data)
         lacks = [key for key in KEYS if key not in manifest]
-        if lacks or manifest["format"] != 1 or manifest["dtype"] not in ("uint16", "uint32"):
+        if lacks or manifest["format"] not in (1, FORMAT) or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError(
                 f"lacks {', '.join(lacks)}" if lacks else "has a format or dtype that is not known"
             )
@@ -292,8 +293,9 @@ def differences(manifest: dict, config: Config) -> list[str]:
     return [
         f"{name}={had.get(name)} (now {value})"
         for name, value in settings(config).items()
-        # how a tokenizer was made does not matter if it is the same tokenizer
-        if had.get(name) != value and (not name.startswith("tokenizer.") or name == "tokenizer.eot")
+        # How a tokenizer was made does not matter if it is the same tokenizer. A setting that an earlier
+        # version did not have is not compared.
+        if had.get(name, value) != value and (not name.startswith("tokenizer.") or name == "tokenizer.eot")
     ]
 
 

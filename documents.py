@@ -14,8 +14,8 @@ Which files: a file that is named outright is read, whatever its suffix. So is e
 TEXT_SUFFIXES. Folders and globs leave out names that begin with a dot, and what the source excludes.
 
 Ids: the document's own `id`; else `folder/file.txt` below the source's folder or below the fixed part of its
-glob; else `folder/file.jsonl:7`, the seventh line or row. Sources that read a file from the same root give it
-the same id.
+glob; else `folder/file.jsonl:7`, the seventh line or row. A file that
+several sources read has the id that the first of them gives it (data.py sees to that).
 
 A byte order mark is dropped, line ends are kept as they are. A document that cannot be used (broken JSON, no
 text, not UTF-8, nothing in it) is counted, named by file and line, and skipped. A damaged file, such as a
@@ -179,13 +179,17 @@ def known(name: str, source: Source) -> bool:
 # ---- documents --------------------------------------------------------------------------------------------
 
 
-def read(source: Source, bad: BadDocuments | None = None) -> Iterator[Document]:
+def read(
+    source: Source, bad: BadDocuments | None = None, names: dict[str, str] | None = None
+) -> Iterator[Document]:
     """Streams the documents of a source in the order of its files; memory is that of the largest document.
 
+    `names`: real path -> the name by which a file is called instead of the one that this source gives it.
     Fills `bad` on the way. Raises ConfigError where a file is missing or damaged, or needs a missing package.
     """
     bad = BadDocuments() if bad is None else bad
     for path, name in listed(source):
+        name = (names or {}).get(os.path.realpath(path), name)
         yield from read_file(path, name, source, bad)
 
 

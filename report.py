@@ -273,13 +273,21 @@ def part_data(run: Run) -> str:
         row |= {
             f"held-out {what}": source.get(f"validation_{what}") for what in ("documents", "tokens", "rows")
         }
+        inside = {True: "ends of documents", False: "documents"}.get(source.get("split_inside"))
+        row |= {"held out are": inside, "ids that came twice": source.get("duplicate_ids")}
         rows.append(row | {"bad documents": sum(source["bad"].values())})
     out, rows = table(rows), []
     for stage in m["stages"]:
         for name, part in stage["mixture"].items():
+            asked = sum(part.get("asked_tokens", 0) for part in stage["mixture"].values())
             row = {"stage": stage["name"], "times trained": stage["repeats"], "source": name}
-            row |= {what: part[what] for what in ("epochs", "documents", "tokens")}
-            row |= {"share": f"{100 * part['tokens'] / max(stage['tokens'], 1):.1f} %"}
+            row |= {what: part[what] for what in ("epochs", "documents")}
+            row |= {"tokens asked for": part.get("asked_tokens"), "tokens": part["tokens"]}
+            row |= {"share asked for": f"{100 * part['asked_tokens'] / asked:.2f} %" if asked else None}
+            row |= {"share": f"{100 * part['tokens'] / max(stage['tokens'], 1):.2f} %"}
+            cut = part.get("cut")
+            cut = f"{cut['tokens']:,} of {cut['of_tokens']:,} tokens of {cut['id']}" if cut else None
+            row |= {"last document, cut": cut}
             rows.append(row | {"rows in all": stage["rows"], "tokens dropped": stage["dropped_tokens"]})
     out += "<h3>Stages</h3>" + table(rows)
     caption = f"""<b>What each chunk is made of:</b> target tokens by source, of {escape(m["rows"])} rows of

@@ -61,7 +61,14 @@ def make(folder: Path, **changes) -> Config:
         Model(vocab_size=changes.pop("vocab_size", 257), seq_len=T),
     )
     tokenizer = Tokenizer(path=str(folder / "tokenizer"), eot="<|endoftext|>")
-    settings = {"sources": sources, "n_chunks": 5, "validation_fraction": 0.2, "workers": 1, "seed": 11}
+    settings = {
+        "sources": sources,
+        "n_chunks": 5,
+        "validation_fraction": 0.2,
+        "workers": 1,
+        "seed": 11,
+        "validation_seed": 11,
+    }
     config = Config(
         name="test", model=model, tokenizer=tokenizer, train=train, data=Data(**settings | changes)
     )
@@ -78,8 +85,7 @@ def built(tmp_path_factory) -> tuple[Config, data.Dataset]:
 
 
 def held_out(id: str, fraction: float = 0.2, seed: int = 11) -> bool:
-    hashed = hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8]
-    return int.from_bytes(hashed, "little") < fraction * 2**64
+    return hashed(f"{seed}/{id}") < fraction * 2**64
 
 
 def documents_of(name: str, validation: bool = False) -> list[tuple[str, str, list[int]]]:
@@ -89,15 +95,36 @@ def documents_of(name: str, validation: bool = False) -> list[tuple[str, str, li
     return [(name, id, tokens) for id, tokens in found if held_out(id) == validation]
 
 
+def hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def mixed(x: int) -> int:
+    """The end of MurmurHash3 for 64 bits, in plain Python integers."""
+    x = (x ^ x >> 33) * 0xFF51AFD7ED558CCD % 2**64
+    x = (x ^ x >> 33) * 0xC4CEB9FE1A85EC53 % 2**64
+    return x ^ x >> 33
+
+
+def a_last_pass(whole: list, wanted: int, stage: str, seeds: str = "11/11") -> list:
+    """Documents in keyed order until `wanted` tokens are reached, the last one cut; back in reading order."""
+    validation_seed, seed = seeds.split("/")
+    ranks = {id: mixed(hashed(f"{validation_seed}/{id}") ^ hashed(f"{seed}/{stage}")) for _, id, _ in whole}
+    taken = {}
+    for _, id, tokens in sorted(whole, key=lambda document: ranks[document[1]]):
+        taken[id] = tokens if len(tokens) <= wanted else [*tokens[: wanted - 1], 256]
+        wanted -= len(taken[id])
+        if not wanted:
+            break
+    return [(source, id, taken[id]) for source, id, _ in whole if id in taken]
+
+
 def stream_of(d: data.Dataset, stage: int) -> list[tuple[str, str, list[int]]]:
     if stage == 1:
         return documents_of("a") + documents_of("b")
     whole = documents_of("a")
-    half = d.manifest["stages"][0]["mixture"]["a"]["documents"] - 2 * len(whole)
-    table = np.load(d.folder / "documents" / "first.npy")
-    ids = [d.document("a", int(n))["id"] for n in table[2, 2 * len(whole) : -1]]
-    assert len(ids) == half and len(set(ids)) == half and 0.25 < half / len(whole) < 0.75
-    return whole + whole + [document for document in whole if document[1] in ids]
+    n_tokens = sum(len(tokens) for *_, tokens in whole)
+    return whole + whole + a_last_pass(whole, round(2.5 * n_tokens) - 2 * n_tokens, "first")
 
 
 # ---- the shuffle ------------------------------------------------------------------------------------------
@@ -108,10 +135,7 @@ def reference_shuffle(row: int, n: int, key: str) -> int:
     h = next(h for h in range(1, 99) if 4**h >= n)
 
     def f(x: int, round: int) -> int:
-        x ^= int.from_bytes(hashlib.sha256(f"{key}/{round}".encode()).digest()[:8], "little")
-        x = (x ^ x >> 33) * 0xFF51AFD7ED558CCD % 2**64
-        x = (x ^ x >> 33) * 0xC4CEB9FE1A85EC53 % 2**64
-        return (x ^ x >> 33) % 2**h
+        return mixed(x ^ hashed(f"{key}/{round}")) % 2**h
 
     while True:
         left, right = divmod(row, 2**h)
@@ -306,14 +330,188 @@ def test_the_dataset_is_the_same_for_any_number_of_workers_and_block_sizes(built
         assert data.Dataset(data.build(other)).sha256 == d.sha256
 
 
-def test_weights_become_epochs_and_the_stage_has_about_its_tokens(tmp_path):
-    stage = Stage("mix", weights={"b": 3, "a": 1}, tokens=6000)
-    d = data.Dataset(data.build(make(tmp_path, stages=(stage,))))
-    tokens = {name: d.manifest["sources"][name]["tokens"] for name in "ab"}
-    mixture = d.manifest["stages"][0]["mixture"]
-    assert mixture["a"]["epochs"] == pytest.approx(1500 / tokens["a"])
-    assert mixture["b"]["epochs"] == pytest.approx(4500 / tokens["b"])
-    assert abs(mixture["a"]["tokens"] - 1500) < 500 and abs(mixture["b"]["tokens"] - 4500) < 500
+def tokens_in_chunks(d: data.Dataset) -> dict[str, int]:
+    """Target tokens by source, summed over all chunks."""
+    chunks = d.manifest["chunks"]
+    return {name: sum(chunk["sources"][name]["tokens"] for chunk in chunks) for name in d.sources}
+
+
+@pytest.mark.parametrize("weights", [{"b": 3, "a": 1}, {"a": 0.9, "b": 0.1}, {"b": 1}, {"a": 2, "b": 7.7}])
+@pytest.mark.parametrize("tokens", [300, 6001])  # less than a pass of either source; many passes
+def test_a_stage_gives_every_source_the_tokens_that_its_weights_ask_for(tmp_path, weights, tokens):
+    stage = Stage("mix", weights=weights, tokens=tokens)
+    d = data.Dataset(data.build(make(tmp_path, stages=(stage,), n_chunks=3)))
+    mixture, got = d.manifest["stages"][0]["mixture"], tokens_in_chunks(d)
+    assert sum(part["asked_tokens"] for part in mixture.values()) == tokens
+    expected = []
+    for name in sorted(weights):
+        share, whole = tokens * weights[name] / sum(weights.values()), documents_of(name)
+        assert abs(mixture[name]["asked_tokens"] - share) < 1 and abs(got[name] - share) <= T + 1
+        assert mixture[name]["tokens"] == mixture[name]["asked_tokens"]
+        passes, rest = divmod(mixture[name]["asked_tokens"], sum(len(tokens) for *_, tokens in whole))
+        assert mixture[name]["epochs"] == pytest.approx(
+            share / sum(len(tokens) for *_, tokens in whole), 0.01
+        )
+        last = a_last_pass(whole, rest, "mix") if rest else []
+        cut = [(id, len(t)) for _, id, t in last if len(t) < len({w[1]: w[2] for w in whole}[id])]
+        stated = mixture[name]["cut"]
+        assert [(stated["id"], stated["tokens"])] == cut if stated else not cut
+        expected += whole * passes + last
+    stream = [x for *_, tokens in expected for x in tokens]
+    _, _, row = d.locate(np.arange(d.n_rows))
+    assert len(row) == (tokens - 1) // T
+    for rows, r in zip(d.rows(0, d.n_rows), row):
+        assert rows.tolist() == stream[r * T : r * T + T + 1]
+    for position in range(0, d.n_rows, 7):  # the table of documents says the same as the rows
+        for source, id, first, end in d.documents(position):
+            assert d.rows(position, 1)[0, first:end].tolist() != [] and position in d.positions(source, id)
+
+
+def test_one_long_document_gets_the_share_that_it_is_asked_for(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("all in one document, " * 400)  # 8,400 tokens, the other source 2,512
+    for name, weight in (("first", 0.3), ("second", 0.7)):
+        stage = Stage("mix", weights={"book": weight, "a": 1 - weight}, tokens=5000)
+        config = make(tmp_path)
+        sources = *config.data.sources, Source("book", paths=(str(tmp_path / "book.txt"),))
+        config = replace(config, data=replace(config.data, sources=sources, stages=(stage,)))
+        config = replace(config, dataset=str(tmp_path / name))
+        d = data.Dataset(data.build(config))
+        assert abs(tokens_in_chunks(d)["book"] - 5000 * weight) <= T + 1
+        said = capsys.readouterr().out
+        assert f"{100 * weight:.2f}" in said and f"{5000 * weight:,.0f} of " in said  # asked for; the cut
+
+
+def test_a_source_that_would_get_nothing_is_refused(tmp_path):
+    for weight, tokens, says in (
+        (1e-6, 900, r"'mix' would get 0 tokens of source 'b'"),
+        (0.0055, 910, r"'mix': the 5 tokens of source 'b' would all be dropped .* last 6 tokens"),
+    ):
+        stage = Stage("mix", weights={"a": 1 - weight, "b": weight}, tokens=tokens)
+        refuses(make(tmp_path, stages=(stage,)), says)
+
+
+def test_the_order_has_a_seed_of_its_own_so_that_runs_in_other_orders_compare(built, tmp_path):
+    config, d = built
+    other = replace(config, dataset=str(tmp_path / "other"), data=replace(config.data, seed=12))
+    other = data.Dataset(data.build(other))
+    for name in "ab":
+        assert (other.validation(name) == d.validation(name)).all() and len(d.validation(name))
+    assert other.n_rows == d.n_rows and (other.rows(0, 60) != d.rows(0, 60)).any()
+    held = replace(config, dataset=str(tmp_path / "held"), data=replace(config.data, validation_seed=12))
+    assert data.Dataset(data.build(held)).validation("a").tolist() != d.validation("a").tolist()
+
+
+def test_ids_that_come_twice_are_made_unique_counted_and_named(tmp_path, capsys):
+    config = make(tmp_path, batch_size=1)
+    ids = ["x", "y", "x", "x#2", "x", "y", "z", "x#2", *map(str, range(40))]
+    lines = [json.dumps({"id": id, "text": f"{n} is the number of {id}"}) for n, id in enumerate(ids)]
+    (tmp_path / "twice.jsonl").write_text("\n".join(lines))
+    source = Source("s", paths=(str(tmp_path / "twice.jsonl"),))
+    config = replace(config, data=replace(config.data, sources=(source,), validation_fraction=0.3))
+    d = data.Dataset(data.build(config))
+    expected = ["x", "y", "x#3", "x#2", "x#4", "y#2", "z", "x#2#2", *map(str, range(40))]
+    found = [d.document("s", n) for n in range(48)]
+    assert [document["id"] for document in found] == expected
+    # copies are held out together, by the id that they came with
+    assert [document["validation"] for document in found] == [held_out(id, 0.3) for id in ids]
+    assert d.manifest["sources"]["s"]["duplicate_ids"] == 4
+    assert "4 documents have an id that an earlier document has; they are called x#3, x#4, y#2, x#2#2" in (
+        capsys.readouterr().out
+    )
+    trained = [n for n, document in enumerate(found) if not document["validation"]]
+    by_row = {
+        n: [p for p in range(d.n_rows) if expected[n] in {x[1] for x in d.documents(p)}] for n in trained
+    }
+    for n in trained:
+        assert by_row[n] and d.positions("s", expected[n]).tolist() == by_row[n]
+
+
+# ---- held out inside documents ----------------------------------------------------------------------------
+
+
+def one_source(folder: Path, *texts: str, **changes) -> Config:
+    """A config whose only source is a folder of .txt files."""
+    config = make(folder, **changes)
+    (folder / "books").mkdir()
+    for n, text in enumerate(texts):
+        (folder / "books" / f"{n}.txt").write_text(text)
+    source = Source("books", paths=(str(folder / "books"),))
+    return replace(config, data=replace(config.data, sources=(source,)))
+
+
+def test_one_text_file_is_split_inside_with_a_gap_between_training_and_held_out_text(tmp_path, capsys):
+    text = " ".join(f"word{i}é" for i in range(900))
+    d = data.Dataset(data.build(one_source(tmp_path, text, validation_fraction=0.05)))
+    train, held = d.document("books", 0), d.document("books", 1)
+    (begin, end), (begin_held, end_held) = train["characters"], held["characters"]
+    assert begin == 0 < end < begin_held < end_held == len(text) and train["id"] == held["id"] == "0.txt"
+    assert (train["validation"], held["validation"]) == (False, True)
+    # the gap is about a row of T tokens, which are bytes here, from the beginning of a word to another
+    gap = text[end:begin_held]
+    assert gap.startswith("word") and gap.endswith(" ") and T <= len(gap.encode()) <= T + 12
+    assert held["gap_bytes"] == d.manifest["sources"]["books"]["gap_bytes"] == len(gap.encode())
+    assert len(text[begin_held:].encode()) == pytest.approx(0.05 * len(text.encode()), abs=12)
+    stream = [*text[begin_held:].encode(), 256]
+    rows = [stream[r * T : r * T + T + 1] for r in range((len(stream) - 1) // T)]
+    assert d.validation("books").tolist() == rows
+    stream, (_, _, row) = [*text[:end].encode(), 256], d.locate(np.arange(d.n_rows))
+    assert all(d.rows(p, 1)[0].tolist() == stream[r * T : r * T + T + 1] for p, r in enumerate(row))
+    assert len(row) == (len(stream) - 1) // T
+    said = capsys.readouterr().out
+    assert "source 'books' has few documents: the ends of 1 of them are held out" in said
+    assert f"{held['bytes']:,} bytes, after a gap of {len(gap.encode()):,} bytes" in said
+
+
+def test_a_source_of_few_documents_never_loses_half_of_them_to_validation(tmp_path):
+    texts = [f"{n} " + "some words and a few more " * 40 for n in range(3)]
+    # of these ids the second is held out by its hash: a third of all text, where a tenth was asked for
+    seed = next(
+        s for s in range(99) if [held_out(f"{n}.txt", 0.1, s) for n in range(3)] == [False, True, False]
+    )
+    config = one_source(tmp_path, *texts, validation_fraction=0.1, validation_seed=seed)
+    d = data.Dataset(data.build(config))
+    stated = d.manifest["sources"]["books"]
+    assert stated["split_inside"] and stated["documents"] == stated["validation_documents"] == 3
+    assert 0.05 < stated["validation_tokens"] / (stated["tokens"] + stated["validation_tokens"]) < 0.15
+    assert {d.document("books", n)["id"] for n in range(6)} == {"0.txt", "1.txt", "2.txt"}
+    assert stated["duplicate_ids"] == 0  # two parts of one document are not two documents
+
+
+def test_only_some_documents_of_many_are_split_inside(tmp_path):
+    config = one_source(
+        tmp_path, *(f"{n} " + "a few words " * 9 for n in range(300)), validation_fraction=1e-9
+    )
+    stated = data.Dataset(data.build(config)).manifest["sources"]["books"]
+    assert stated["split_inside"] and 5 < stated["validation_documents"] < 45 and stated["documents"] == 300
+
+
+def test_documents_too_short_to_be_split_are_all_trained_on_and_a_note_says_so(tmp_path, capsys):
+    texts = [f"{n}" * 11 for n in range(9)]
+    seed = next(s for s in range(999) if not any(held_out(f"{n}.txt", 0.2, s) for n in range(9)))
+    d = data.Dataset(data.build(one_source(tmp_path, *texts, validation_seed=seed, batch_size=1)))
+    assert d.validation("books").shape == (0, T + 1) and d.manifest["sources"]["books"]["documents"] == 9
+    assert "source 'books' holds nothing out" in capsys.readouterr().out
+
+
+def test_a_file_that_two_sources_read_from_other_roots_is_one_document(tmp_path):
+    """Else it could be held out of one source and trained on in the other."""
+    config = make(tmp_path, validation_fraction=0.3)
+    (tmp_path / "all" / "part").mkdir(parents=True)
+    for n in range(50):
+        (tmp_path / "all" / "part" / f"{n}.txt").write_text(f"text number {n}")
+    (tmp_path / "all" / "more.txt").write_text("one more")
+    sources = (
+        Source("some", paths=(str(tmp_path / "all" / "part"),)),
+        Source("all", paths=(str(tmp_path / "all"),)),
+    )
+    d = data.Dataset(data.build(replace(config, data=replace(config.data, sources=sources))))
+    tables = {
+        name: [json.loads(line) for line in open(d.folder / "documents" / f"{name}.jsonl")]
+        for name in d.sources
+    }
+    split = [{x["id"]: x["validation"] for x in tables[name]} for name in ("some", "all")]
+    assert split[1].pop("more.txt") in (True, False) and split[0] == split[1]
+    assert "17.txt" in split[0] and 5 < sum(split[0].values()) < 30
 
 
 def test_ids_beyond_two_bytes_are_stored_in_four(tmp_path):
@@ -370,7 +568,6 @@ def test_mistakes_that_only_the_text_shows_say_numbers_and_what_to_change(tmp_pa
     change = lambda **settings: replace(config, data=replace(config.data, **settings))  # noqa: E731
     few = r"(\d+) rows of model\.seq_len=7 are (\d+) steps of train\.batch_size=3, fewer than data\.n_chunks"
     refuses(change(n_chunks=9999), few)
-    refuses(change(validation_fraction=1e-9), r"'a'.* 0 held-out .*raise data\.validation_fraction=1e-09")
     (tmp_path / "tiny.txt").write_text("123456")
     tiny = (Source("tiny", paths=(str(tmp_path / "tiny.txt"),)),)
     refuses(change(sources=tiny, validation_fraction=0.0), "stage 'main' has 7 tokens, not one row")
