@@ -172,9 +172,10 @@ class Stage:
     """A part of training with its own mixture: how often each source is read, or in which proportion."""
 
     name: str = "main"  # names the stage in the manifest and in figures
-    # passes over each source; none named: one over all
+    # passes over each source; none named: one over all. 2.3: two, and one that ends after 0.3 of the tokens
     epochs: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)  # or shares of `tokens`, normalised
+    # or shares of `tokens`, normalised: each source is read as often as its share needs
+    weights: dict[str, float] = field(default_factory=dict)
     tokens: int = 0  # with weights: the length of the stage
     repeats: int = 1  # times the whole stage is trained through, each time in a new order
 
@@ -200,7 +201,8 @@ class Data:
     sources: tuple[Source, ...] = ()  # set in the config file
     stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))  # set in the config file
     n_chunks: int = 360  # files of rows; a checkpoint is taken at the end of each (Amber: 360)
-    validation_fraction: float = 0.01  # of each source's documents, held out before chunking
+    # of each source's documents, held out before chunking; of a source of few documents, of the text in them
+    validation_fraction: float = 0.01
     seed: int = 1234  # keys the order of rows, and of documents in a pass that is not whole
     validation_seed: int = 1234  # keys the choice of held-out documents: the same for runs in another order
     workers: int = 0  # processes that encode; derived: one a core

@@ -764,9 +764,10 @@ def notes(name: str, s: dict) -> list[str]:
     """What a user should know of a source: how its held-out rows were chosen, ids that came twice."""
     out = []
     if s["split_inside"] and s["validation_rows"]:
+        n = s["validation_documents"]
         out.append(
-            f"note: source {name!r} has few documents: the ends of {s['validation_documents']:,} of them are "
-            f"held out, {s['validation_bytes']:,} bytes, after a gap of {s['gap_bytes']:,} bytes that is "
+            f"note: source {name!r} has few documents: held out {'is the end' if n == 1 else 'are the ends'} of "
+            f"{n:,} of them, {s['validation_bytes']:,} bytes, after a gap of {s['gap_bytes']:,} bytes that is "
             "neither trained on nor held out"
         )
     elif not s["validation_rows"]:

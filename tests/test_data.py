@@ -458,7 +458,7 @@ def test_one_text_file_is_split_inside_with_a_gap_between_training_and_held_out_
     assert all(d.rows(p, 1)[0].tolist() == stream[r * T : r * T + T + 1] for p, r in enumerate(row))
     assert len(row) == (len(stream) - 1) // T
     said = capsys.readouterr().out
-    assert "source 'books' has few documents: the ends of 1 of them are held out" in said
+    assert "source 'books' has few documents: held out is the end of 1 of them" in said
     assert f"{held['bytes']:,} bytes, after a gap of {len(gap.encode()):,} bytes" in said
 
 
