@@ -767,8 +767,8 @@ def notes(name: str, s: dict) -> list[str]:
         n = s["validation_documents"]
         out.append(
             f"note: source {name!r} has few documents: held out {'is the end' if n == 1 else 'are the ends'} "
-            f"of {n:,} of them, {s['validation_bytes']:,} bytes, after a gap of {s['gap_bytes']:,} bytes that "
-            "is neither trained on nor held out"
+            f"of {n:,} of them, {s['validation_bytes']:,} bytes, after a gap of {s['gap_bytes']:,} bytes "
+            "that is neither trained on nor held out"
         )
     elif not s["validation_rows"]:
         out.append(
