@@ -128,6 +128,21 @@ class Model:
         return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head)
 
     @property
+    def gated(self) -> bool:
+        """Whether a third matrix gates the feed-forward."""
+        return choose("model.ffn", self.ffn, {"swiglu": True, "geglu": True, "gelu": False, "relu2": False})
+
+    @property
+    def norm_parameters(self) -> dict[str, float]:
+        """What a norm learns for each channel, and the value that it begins with."""
+        table = {
+            "rmsnorm": {"weight": 1.0},
+            "layernorm": {"weight": 1.0, "bias": 0.0},
+            "nonparametric_layernorm": {},
+        }
+        return choose("model.norm", self.norm, table)
+
+    @property
     def mup_scale(self) -> float:
         """m, base width / width: 1/16 for CrystalCoder; 1 without muP."""
         return self.mup_base_width / self.d_model if self.mup_base_width else 1.0
@@ -440,6 +455,24 @@ def spelled(section: object, name: str) -> str:
     return name if kind == "config" else f"{kind}.{name}"
 
 
+def choose(setting: str, choice: str, table: dict[str, object]) -> object:
+    """What a table has for the choice of a setting: choose("optim.decay", "all", {"all": 1}) -> 1.
+
+    A choice may be computed in several places. Where one of them lacks it, because it was added to the
+    setting's Literal alone, this is an error: no place may take it for another choice.
+    """
+    if choice not in table:
+        raise unknown(setting, choice)
+    return table[choice]
+
+
+def unknown(setting: str, choice: str) -> ValueError:
+    """The error of code that lacks a choice. It is no ConfigError: its traceback says where to add it."""
+    return ValueError(
+        f"{setting}={choice!r} is a choice in config.py, and the code that raises this lacks it"
+    )
+
+
 def at_least(section: object, low: float, *names: str) -> None:
     for name in names:
         if not getattr(section, name) >= low:
@@ -519,6 +552,8 @@ def mesh_shape(settings: Parallel, processes: int) -> tuple[int, int, int]:
         if settings.shard > 1:
             raise ConfigError(f"parallel.shard={settings.shard} needs parallel.strategy='fsdp'")
         return copies, 1, settings.tp
+    if settings.strategy != "fsdp":
+        raise unknown("parallel.strategy", settings.strategy)
     shard = settings.shard or copies
     if copies % shard:
         raise ConfigError(
@@ -530,10 +565,11 @@ def mesh_shape(settings: Parallel, processes: int) -> tuple[int, int, int]:
 
 def check_parallel(m: Model, p: Parallel, optim: Optim) -> None:
     """Raises ConfigError where a model cannot be split over p.tp GPUs, or an optimizer needs it whole."""
-    if optim.optimizer == "muon" and (p.tp > 1 or p.strategy == "fsdp"):
+    whole = choose("optim.optimizer", optim.optimizer, {"adamw": False, "muon": True})
+    if whole and (p.tp > 1 or p.strategy == "fsdp"):
         raise ConfigError(
-            "optim.optimizer='muon' turns whole matrices, and parallel.strategy='fsdp' or parallel.tp leave "
-            "none whole; use --parallel.strategy=ddp --parallel.tp=1, or adamw"
+            f"optim.optimizer={optim.optimizer!r} turns whole matrices, and parallel.strategy='fsdp' or "
+            "parallel.tp leave none whole; use --parallel.strategy=ddp --parallel.tp=1, or adamw"
         )
     if p.tp == 1:
         return
@@ -542,9 +578,10 @@ def check_parallel(m: Model, p: Parallel, optim: Optim) -> None:
             raise ConfigError(f"model.{name}={getattr(m, name)} does not divide by parallel.tp={p.tp}")
     if m.qk_norm:  # of a whole row of queries, which no GPU has
         raise ConfigError("model.qk_norm with parallel.tp is not offered; use parallel.strategy='fsdp'")
-    if m.positions == "alibi":  # each head has its own slope
+    by_head = {"rope": False, "alibi": True, "learned": False, "none": False}
+    if choose("model.positions", m.positions, by_head):  # each head has its own slope
         raise ConfigError(
-            "model.positions='alibi' with parallel.tp is not offered; use parallel.strategy='fsdp'"
+            f"model.positions={m.positions!r} with parallel.tp is not offered; use parallel.strategy='fsdp'"
         )
 
 

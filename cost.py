@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import config
 import steps
-from config import Config, ConfigError, Model
+from config import Config, ConfigError, Model, choose
 from steps import Steps
 
 GIB = 2**30
@@ -54,7 +54,6 @@ USABLE_ON_CPU = 0.6
 # loss.LOGITS_BYTES and LOGITS_BYTES_CUDA, which cannot be imported without torch; a test compares them
 LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
 SHARD_BYTES = 5_000_000_000  # checkpoint.SHARD_BYTES, for the same reason
-NORM_NUMBERS = {"rmsnorm": 1, "layernorm": 2, "nonparametric_layernorm": 0}  # a channel
 
 
 # ---- parameters and FLOPs ---------------------------------------------------------------------------------
@@ -64,21 +63,23 @@ def parameters(model: Model) -> dict[str, int]:
     """Exact count by part: sum(parameters(Model()).values()) -> 6738415616. A tied head is the embedding."""
     m = model.resolved()
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
-    into = 2 if gated(m) else 1  # matrices from D to F; one more leads back
-    norm = NORM_NUMBERS[m.norm]
+    into = 2 if m.gated else 1  # matrices from D to F; one more leads back
+    positions = {"rope": 0, "alibi": 0, "learned": m.seq_len * D, "none": 0}
+    norm = len(m.norm_parameters)  # for each channel
     return {
         "embedding": m.vocab_size * D,
-        "learned positions": m.seq_len * D if m.positions == "learned" else 0,
+        "learned positions": choose("model.positions", m.positions, positions),
         "attention": m.n_layers * D * (2 * q + 2 * kv),
         "feed-forward": m.n_layers * D * m.d_ff * (into + 1),
-        "norms": norm * (m.n_layers * (2 * D + m.qk_norm * (q + kv)) + D),
+        "norms": norm * (m.n_layers * (norms_of_a_block(m) * D + m.qk_norm * (q + kv)) + D),
         "biases": m.bias * m.n_layers * (q + 2 * kv + D + into * m.d_ff + D),
         "head": 0 if m.tie_embeddings else m.vocab_size * D,
     }
 
 
-def gated(m: Model) -> bool:
-    return m.ffn in ("swiglu", "geglu")
+def norms_of_a_block(m: Model) -> int:
+    """Those that are as wide as the stream."""
+    return choose("model.norm_place", m.norm_place, {"before": 2, "after": 2})
 
 
 def without_padding(model: Model, entries: int) -> int:
@@ -125,8 +126,9 @@ def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
     """Parameters before sharding: of a block, whose matrices are split over tp; and of all outside blocks."""
     counts, D = parameters(m), m.d_model
     outside = counts["embedding"] + counts["learned positions"] + counts["head"]
-    outside += NORM_NUMBERS[m.norm] * D  # the final norm
-    whole = NORM_NUMBERS[m.norm] * (2 * D + m.qk_norm * (m.n_heads + m.n_kv_heads) * m.d_head)
+    norm = len(m.norm_parameters)
+    outside += norm * D  # the final norm
+    whole = norm * (norms_of_a_block(m) * D + m.qk_norm * (m.n_heads + m.n_kv_heads) * m.d_head)
     whole += 2 * D * m.bias  # of the two matrices whose sums are scattered over tokens
     block = (sum(counts.values()) - outside) // m.n_layers
     return whole + (block - whole) / tp, outside
@@ -143,8 +145,9 @@ def kept_by_layer(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> 
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
     c, own = BF16 if bf16 else FP32, n / tp
 
-    # what the two norms read, in FP32: the stream (the same in a parallel block), or sub-layers' outputs
-    kept = (1 if m.parallel_residual else 2) * FP32 * own * D + 2 * kept_by_norm(m, own, D, cuda)
+    # what the norms read, in FP32: the stream (the same in a parallel block), or sub-layers' outputs
+    norms = norms_of_a_block(m)
+    kept = (1 if m.parallel_residual else norms) * FP32 * own * D + norms * kept_by_norm(m, own, D, cuda)
     kept += 2 * c * n * D  # what q, k and v read, and what gate and up read
     if m.qk_norm:
         kept += FP32 * n * (q + kv) + kept_by_norm(m, n, q, cuda) + kept_by_norm(m, n, kv, cuda)
@@ -152,7 +155,7 @@ def kept_by_layer(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> 
         c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads
     ) / tp  # q, k, v, output; log of the softmax's sum
     kept += c * n * (q + 2 * kv) / tp * bool(m.clip_qkv)  # before they are clamped
-    kept += (4 if gated(m) else 2) * c * n * m.d_ff / tp  # gate, act(gate), up and product; or up and act(up)
+    kept += (4 if m.gated else 2) * c * n * m.d_ff / tp  # gate, act(gate), up and product; or up and act(up)
     if bf16 or m.positions != "alibi":  # SDPA's own copy of the mask, one a block
         kept += c * mask_numbers(m, n, cuda)
     return kept
@@ -168,18 +171,22 @@ def mask_numbers(m: Model, n: int, cuda: bool) -> int:
 
 def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
     """Beside its input: a number or two a token; and RMSNorm, made of several steps on a CPU, x / rms(x)."""
-    if m.norm == "rmsnorm":
-        return FP32 * n * (1 if cuda else 1 + width)
-    return 2 * FP32 * n
+    numbers = {"rmsnorm": 1 if cuda else 1 + width, "layernorm": 2, "nonparametric_layernorm": 2}
+    return FP32 * n * choose("model.norm", m.norm, numbers)
 
 
 def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
     """Bytes kept for backward beside the blocks': by the final norm, and what all blocks read."""
     m = model.resolved()
-    shared = 0 if bf16 else FP32 * mask_numbers(m, n, cuda) * (m.positions == "alibi")
-    if m.positions == "rope":  # cosine and sine
-        shared += FP32 * (n if m.document_mask else m.seq_len) * int(m.d_head * m.rope_fraction)
-    return FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda) + shared
+    shared = {
+        # cosine and sine
+        "rope": FP32 * (n if m.document_mask else m.seq_len) * int(m.d_head * m.rope_fraction),
+        "alibi": 0 if bf16 else FP32 * mask_numbers(m, n, cuda),
+        "learned": 0,
+        "none": 0,
+    }
+    kept = FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda)
+    return kept + choose("model.positions", m.positions, shared)
 
 
 def activations(model: Model, n: int, bf16: bool, cuda: bool, every: int = 0, tp: int = 1) -> float:
@@ -238,7 +245,7 @@ def memory(cfg: Config, gpus: int, cuda: bool) -> dict[str, float]:
         forward, begin = c * L * block * bf16, c * block * bf16 * (L - sum(again))
 
     # Of a block's backward: gradients of the stream, of what gate and up gave, of the matrix after them.
-    into = 2 if gated(m) else 1
+    into = 2 if m.gated else 1
     busy = FP32 * own * D + c * n * D + into * c * n * m.d_ff / tp
     busy += (c if sharded else FP32 + c * bf16) * D * m.d_ff / tp
 
@@ -295,8 +302,8 @@ def memory(cfg: Config, gpus: int, cuda: bool) -> dict[str, float]:
 def optimizer_numbers(cfg: Config) -> int:
     """Moments: AdamW has two a parameter; Muon one for those of matrices inside the layers."""
     counts = parameters(cfg.model)
-    one = (counts["attention"] + counts["feed-forward"]) * (cfg.optim.optimizer == "muon")
-    return 2 * sum(counts.values()) - one
+    whole, matrices = 2 * sum(counts.values()), counts["attention"] + counts["feed-forward"]
+    return choose("optim.optimizer", cfg.optim.optimizer, {"adamw": whole, "muon": whole - matrices})
 
 
 def muon_bytes(m: Model) -> float:
@@ -321,7 +328,8 @@ def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float
 
 def precision(cfg: Config, cuda: bool) -> str:
     """The precision of matrix products: what parallel.precision makes of train.precision."""
-    return ("bf16" if cuda else "fp32") if cfg.train.precision == "auto" else cfg.train.precision
+    table = {"auto": "bf16" if cuda else "fp32", "fp32": "fp32", "bf16": "bf16"}
+    return choose("train.precision", cfg.train.precision, table)
 
 
 def fits(cfg: Config, gpus: int, gpu: str) -> bool:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from config import ConfigError, Source
+from config import ConfigError, Source, unknown
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 # fmt: off
@@ -201,8 +201,10 @@ def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Itera
         items = read_lines(path, name)
     elif source.read == "auto" and path.name.endswith(".parquet"):
         items = read_parquet(path, name)
-    else:
+    elif source.read in ("auto", "text"):
         items = read_text(path, name)
+    else:
+        raise unknown(f"data source {source.name!r}: read", source.read)
     place = str(path)
     try:
         for place, id, text in items:

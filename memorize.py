@@ -250,7 +250,8 @@ def whose(dataset: Dataset, part: Part, matches: np.ndarray, full: int, length: 
 
 def here(cfg: Config) -> torch.device:
     """Where results are computed: a run made on a CPU stays there; any other takes a GPU if there is one."""
-    device = parallel.device("cpu" if cfg.train.device == "cpu" else "auto")
+    table = {"auto": "auto", "cpu": "cpu", "cuda": "auto"}
+    device = parallel.device(config.choose("train.device", cfg.train.device, table))
     if device.type == "cpu":
         parallel.keep_freed_memory()
     return device

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ConfigError, Model
+from config import ConfigError, Model, choose
 from loss import Loss
 
 
@@ -31,10 +31,13 @@ class Norm(nn.Module):
 
     def __init__(self, cfg: Model, width: int = 0):
         super().__init__()
-        self.shape, self.eps, self.rms = (width or cfg.d_model,), cfg.norm_eps, cfg.norm == "rmsnorm"
-        with_weight, with_bias = cfg.norm != "nonparametric_layernorm", cfg.norm == "layernorm"
-        self.weight = nn.Parameter(torch.ones(self.shape)) if with_weight else None
-        self.bias = nn.Parameter(torch.zeros(self.shape)) if with_bias else None
+        self.shape, self.eps, self.first = (width or cfg.d_model,), cfg.norm_eps, cfg.norm_parameters
+        kinds = {"rmsnorm": True, "layernorm": False, "nonparametric_layernorm": False}
+        self.rms = choose("model.norm", cfg.norm, kinds)
+        self.weight, self.bias = (
+            nn.Parameter(torch.full(self.shape, self.first[name])) if name in self.first else None
+            for name in ("weight", "bias")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         # of parameters too: parallel.py may have gathered them in BF16
@@ -145,21 +148,30 @@ class Cache:
 # ---- the layers -------------------------------------------------------------------------------------------
 
 
+class Linear(nn.Linear):
+    """A linear layer. `writes`: it writes into the residual stream, for which some inits make it smaller."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool, writes: bool = False):
+        super().__init__(d_in, d_out, bias)
+        self.writes, self.first = writes, {"bias": 0.0}  # the weight begins as Transformer.deviation says
+
+
 class Attention(nn.Module):
     """Causal self-attention; groups of H/K query heads share a key/value head (Ainslie et al. 2023)."""
 
     def __init__(self, cfg: Model, layer: int):
         super().__init__()
         self.layer, self.d_head, self.grouped = layer, cfg.d_head, cfg.n_kv_heads < cfg.n_heads
-        self.clip, self.neighbours = cfg.clip_qkv, cfg.rope_pairs == "neighbours"
+        self.clip = cfg.clip_qkv
+        self.neighbours = choose("model.rope_pairs", cfg.rope_pairs, {"halves": False, "neighbours": True})
         # under muP the products of queries and keys grow with d_head, not with its root (Yang et al. 2022)
         self.scale = 1 / cfg.d_head if cfg.mup_base_width else cfg.d_head**-0.5
         self.slopes = alibi_slopes(cfg.n_heads) if cfg.positions == "alibi" else None
         q_width, kv_width = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        self.q_proj = nn.Linear(cfg.d_model, q_width, bias=cfg.bias)
-        self.k_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
-        self.v_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
-        self.o_proj = nn.Linear(q_width, cfg.d_model, bias=cfg.bias)
+        self.q_proj = Linear(cfg.d_model, q_width, cfg.bias)
+        self.k_proj = Linear(cfg.d_model, kv_width, cfg.bias)
+        self.v_proj = Linear(cfg.d_model, kv_width, cfg.bias)
+        self.o_proj = Linear(q_width, cfg.d_model, cfg.bias, writes=True)
         self.q_norm = Norm(cfg, q_width) if cfg.qk_norm else None
         self.k_norm = Norm(cfg, kv_width) if cfg.qk_norm else None
 
@@ -194,26 +206,29 @@ def cast_once(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """So et al. 2021 (Primer)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu2": squared_relu}  # by model.ffn
+
+
 class MLP(nn.Module):
     """The feed-forward: down(act(gate(x)) * up(x)) (Shazeer 2020, eq. 6), or down(act(up(x)))."""
 
     def __init__(self, cfg: Model):
         super().__init__()
-        self.kind = cfg.ffn
-        gated = cfg.ffn in ("swiglu", "geglu")
-        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias) if gated else None
-        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias)
-        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
+        self.act = choose("model.ffn", cfg.ffn, ACTIVATIONS)
+        self.gate_proj = Linear(cfg.d_model, cfg.d_ff, cfg.bias) if cfg.gated else None
+        self.up_proj = Linear(cfg.d_model, cfg.d_ff, cfg.bias)
+        self.down_proj = Linear(cfg.d_ff, cfg.d_model, cfg.bias, writes=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = cast_once(x)
-        if self.kind == "swiglu":
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        if self.kind == "geglu":
-            return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
-        if self.kind == "gelu":
-            return self.down_proj(F.gelu(self.up_proj(x)))
-        return self.down_proj(F.relu(self.up_proj(x)).square())  # So et al. 2021, Primer
+        if self.gate_proj is not None:
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -221,7 +236,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Model, layer: int):
         super().__init__()
-        self.after, self.parallel = cfg.norm_place == "after", cfg.parallel_residual
+        self.after = choose("model.norm_place", cfg.norm_place, {"before": False, "after": True})
+        self.parallel = cfg.parallel_residual
         # The names are those of the published checkpoints, in which "post_attention_layernorm" is the norm
         # before the feed-forward (LLaMA), or the one on attention's output (OLMo 2).
         self.input_layernorm = None if self.after else Norm(cfg)
@@ -254,11 +270,12 @@ class Transformer(nn.Module):
                 "model.document_mask needs the end-of-text token's id: Transformer(cfg, eot=ID)"
             )
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        learned = cfg.positions == "learned"
+        embedded = {"rope": False, "alibi": False, "learned": True, "none": False}
+        learned = choose("model.positions", cfg.positions, embedded)
         self.embed_positions = nn.Embedding(cfg.seq_len, cfg.d_model) if learned else None
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.norm = Norm(cfg)
-        self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.loss = Loss()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -333,19 +350,20 @@ class Transformer(nn.Module):
     def initial_weights(self, seed: int) -> Iterator[Tensor]:
         """Every parameter's first value, in the order of parameters(), whole and on the CPU."""
         generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:  # a norm's weight, or a bias
-                yield torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-                continue
-            value, std = torch.empty(parameter.shape), self.deviation(name, parameter.shape[1])
-            cut = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_cut
-            if cut:
-                nn.init.trunc_normal_(value, std=std, a=-cut * std, b=cut * std, generator=generator)
-            else:
-                nn.init.normal_(value, std=std, generator=generator)
-            yield value
+        cut = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_cut
+        for path, module in self.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim < 2:  # a norm's weight, or a bias: its module knows
+                    yield torch.full(parameter.shape, module.first[name])
+                    continue
+                value, std = torch.empty(parameter.shape), self.deviation(path, module)
+                if cut:
+                    nn.init.trunc_normal_(value, std=std, a=-cut * std, b=cut * std, generator=generator)
+                else:
+                    nn.init.normal_(value, std=std, generator=generator)
+                yield value
 
-    def deviation(self, name: str, fan_in: int) -> float:
+    def deviation(self, path: str, module: nn.Module) -> float:
         """The standard deviation with which a matrix begins, before values far out are cut off.
 
         normal: init_std for all (LLaMA as Hugging Face trains it; Amber; OLMo 2, cut at 3 deviations).
@@ -356,15 +374,19 @@ class Transformer(nn.Module):
         mup: embedding and head init_std; the rest init_std sqrt(m), m = mup_base_width / D; those two that
             / sqrt(2 L) (CrystalCoder's released parameters).
         """
-        cfg = self.cfg
-        writes = name.endswith(("o_proj.weight", "down_proj.weight"))  # into the residual stream
-        if cfg.init == "mitchell":
-            std = cfg.d_model**-0.5 if "embed_" in name else fan_in**-0.5
-            return std / math.sqrt(2 * (int(name.split(".")[1]) + 1)) if writes else std
-        if cfg.init == "small_wang":
-            return 2 / (cfg.n_layers * math.sqrt(cfg.d_model)) if writes else math.sqrt(2 / (5 * cfg.d_model))
-        std = cfg.init_std * (math.sqrt(cfg.mup_scale) if name.startswith("layers.") else 1.0)
-        return std / math.sqrt(2 * cfg.n_layers) if writes and cfg.init in ("gpt2", "mup") else std
+        cfg, inside = self.cfg, path.startswith("layers.")
+        D, L, layer = cfg.d_model, cfg.n_layers, int(path.split(".")[1]) if inside else 0
+        plain, fan_in = cfg.init_std, module.weight.shape[1]
+        scaled = plain * math.sqrt(cfg.mup_scale) if inside else plain
+        # of most matrices, and of those that write into the residual stream
+        table = {
+            "normal": (plain, plain),
+            "gpt2": (plain, plain / math.sqrt(2 * L)),
+            "mitchell": (fan_in**-0.5, fan_in**-0.5 / math.sqrt(2 * (layer + 1))),
+            "small_wang": (math.sqrt(2 / (5 * D)), 2 / (L * math.sqrt(D))),
+            "mup": (scaled, scaled / math.sqrt(2 * L)),
+        }
+        return choose("model.init", cfg.init, table)[getattr(module, "writes", False)]
 
 
 # ---- who sees whom ----------------------------------------------------------------------------------------

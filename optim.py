@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, Optim
+from config import ConfigError, Optim, choose, unknown
 
 # ---- schedules --------------------------------------------------------------------------------------------
 
@@ -63,12 +63,13 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = {}
     for name, p in model.named_parameters():
-        decays = {
+        table = {
             "all": True,
             "linear": id(p) in linear,
             "matrices": p.ndim > 1,
             "not_embeddings": id(p) not in embeddings,
-        }[cfg.decay]
+        }
+        decays = choose("optim.decay", cfg.decay, table)
         inner = name.startswith("layers.") and p.ndim > 1
         groups.setdefault((decays, mup_scale if inner else 1.0, inner), []).append(p)
     special = mup_scale != 1 or cfg.optimizer == "muon"
@@ -100,6 +101,8 @@ def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[tor
     """
     if cfg.optimizer == "adamw":
         return [adamw(model, cfg, mup_scale)]
+    if cfg.optimizer != "muon":
+        raise unknown("optim.optimizer", cfg.optimizer)
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"optim.optimizer='muon' needs torch 2.9 or newer; this is {torch.__version__}")
     groups = parameter_groups(model, cfg, mup_scale)

@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, ConfigError, Parallel, Train, mesh_shape
+from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
 
 # ---- who and where ----------------------------------------------------------------------------------------
 
@@ -47,6 +47,8 @@ def world_size() -> int:
 
 def device(choice: str) -> torch.device:
     """auto, cpu or cuda -> this process's device. Raises ConfigError where CUDA is asked for and absent."""
+    if choice not in ("auto", "cpu", "cuda"):
+        raise unknown("train.device", choice)
     if choice == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but PyTorch sees no CUDA device here; use cpu or auto")
     if choice == "cpu" or not torch.cuda.is_available():
@@ -73,7 +75,8 @@ def precision(choice: str, device: torch.device) -> torch.dtype:
             f"train.precision=bf16, and {torch.cuda.get_device_name(device)} has no BF16 arithmetic (which "
             "came with compute capability 8.0, A100); use --train.precision=fp32"
         )
-    return torch.bfloat16 if choice == "bf16" or (choice == "auto" and has_bf16) else torch.float32
+    wanted = choose("train.precision", choice, {"auto": has_bf16, "fp32": False, "bf16": True})
+    return torch.bfloat16 if wanted else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -117,7 +120,8 @@ class Everyone:
             split_matrices(model, self.mesh["tp"])
             # PyTorch: norms over two dimensions of a mesh may differ in a last bit; train.py takes their mean
             warnings.filterwarnings("ignore", message=".*_NormPartial")
-        compiles = {"auto": self.device.type == "cuda", "on": True, "off": False}[cfg.train.compile]
+        table = {"auto": self.device.type == "cuda", "on": True, "off": False}
+        compiles = choose("train.compile", cfg.train.compile, table)
         every = cfg.train.activation_checkpointing
         for i, block in enumerate(model.layers):
             # the forward, not the module: hooks stay outside, names in state_dict as they are, and all

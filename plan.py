@@ -241,7 +241,8 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     if args.mfu and args.mfu > 1:
         raise ConfigError(f"--mfu={args.mfu} is a share of the peak: 40 % is 0.4")
     args.mfu_is, args.mfu = ("stated", args.mfu) if args.mfu else ("assumed", 0.4)
-    args.gpu = args.gpu or ("cpu" if cfg.train.device == "cpu" else "a100-80gb")
+    trained_on = {"auto": "a100-80gb", "cpu": "cpu", "cuda": "a100-80gb"}
+    args.gpu = args.gpu or config.choose("train.device", cfg.train.device, trained_on)
     args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
     if args.pue < 1:
         raise ConfigError(f"--pue={args.pue}: all power over the computers' power is at least 1")

@@ -574,7 +574,8 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
                 n_documents, n_bytes = n_documents + 1, n_bytes + len(document.text.encode())
                 yield document.text
 
-    learn = {"bpe": train_byte_pair, "sentencepiece": train_sentencepiece}[settings.kind]
+    kinds = {"bpe": train_byte_pair, "sentencepiece": train_sentencepiece}
+    learn = config.choose("tokenizer.kind", settings.kind, kinds)
     tokenizer = learn(texts(), settings, workers)
     tokenizer.save(folder)
     record = {"format": 1, "sha256": tokenizer.sha256, **record_of(settings, sources)}

@@ -330,6 +330,8 @@ class Run:
             first = max(back.step, step - half)
             order = self.steps.without(first, min(first + cfg.train.rollback_skip, self.steps.n_steps))
             order = order if order.n_steps > back.step else None
+        elif action not in ("stop", "skip"):
+            raise config.unknown("train.on_spike", action)
         if self.n_incidents > cfg.train.max_incidents or (action in ("defer", "rollback") and order is None):
             action = "stop"
         record = {
