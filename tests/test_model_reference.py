@@ -371,7 +371,8 @@ def test_feed_forwards_of_a_tiny_vector(ffn, expected):
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.copy_(torch.eye(3))
-    assert mlp(torch.tensor(x)).tolist() == pytest.approx(expected, abs=1e-6)
+    # FP32 has steps of 2^-23 of a value, and processors differ in the last bit of erf: two steps
+    assert mlp(torch.tensor(x)).tolist() == pytest.approx(expected, rel=2 * 2**-23, abs=1e-7)
     weights = {name: p.detach().double().numpy() for name, p in mlp.named_parameters()}
     found = reference.feed_forward(cfg, weights, np.array([x]))[0]
     assert found.tolist() == pytest.approx(expected, abs=1e-7)
