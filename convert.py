@@ -14,7 +14,7 @@ one file of weights (--shard_gb).
 llama2.c's .bin (github.com/karpathy/llama2.c, its version 0) is little-endian: seven int32, then FP32 tensors
 in the order of `bin_parts`. Its code turns neighbouring dimensions of a head, Hugging Face's LLaMA halves:
 the rows of queries and keys change places, and no digit changes. Its documents begin with <s>, which so ends
-the one before: it is the end-of-text token of the folder.
+the one before: it is the end-of-text token of the folder, and the BOS that sample.py puts before a prompt.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def open_folder(folder: Path) -> Source:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
         if family == "baichuan" != to and (folder / "tokenizer.model").is_file():
-            tokenizers.load(folder).save(target)  # as published, the settings name code of baichuan's own
+            # as published, the settings name code of baichuan's own
+            tokenizers.load(folder).save(target, keep_bos=True)
 
     return Source(cfg, {key: hf[key] for key in IDS if key in hf}, read, save_tokenizer)
 
@@ -192,7 +193,10 @@ def open_bin(path: Path, tokenizer: str) -> Source:
     def read(name: str) -> Tensor:
         return reordered(name, tensors[name], (cfg.d_head // 2, 2))
 
-    return Source(cfg, dict.fromkeys(IDS[:2], BOS), read, lambda folder, _: loaded.save(folder))
+    def save_tokenizer(target: Path, to: str) -> None:
+        loaded.save(target, keep_bos=True)
+
+    return Source(cfg, dict.fromkeys(IDS[:2], BOS), read, save_tokenizer)
 
 
 def write_bin(source: Source, path: Path) -> None:
@@ -220,6 +224,7 @@ def load_tokenizer(path: str, cfg: Model) -> tokenizers.Tokenizer:
             f"{path} has {loaded.vocab_size} entries and {CONTROL[BOS]} as id {loaded.eot}, the model wants "
             f"{cfg.vocab_size} and id {BOS}; give its own tokenizer"
         )
+    loaded.bos, loaded.adds_bos = BOS, True  # as run.c does, whatever stands beside a tokenizer.model
     return loaded
 
 

@@ -199,7 +199,10 @@ def sample(args: argparse.Namespace) -> None:
     tokenizer = tokenizers.load(folder)
     # A shell hands bytes that are no UTF-8 over as surrogates, which no tokenizer can encode.
     prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    # Models trained here know no BOS: for them a document begins after the end of the one before.
+    start = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
+    begins = {"auto": tokenizer.adds_bos, "on": True, "off": False}[args.bos]
+    ids = [start] * begins + tokenizer.encode(prompt) or [tokenizer.eot]
     room = model.cfg.seq_len + 1 - len(ids)
     n = min(200 if args.tokens is None else args.tokens, max(room, 1))  # no room at all: stream says so
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -219,7 +222,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.save:
         names = dict(zip(("temperature", "top_k", "top_p"), how))
         record = {"format": 1, "checkpoint": folder.resolve().name, "prompt": prompt, "text": text, **names}
-        files.append(folder.resolve().parents[1] / "samples.jsonl", {**record, "seed": args.seed})
+        record |= {"seed": args.seed} | ({"bos": start} if begins else {})
+        files.append(folder.resolve().parents[1] / "samples.jsonl", record)
 
 
 def main() -> None:
@@ -230,6 +234,11 @@ def main() -> None:
     parser.add_argument(
         "--prompt", default="", help="empty: the start of a document; special tokens in it are text"
     )
+    parser.add_argument(
+        "--bos", choices=("auto", "on", "off"), default="auto",
+        help="put the token that begins a text before the prompt; auto: where the model's own tokenizer does "
+        "(LLaMA, llama2.c; no model trained here); on: the end-of-text token where there is no other",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, help="at most so many, and as the model has room for (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest; 0: all")

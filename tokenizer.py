@@ -39,7 +39,7 @@ from config import ConfigError
 # tokenizer.json spells a byte as a character that can be printed: itself, or the next one from U+0100 on.
 SPELLED = {byte: chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(BYTES)}
 UNSPELLED = {ord(character): byte for byte, character in SPELLED.items()}
-NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no text contains
+NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no text contains; GPT-NeoX lacks them
 
 ENDS_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 FILES = ("tokenizer.model", "tokenizer.json")
@@ -54,9 +54,11 @@ WINDOW = 1 << 16  # characters; see long_blank
 class Tokenizer:
     """Ids are 0 .. vocab_size - 1, special tokens included. Text that is not Unicode is a ConfigError.
 
-    Any text round-trips, unless the file asks for normalization (GPT-NeoX and OLMo: NFC) or, a SentencePiece
-    model, has no bytes to fall back on. Models such as LLaMA's put a space before the text: here before every
-    stretch of text between special tokens. n_bytes counts it, decoding takes it off.
+    So is text that needs a byte which the vocabulary lacks. Any other round-trips, unless the file asks for
+    normalization (GPT-NeoX and OLMo: NFC) or, a SentencePiece model, has no bytes to fall back on.
+
+    Models such as LLaMA's put a space before the text: here before every stretch of text between special
+    tokens. n_bytes counts it, decoding takes it off.
     """
 
     file: str  # tokenizer.json or tokenizer.model
@@ -71,6 +73,9 @@ class Tokenizer:
     nfc: bool = False
     adds_space: bool = False
     byte_ids: tuple[int, ...] = ()  # SentencePiece's tokens for single bytes
+    lacks: bytes = b""  # those without a token; a text that needs one is refused
+    bos: int | None = None  # id of the token that begins a text, where the tokenizer's files name one
+    adds_bos: bool = False  # whether its own library puts that before every text; encode does not
 
     def __post_init__(self):
         self.vocab_size, self.sha256 = len(self.token_bytes), hashlib.sha256(self.content).hexdigest()
@@ -95,8 +100,12 @@ class Tokenizer:
             ids = [[self.named[name]] if name else self.encode_plain(plain) for name, plain in found]
             return np.concatenate([np.zeros(0, np.uint32), *ids], dtype=np.uint32, casting="unsafe")
         except UnicodeEncodeError as error:
-            place = repr(error.object[max(0, error.start - 20) : error.start + 20])
-            raise ConfigError(f"{place} holds half of a surrogate pair, which is no text; drop it") from None
+            character, place = error.object[error.start], error.object[max(0, error.start - 20) :][:40]
+            at = text.find(character) if character in text else error.start  # NFC may have composed it
+            why = f"holds {character!r}, character {at} of the text, which needs {error.reason}; take it out"
+            if error.encoding == "utf-8":
+                why = "holds half of a surrogate pair, which is no text; drop it"
+            raise ConfigError(f"{place!r} {why}") from None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Text -> ids. A special token's name in the text is text, unless `special` asks for its id."""
@@ -124,11 +133,17 @@ class Tokenizer:
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the file, byte for byte as it was loaded, and what `transformers` opens it by."""
+    def save(self, folder: str | Path, keep_bos: bool = False) -> None:
+        """Writes the file, byte for byte as it was loaded, and what `transformers` opens it by.
+
+        keep_bos: for a model whose training texts began with its BOS. Those of nano360 only end in a token.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {"eos_token": self.token_bytes[self.eot].decode(), "clean_up_tokenization_spaces": False}
+        names["add_bos_token"] = keep_bos and self.adds_bos
+        if keep_bos and self.bos is not None:
+            names["bos_token"] = self.token_bytes[self.bos].decode()
         settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=2).encode()
         named = {"tokenizer_config.json": settings, "tokenizer.json": self.hf_file(), self.file: self.content}
         written = {name: content for name, content in named.items() if content}
@@ -140,7 +155,7 @@ class Tokenizer:
 
 # Runs of blanks, digits, capitals, contractions, accents, composed and not, other scripts, signs.
 PROBE = (
-    "It's 1234567 o'clock,\tI'LL  go\n\n\n  home:\r\n x=f(a[0])!=b; "
+    "It's 1234567 o'clock,\tI'LL  go\n\n\n  home:\r\n x=f(a[0])!=b;   12 "
     "na\u00efve nai\u0308ve \u4f60\u597d \u041f\u0440 \U0001f642 "
 )
 
@@ -149,7 +164,8 @@ def equal(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two tokenizers give the same ids, though their files may have been written differently."""
 
     def ids(t: Tokenizer) -> tuple:
-        return t.token_bytes, t.special_tokens, t.eot, t.encode(PROBE)
+        probe = "".join(c for c in PROBE if not set(c.encode()) & set(t.lacks))
+        return t.token_bytes, t.special_tokens, t.eot, t.encode(probe)
 
     return a.sha256 == b.sha256 or ids(a) == ids(b)
 
@@ -191,7 +207,7 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
     eot: the token after every document; by default the eos_token of tokenizer_config.json beside the file,
     else the first of ENDS_OF_TEXT that the vocabulary has. Raises ConfigError where the file cannot be used.
     """
-    path = Path(path)
+    path, said, bos = Path(path), {}, ""
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
@@ -200,9 +216,10 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
     beside = path.parent / "tokenizer_config.json"
     try:
         content = path.read_bytes()
-        if not eot and beside.is_file():
-            eos = json.loads(beside.read_bytes()).get("eos_token")
-            eot = eos["content"] if isinstance(eos, dict) else eos or ""
+        if beside.is_file():
+            said = json.loads(beside.read_bytes())
+            eot = eot or name_in(said, "eos_token")
+            bos = name_in(said, "bos_token")
     except FileNotFoundError:
         raise ConfigError(f"there is no tokenizer {path}; train one: python tokenizer.py train ...") from None
     except OSError as error:
@@ -210,14 +227,29 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{beside} is damaged: {type(error).__name__}: {error}") from None
     if path.suffix == ".model":
-        return sentencepiece_tokenizer(content, eot, str(path))
-    try:
-        return byte_pair_tokenizer(content, eot, str(path))
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path} is not a tokenizer.json, or it is damaged ({what})") from None
+        loaded = sentencepiece_tokenizer(content, eot, str(path))
+        # LLaMA's class in `transformers` puts <s> before every text, unless the settings say otherwise
+        loaded.adds_bos = "llama" in str(said.get("tokenizer_class")).lower()
+        bos = bos or "<s>" * loaded.adds_bos
+    else:
+        try:
+            loaded = byte_pair_tokenizer(content, eot, str(path))
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{path} is not a tokenizer.json, or it is damaged ({what})") from None
+    if said:  # it names no BOS where nano360 wrote it for a model of its own, whatever tokenizer.json adds
+        loaded.bos = loaded.named.get(bos)
+        adds = said.get("add_bos_token")
+        loaded.adds_bos = loaded.bos is not None and bool(loaded.adds_bos if adds is None else adds)
+    return loaded
+
+
+def name_in(settings: dict, key: str) -> str:
+    """The name of a token in tokenizer_config.json, which spells it as text or as a table; else ""."""
+    token = settings.get(key)
+    return token["content"] if isinstance(token, dict) else token or ""
 
 
 def find_eot(eot: str, known: dict[str, int], name: str) -> int:
@@ -319,7 +351,8 @@ def byte_pair_tokenizer(content: bytes, eot: str = "", name: str = FILES[1]) -> 
 
     Ids are those of the `tokenizers` library before post-processing: nothing is put before or after the text.
     What would give other ids is a ConfigError. Added tokens that are not special (GPT-NeoX: runs of spaces)
-    are looked for in every text, as there.
+    are looked for in every text, as there. A vocabulary may lack bytes (SmolLM2: rare control characters).
+    The library drops them without a word, and merges what was on both sides; here the text is refused.
     """
     settings = json.loads(content)
     model, tokens = settings["model"], settings.get("added_tokens") or []
@@ -341,6 +374,7 @@ def byte_pair_tokenizer(content: bytes, eot: str = "", name: str = FILES[1]) -> 
     mergeable = dict(zip(map(unspelled, ranks), ids if table is None else range(len(ids))))
     # without any special token tiktoken's search for them stops at every character, and takes a third longer
     unused = {"<nobody looks for this>": max(mergeable.values()) + 1}
+    lacks = bytes(byte for byte in range(256) if SPELLED[byte] not in ranks and byte not in NOT_UTF8)
     n_bytes = np.array([len(token) for token in token_bytes])
     try:
         own = regex.compile(pattern)
@@ -355,6 +389,10 @@ def byte_pair_tokenizer(content: bytes, eot: str = "", name: str = FILES[1]) -> 
         return np.array([token for piece in pieces for token in piece], np.uint32)
 
     def encode_plain(text: str) -> np.ndarray:
+        if lacks and len(text.encode().translate(None, lacks)) < len(text.encode()):
+            i, byte = next((i, byte) for i, c in enumerate(text) for byte in c.encode() if byte in lacks)
+            reason = f"the byte 0x{byte:02X}, which the vocabulary of {name} lacks"
+            raise UnicodeEncodeError("vocabulary", text, i, i + 1, reason)
         try:
             if long_blank(text):
                 tokens = encode_slowly(text)
@@ -370,9 +408,17 @@ def byte_pair_tokenizer(content: bytes, eot: str = "", name: str = FILES[1]) -> 
         return found
 
     late = frozenset(token["content"] for token in tokens if token.get("normalized"))
-    return Tokenizer(
-        FILES[1], content, end, special, token_bytes, encode_plain, lambda: content, added, late, nfc
-    )
+    bos = first_added(settings.get("post_processor"))
+    return Tokenizer(FILES[1], content, end, special, token_bytes, encode_plain, lambda: content, added, late,
+                     nfc, lacks=lacks, bos=bos, adds_bos=bos is not None)  # fmt: skip
+
+
+def first_added(processor: dict | None) -> int | None:
+    """Id of the token that a post-processor puts before every text (Llama-3's BOS), if there is one."""
+    for step in (processor or {}).get("processors", [processor]):
+        if step and step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0]
+    return None
 
 
 def long_blank(text: str) -> bool:
@@ -404,7 +450,11 @@ def check_supported(settings: dict, name: str) -> bool:
 
 
 def split_of(pre_tokenizer: dict, name: str) -> str:
-    """The pattern that cuts text into pieces: GPT-2's, implied by byte level, or that of a Split before."""
+    """The pattern that cuts text into pieces: GPT-2's, implied by byte level, or that of a Split before.
+
+    A Split may keep matches and what is between them (Isolated), or remove the latter (OLMo 2: Removed and
+    invert). That is the same where the pattern matches every character; another text is refused later on.
+    """
     if pre_tokenizer:
         steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
         *splits, last = steps
@@ -413,7 +463,13 @@ def split_of(pre_tokenizer: dict, name: str) -> str:
             if own and not splits:
                 return SPLITS["gpt2"]
             kinds = [(split["type"], split.get("behavior"), split.get("invert")) for split in splits]
-            if not own and kinds == [("Split", "Isolated", False)] and "Regex" in splits[0]["pattern"]:
+            if own and kinds == [("Digits", None, None)]:
+                # Digits first cuts around every numeral (SmolLM2), or every run of them. So no space leads a
+                # number, and the blanks before it, which end their piece, stay together as at the text's end.
+                number = r"\p{N}" if splits[0]["individual_digits"] else r"\p{N}+"
+                return SPLITS["gpt2"].replace(r" ?\p{N}+", number).replace(r"(?!\S)", r"(?![^\s\p{N}])")
+            kept = ("Isolated", False), ("Isolated", True), ("Removed", True)
+            if not own and kinds in [[("Split", *how)] for how in kept] and "Regex" in splits[0]["pattern"]:
                 return splits[0]["pattern"]["Regex"]
     shown = json.dumps(pre_tokenizer)[:300]
     raise ConfigError(f"{name} has the pre-tokenizer {shown}, which is not supported")
@@ -432,8 +488,7 @@ def ranks_of(model: dict, added: Iterable[str], name: str) -> dict[str, int]:
     every way to make a token and takes pieces whole, too (Llama-3). Raises ConfigError where it may differ.
     """
     vocab, whole = model["vocab"], model.get("ignore_merges", False)
-    absent = [byte for byte in NOT_UTF8 if SPELLED[byte] not in vocab]  # in GPT-NeoX all of them
-    ranks = {SPELLED[byte]: rank for rank, byte in enumerate(BYTES) if byte not in absent}
+    ranks = {SPELLED[byte]: rank for rank, byte in enumerate(BYTES) if SPELLED[byte] in vocab}
     pairs, last = {}, ""
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge

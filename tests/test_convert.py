@@ -1,8 +1,10 @@
 """convert.py: every family in and out bit for bit, baichuan's packed folders, and llama2.c's files."""
 
+import io
 import itertools
 import json
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -261,6 +263,14 @@ def test_baichuans_tokenizer_loses_the_code_that_it_names(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
     ids = theirs("two one", add_special_tokens=False).input_ids
     assert ids == tokens_of.encode("two one") and theirs.eos_token == "</s>"
+    assert not tokenizer.load(tmp_path / "llama").adds_bos
+    code |= {"bos_token": "<s>", "add_bos_token": True}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(code))
+    run(tmp_path / "in", tmp_path / "begins")
+    assert (tokenizer.load(tmp_path / "begins").bos, tokenizer.load(tmp_path / "begins").adds_bos) == (
+        1,
+        True,
+    )
     run(tmp_path / "in", tmp_path / "same", "--to", "baichuan")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
@@ -346,11 +356,7 @@ TEXTS = [
 
 @with_stories
 def test_its_tokenizer_gives_the_ids_of_llama2c(stories):
-    content, at, vocabulary = (STORIES / "tok512.bin").read_bytes(), 4, []
-    while at < len(content):
-        score, length = struct.unpack_from("<fi", content, at)
-        vocabulary.append((content[at + 8 : at + 8 + length].decode(), score))
-        at += 8 + length
+    vocabulary = llama2c_vocabulary()
     loaded, fast = tokenizer.load(stories), transformers.AutoTokenizer.from_pretrained(stories)
     for text in [*TEXTS, (STORIES / "greedy-expected.txt").read_text()]:
         ids = llama2c_encode(text, vocabulary)
@@ -367,6 +373,53 @@ def test_its_tokenizer_gives_the_ids_of_llama2c(stories):
         model.is_byte(3 + byte) and model.id_to_piece(3 + byte) == f"<0x{byte:02X}>" for byte in range(256)
     )
     assert [model.get_score(id) for id in range(512)] == [score for _, score in vocabulary]
+
+
+def llama2c_vocabulary() -> list[tuple[str, float]]:
+    content, at, vocabulary = (STORIES / "tok512.bin").read_bytes(), 4, []
+    while at < len(content):
+        score, length = struct.unpack_from("<fi", content, at)
+        vocabulary.append((content[at + 8 : at + 8 + length].decode(), score))
+        at += 8 + length
+    return vocabulary
+
+
+def sampled(folder: Path, *words) -> str:
+    """What the command prints, greedily."""
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["sample.py", folder, "--temperature", 0, *words]
+        patch.setattr(sys, "argv", list(map(str, arguments)))
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+        sample.main()
+        sys.stdout.flush()
+        return sys.stdout.buffer.getvalue().decode()
+
+
+@with_stories
+def test_a_prompted_story_is_the_one_that_llama2c_tells(stories, tmp_path):
+    """run.c reads <s>, then the prompt's tokens, then its own likeliest ones, each printed as its piece."""
+    prompt, vocabulary = "Tom had a dog. The dog", llama2c_vocabulary()
+    net = checkpoint.load_model(stories)
+    weights = {name: value.double().numpy() for name, value in net.state_dict().items()}
+    ids = [1, *llama2c_encode(prompt, vocabulary)]
+    n = len(ids)
+    while len(ids) < n + 30:
+        ids.append(int(reference.logits(net.cfg, weights, np.array([ids]))[0, -1].argmax()))
+    assert 1 not in ids[1:]
+    story = "".join(vocabulary[id][0] for id in ids[1:]).removeprefix(" ")
+    assert story.startswith(prompt)
+
+    assert sampled(stories, "--prompt", prompt, "--tokens", 30) == story + "\n"
+    assert sampled(stories, "--prompt", prompt, "--tokens", 30, "--bos", "on") == story + "\n"
+    assert sampled(stories, "--prompt", prompt, "--tokens", 30, "--bos", "off") != story + "\n"
+    told = json.loads((stories / "tokenizer_config.json").read_text())
+    assert (told["bos_token"], told["add_bos_token"]) == ("<s>", True)
+    # a folder from before these two were written opens, and can be asked for the same
+    shutil.copytree(stories, tmp_path / "old")
+    del told["bos_token"], told["add_bos_token"]
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(told))
+    assert sampled(tmp_path / "old", "--prompt", prompt, "--tokens", 30, "--bos", "on") == story + "\n"
+    assert sampled(tmp_path / "old", "--tokens", 9) == sampled(stories, "--tokens", 9)
 
 
 @pytest.mark.parametrize("tied", [True, False])

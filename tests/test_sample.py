@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,52 @@ def test_an_empty_prompt_starts_a_document_and_fills_what_the_model_has_room_for
     assert code == 0
     assert made[0] == [tokenizer.load(run / "checkpoints" / "step-00000000").eot]
     assert len(made) == 1 + 41  # the model has 41 positions, and the last token needs none
+
+
+def test_a_bos_comes_before_a_prompt_where_the_models_tokenizer_puts_one_or_where_asked(
+    run, tmp_path, monkeypatch, capsys
+):
+    made = []
+    monkeypatch.setattr(sample, "text_of", lambda tokenizer, ids, tokens: made.append(ids) or [])
+    own = run / "checkpoints" / "step-00000009"
+    begins, silent = tmp_path / "begins", tmp_path / "silent"  # as a foreign folder may say of its tokenizer
+    for folder, adds in ((begins, True), (silent, False)):
+        shutil.copytree(own, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings |= {"bos_token": "<bos>", "add_bos_token": adds}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        file = json.loads((folder / "tokenizer.json").read_text())
+        (token,) = [token for token in file["added_tokens"] if token["id"] == 0]
+        file["added_tokens"].append({**token, "id": 256 + 41, "content": "<bos>"})
+        (folder / "tokenizer.json").write_text(json.dumps(file))
+    one = tokenizer.load(own)
+    text, eot, bos = one.encode("x = 1"), one.eot, 256 + 41
+    for folder, asked, prompted, empty in [
+        (own, "auto", text, [eot]),  # documents of nano360 only end in a token
+        (own, "off", text, [eot]),
+        (own, "on", [eot, *text], [eot]),  # as if a document had ended before
+        (begins, "auto", [bos, *text], [bos]),
+        (begins, "off", text, [eot]),
+        (begins, "on", [bos, *text], [bos]),
+        (silent, "auto", text, [eot]),
+        (silent, "on", [bos, *text], [bos]),
+    ]:
+        for prompt in ("x = 1", ""):
+            code, _, errors = main(
+                monkeypatch, capsys, folder, "--prompt", prompt, "--tokens", 2, "--bos", asked
+            )
+            assert code == 0, errors
+        assert made[-2:] == [prompted, empty], (folder.name, asked)
+
+
+def test_what_is_saved_says_that_a_token_was_put_before_the_prompt(run, monkeypatch, capsys):
+    (run / "samples.jsonl").unlink(missing_ok=True)
+    for asked in ("auto", "on"):
+        arguments = (run, "--prompt", "x = 1", "--tokens", 2, "--bos", asked, "--save")
+        assert main(monkeypatch, capsys, *arguments)[0] == 0
+    auto, on = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+    assert "bos" not in auto and on["bos"] == tokenizer.load(run / "checkpoints" / "step-00000009").eot
+    assert on["prompt"] == "x = 1" and on["text"].startswith("x = 1")
 
 
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import pytest
@@ -442,6 +443,174 @@ def test_ids_need_not_be_in_the_order_of_merges(trained, tmp_path):
     assert_same_as_library(tokenizer.load(tmp_path), hf, tmp_path / "tokenizer.json", HARD + code(8))
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": bpe.SPLITS["gpt4"]}, "behavior": "Isolated", "invert": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def sequence(*steps: dict, use_regex: bool = False) -> dict:
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+    return {"type": "Sequence", "pretokenizers": [*steps, byte_level]}
+
+
+def changed(one: tokenizer.Tokenizer, folder: Path, **parts: object) -> Path:
+    """The tokenizer's file with other parts."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(one.content), **parts}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("behavior, invert", [("Removed", True), ("Isolated", True)])
+def test_a_split_that_removes_what_lies_between_its_matches_gives_the_librarys_ids(
+    trained, tmp_path, behavior, invert
+):
+    """OLMo 2's: Removed and invert. Isolated keeps all, whichever of the two count as matches."""
+    hf = pytest.importorskip("tokenizers")
+    split = {**SPLIT, "behavior": behavior, "invert": invert}
+    path = changed(trained, tmp_path, pre_tokenizer=sequence(split))
+    mine = tokenizer.load(path)
+    assert_same_as_library(mine, hf, path, HARD + code(8))
+    assert tokenizer.equal(mine, trained)
+
+
+def test_a_split_that_would_remove_a_part_of_a_text_refuses_that_text(trained, tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    split = {**SPLIT, "pattern": {"Regex": r"[a-z ]+|\d"}, "behavior": "Removed", "invert": True}
+    path = changed(trained, tmp_path, pre_tokenizer=sequence(split))
+    mine, theirs = tokenizer.load(path), hf.Tokenizer.from_file(str(path))
+    assert mine.encode("one 2 three") == theirs.encode("one 2 three").ids
+    assert theirs.decode(theirs.encode("one, two").ids) == "one two"
+    with pytest.raises(ConfigError, match="skips a part of 'one, two'"):
+        mine.encode("one, two")
+
+
+def with_digits(one: tokenizer.Tokenizer, folder: Path, individual: bool, without: bytes = b"") -> Path:
+    """SmolLM2's structure: numerals alone, then GPT-2's pattern; a vocabulary that may lack bytes."""
+    model = json.loads(one.content)["model"]
+    lost = {text for text in model["vocab"] if set(tokenizer.unspelled(text)) & set(without)}
+    model["vocab"] = {text: id for text, id in model["vocab"].items() if text not in lost}
+    model["merges"] = [
+        merge for merge in model["merges"] if not {*merge.split(), "".join(merge.split())} & lost
+    ]
+    digits = {**DIGITS, "individual_digits": individual}
+    return changed(one, folder, model=model, pre_tokenizer=sequence(digits, use_regex=True))
+
+
+@pytest.mark.parametrize("individual", [True, False])
+def test_numerals_cut_before_gpt2s_pattern_give_the_librarys_pieces_and_ids(trained, tmp_path, individual):
+    hf = pytest.importorskip("tokenizers")
+    path = with_digits(trained, tmp_path, individual)
+    mine, draw = tokenizer.load(path), random.Random(6)
+    numerals = [c for c in map(chr, range(0x110000)) if category(c) in ("Nd", "Nl", "No")]
+    letters = list("aZ's'd  \t\n\r\x0b\x1c\x85\xa0\u2003\u3000.,!é中\u0301🙂0123456789") + [
+        "  ",
+        "'ll",
+        "\r\n",
+    ]
+    letters += [*"ⅧⅣ²³①⑳½٣۴६໓𝟗㊿", *draw.sample(numerals, 20)]
+    texts = ["".join(draw.choices(letters, k=60)) for _ in range(1500)]
+    texts += [f"  {c}{c} {c}  {c}\n\n{c}a{c}'s{c} 's.{c}" for c in numerals]
+    assert_same_as_library(mine, hf, path, texts + HARD + code(8))
+    # and the pieces, of which few of this small vocabulary's tokens show the borders
+    pattern = regex.compile(tokenizer.split_of(json.loads(mine.content)["pre_tokenizer"], "x"))
+    cut = hf.Tokenizer.from_file(str(path)).pre_tokenizer.pre_tokenize_str
+    for text in texts:
+        expected = [tokenizer.unspelled(piece).decode() for piece, _ in cut(text)]
+        assert [match[0] for match in pattern.finditer(text)] == expected
+
+
+def test_a_text_that_needs_a_byte_the_vocabulary_lacks_is_refused_and_others_are_not(trained, tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    lacks = b"\x04\x16\r\xf1\xf2\xc3"
+    path = with_digits(trained, tmp_path, True, lacks)
+    mine, theirs = tokenizer.load(path), hf.Tokenizer.from_file(str(path))
+    assert mine.lacks == bytes(sorted(lacks))  # other than the thirteen that are in no text
+    known = [text for text in HARD + code(8) if not set(text.encode()) & set(lacks)]
+    assert len(known) > 10
+    assert_same_as_library(mine, hf, path, known)
+    assert theirs.encode("ab\x04c\r").ids == theirs.encode("abc").ids  # lost without a word
+    for text, message in (
+        ("ab\x04c", r"'ab\\x04c' holds '\\x04', character 2 of the text, which needs the byte 0x04"),
+        ("<|pad|>" + "x" * 90 + "é", r"holds 'é', character 97 of the text, which needs the byte 0xC3"),
+        ("\U00040000", "0xF1"),
+        ("a\r\n", "0x0D"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mine.encode(text, special=True)
+    with pytest.raises(ConfigError, match="half of a surrogate pair"):
+        mine.encode("\ud800\x04")
+    assert tokenizer.equal(mine, tokenizer.load(with_digits(trained, tmp_path, True, lacks)))
+    assert not tokenizer.equal(mine, tokenizer.load(with_digits(trained, tmp_path, True, lacks[:-1])))
+    # the same file in other words is the same tokenizer, one that treats digits otherwise is not
+    path.write_text(json.dumps(json.loads(mine.content), indent=3))
+    again = tokenizer.load(path)
+    assert again.sha256 != mine.sha256 and tokenizer.equal(mine, again)
+    assert not tokenizer.equal(mine, tokenizer.load(with_digits(trained, tmp_path, False, lacks)))
+
+
+def test_a_token_that_begins_texts_is_named_by_the_folder_and_never_put_by_encode(trained, tmp_path):
+    bos = {"SpecialToken": {"id": "<|pad|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    ids = {"<|pad|>": {"id": "<|pad|>", "ids": [1], "tokens": ["<|pad|>"]}}
+    template = {"type": "TemplateProcessing", "single": [bos, text], "pair": [text], "special_tokens": ids}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    both = {"type": "Sequence", "processors": [byte_level, template]}
+    last = {**template, "single": [text, bos]}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|pad|>"}
+    old = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    for processor, settings, expected in [
+        (None, None, (None, False)),
+        (template, None, (1, True)),
+        (both, None, (1, True)),  # Llama 3
+        (byte_level, None, (None, False)),
+        (last, None, (None, False)),
+        (template, named, (1, True)),
+        (None, named, (1, False)),
+        (None, {**named, "add_bos_token": True}, (1, True)),
+        (template, {**named, "add_bos_token": False}, (1, False)),
+        (None, {**named, "bos_token": {"content": "<|pad|>>"}, "add_bos_token": True}, (2, True)),
+        (None, {**named, "bos_token": "<nobody>", "add_bos_token": True}, (None, False)),
+        (template, old, (None, False)),  # what nano360 wrote for its own models before it wrote add_bos_token
+    ]:
+        path = changed(trained, tmp_path, post_processor=processor)
+        (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+        if settings:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        one = tokenizer.load(path)
+        assert (one.bos, one.adds_bos) == expected, (processor, settings)
+        assert one.encode("a b") == trained.encode("a b")
+        # a dataset's copy says that its texts begin with nothing, a converted model's what its own said
+        for keep, kept in ((False, (None, False)), (True, expected)):
+            one.save(tmp_path / "saved", keep_bos=keep)
+            again = tokenizer.load(tmp_path / "saved")
+            assert (again.bos, again.adds_bos) == kept and tokenizer.equal(again, one)
+
+
+def test_llamas_class_puts_a_bos_before_texts_unless_it_is_told_otherwise(pieced, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(pieced.content)
+    llama = {"tokenizer_class": "LlamaTokenizer"}
+    for settings, expected in [
+        (None, (None, False)),
+        (llama, (1, True)),
+        ({**llama, "bos_token": "<pad>"}, (3, True)),
+        ({**llama, "add_bos_token": False, "bos_token": "<s>"}, (1, False)),
+        ({"tokenizer_class": "BaichuanTokenizer", "bos_token": {"content": "<s>"}}, (1, False)),
+        ({"tokenizer_class": "OtherTokenizer", "bos_token": "<s>", "add_bos_token": True}, (1, True)),
+    ]:
+        if settings:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        one = tokenizer.load(tmp_path)
+        assert (one.bos, one.adds_bos) == expected, settings
+    one.save(tmp_path / "kept", keep_bos=True)
+    assert tokenizer.load(tmp_path / "kept").adds_bos
+    one.save(tmp_path / "dataset")
+    assert not tokenizer.load(tmp_path / "dataset").adds_bos
+
+
 @needs_assets
 def test_llama2_gives_sentencepieces_ids():
     path = ASSETS / "tokenizers" / "llama2" / "tokenizer.model"
@@ -469,12 +638,17 @@ def test_llama2_gives_sentencepieces_ids():
             {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
             "pre-tokenizer",
         ),
+        # what lies between the matches is kept, glued to them, or is all that is kept
+        ({"pre_tokenizer": sequence({**SPLIT, "behavior": "MergedWithNext"})}, "pre-tokenizer"),
+        ({"pre_tokenizer": sequence({**SPLIT, "behavior": "Removed", "invert": False})}, "pre-tokenizer"),
+        ({"pre_tokenizer": sequence(DIGITS)}, "pre-tokenizer .*Digits"),  # and no pattern after it
+        ({"pre_tokenizer": sequence(SPLIT, DIGITS, use_regex=True)}, "pre-tokenizer .*Digits"),
         ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, "type .*WordPiece"),
         ({"model": {"type": "BPE", "byte_fallback": True}}, "load its tokenizer.model"),
         ({"model": {"type": "BPE", "dropout": 0.1}}, "dropout"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}, "the same id"),
         ({"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}}, "damaged"),
-        ({"model": {"type": "BPE", "vocab": {"a": 5}, "merges": []}}, "not in both"),
+        ({"model": {"type": "BPE", "vocab": {"a": 5}, "merges": ["a b"]}}, "not in both"),
         ({"model": None}, "damaged"),
         (
             {"added_tokens": [{"id": 0, "content": "<|endoftext|>", "lstrip": True}]},
