@@ -90,7 +90,24 @@ def start_worker(path: str, eot: str, dtype: str, seq_len: int, seed: int, fract
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode(
+def encode(batch: list[tuple[str, str]], inside: float) -> tuple:
+    """What `encode_documents` gives for a batch; and (id, reason) of those that the tokenizer refuses."""
+    try:
+        return *encode_documents(batch, inside), []
+    except ConfigError as error:
+        refused, taken = [], []
+        for id, text in batch:
+            try:
+                worker[0].encode_array(text)
+                taken.append((id, text))
+            except ConfigError as reason:
+                refused.append((id, str(reason)))
+        if not refused:
+            raise error from None
+        return *encode_documents(taken, inside), refused
+
+
+def encode_documents(
     batch: list[tuple[str, str]], inside: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
     """(id, text) of documents -> tokens to train on, tokens held out, and an ENTRY and a table line of each.
@@ -122,7 +139,7 @@ def encode(
     ids = [np.concatenate([x, eot]) for x in tok.encode_batch(parts)]
     entries = np.zeros(len(ids), ENTRY)
     entries["tokens"], entries["hash"] = [len(x) for x in ids], hashes
-    entries["offset"] = [-int(line["validation"]) for line in lines]
+    entries["offset"] = np.array([-int(line["validation"]) for line in lines], "<i8")
     lines = [line | {"tokens": len(x)} for line, x in zip(lines, ids)]
     streams = []
     for wanted in (0, -1):
@@ -219,7 +236,10 @@ def encode_all(
     files[3].write(bytes(8))
     read = documents.read(source, bad, names)
     with bar(f"encode {source.name}", "B", text_bytes(source)) as progress:
-        for train, held, entries, lines in encoded(read, inside, pool, config.data.workers):
+        for train, held, entries, lines, refused in encoded(read, inside, pool, config.data.workers):
+            bad.good -= len(refused)
+            for id, reason in refused:
+                bad.add(f"{source.name}, {id}: {reason}", "refused by the tokenizer")
             kept = entries["offset"] == 0
             ends = count["tokens"] + np.cumsum(entries["tokens"][kept])
             entries["offset"][kept] = ends - entries["tokens"][kept]
@@ -230,7 +250,7 @@ def encode_all(
                 count["gap_bytes"] += line.get("gap_bytes", 0)
             lines = [json.dumps(line).encode() + b"\n" for line in lines]
             offsets = end + np.cumsum([len(line) for line in lines], dtype="<i8")
-            end = int(offsets[-1])
+            end += sum(map(len, lines))
             for file, data in zip(files, (train, held, entries, offsets, b"".join(lines))):
                 file.write(data)
             progress.update(count["bytes"] + count["validation_bytes"] - progress.n)

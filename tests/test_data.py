@@ -426,6 +426,26 @@ def test_ids_that_come_twice_are_made_unique_counted_and_named(tmp_path, capsys)
         assert by_row[n] and d.positions("s", expected[n]).tolist() == by_row[n]
 
 
+def test_a_document_that_the_tokenizer_refuses_is_bad_and_does_not_end_the_build(tmp_path, capsys):
+    config = make(tmp_path, max_bad_fraction=0.1, n_chunks=2)
+    content = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["q"]
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    lines = [json.dumps({"id": str(n), "text": f"text {n}" + " a q in it" * (n == 20)}) for n in range(50)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    source = Source("s", paths=(str(tmp_path / "q.jsonl"),))
+    d = data.Dataset(data.build(replace(config, data=replace(config.data, sources=(source,)))))
+    stated = d.manifest["sources"]["s"]
+    assert stated["bad"] == {"refused by the tokenizer": 1}
+    assert stated["documents"] + stated["validation_documents"] == 49
+    assert "bad: s, 20: 'text 20 a q in it' holds 'q', character 10" in capsys.readouterr().out
+    config = replace(config, dataset=str(tmp_path / "other"))
+    refuses(
+        replace(config, data=replace(config.data, sources=(source,), max_bad_fraction=0.001)),
+        r"1 of 50 documents cannot be used(?s:.*)holds 'q'",
+    )
+
+
 # ---- held out inside documents ----------------------------------------------------------------------------
 
 
