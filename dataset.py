@@ -195,6 +195,22 @@ class Dataset:
             raise ConfigError(f"{self.folder} has no source {source!r}; it has {', '.join(self.sources)}")
         return self.array(f"validation/{source}.bin", self.manifest["sources"][source]["validation_rows"])
 
+    def validation_documents(self, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and bytes of text, of each held-out document of a source, in the order of its rows.
+
+        The end-of-text token is one of a document's tokens. The bytes are those of its text in UTF-8, before
+        it was encoded. Reads the source's list of documents from its start.
+        """
+        path = self.path(f"documents/{source}.jsonl")
+        try:
+            with open(path, "rb") as file:
+                lines = (json.loads(line) for line in file if b'"validation": true' in line)
+                sizes = [(line["tokens"], line["bytes"]) for line in lines]
+            return tuple(np.array(sizes, np.int64).reshape(-1, 2).T)
+        except (OSError, ValueError, KeyError, TypeError):
+            message = f"{path} is missing or damaged; try: python data.py verify {self.folder}"
+            raise ConfigError(message) from None
+
     def locate(self, positions: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions -> (stage number, epoch within the stage, row of the stage's stream) of each."""
         return locate(positions, self.manifest["stages"], self.manifest["seed"])

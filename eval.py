@@ -7,12 +7,19 @@
 
     loss           nats of all target tokens / number of target tokens
     perplexity     e^loss
-    bits per byte  nats of all target tokens / ln 2 / UTF-8 bytes that they stand for
+    bits per byte  nats of all target tokens / ln 2 / UTF-8 bytes of the text that they stand for
 
 Each is measured by source. Both sums of a ratio run over the whole source before they are divided, as in
 Paloma: a mean of ratios would depend on the batch size. Every token of a row but the first is a target. An
 end-of-text token is one like any other: its nats count, and it stands for 0 bytes of text. So bits per byte
 compares models with different tokenizers, loss does not.
+
+The bytes are those of the text as it was before it was encoded. A document's bytes are spread over its tokens
+in proportion to the bytes that these decode to, not counting the space that SentencePiece puts before a text.
+Where tokens decode to exactly the text, that is exact for every token. Where they do not (Unicode
+normalization, characters that a vocabulary lacks), it is exact for every document, as in Paloma. A token's
+bytes belong to the row in which it is a target. So the first token of a source's held-out text, which is no
+target, is not counted, and neither is what the dataset dropped at its end.
 
 Reads RUN/config.json, its checkpoints and the validation rows of its dataset. Appends to RUN/evals.jsonl one
 line for each checkpoint and source. Killed, it goes on where it was: what stands there for the same inputs
@@ -33,6 +40,7 @@ import config
 import files
 import memorize
 import parallel
+import steps
 import tokenizer as tokenizers
 from checkpoint import chosen, step_number
 from config import Config, ConfigError
@@ -40,7 +48,7 @@ from dataset import Dataset
 from model import Transformer
 from steps import trained
 
-PROTOCOL = "nats-over-bytes-1"  # of the numbers in a line; a change of their meaning gives it a new name
+PROTOCOL = "nats-over-bytes-2"  # of the numbers in a line; a change of their meaning gives it a new name
 LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
 
 
@@ -58,19 +66,59 @@ def nats_of(model: Transformer, rows: np.ndarray, batch_size: int, done=lambda n
     return total
 
 
-def measures(nats: float, targets: np.ndarray, n_bytes: np.ndarray) -> dict:
-    """Summed nats of targets, and the bytes that each id stands for -> the numbers that are reported.
+def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """Of a source's first n_rows held-out rows, the bytes of text that every target stands for: (n_rows, T).
+
+    "Hi you", 6 bytes, as the tokens " Hi", " you" and end of text of a SentencePiece model -> 2, 4, 0.
+    """
+    # The documents that begin in these rows, and their tokens, as far as the dataset has them.
+    rows, T = dataset.validation(source), dataset.seq_len
+    tokens, text_bytes = dataset.validation_documents(source)
+    ends = np.cumsum(tokens)
+    n = int(np.searchsorted(ends - tokens, n_rows * T + 1))
+    tokens, text_bytes, ends = tokens[:n], text_bytes[:n], ends[:n]
+    if not n or ends[-1] <= n_rows * T or tokens.min() < 1:
+        raise ConfigError(
+            f"{dataset.folder}: the held-out documents of {source} are not those of its held-out rows; "
+            f"try: python data.py verify {dataset.folder}"
+        )
+    starts = ends - tokens
+    stream = np.append(rows[0, 0], rows[: -(-(ends[-1] - 1) // T), 1:])[: ends[-1]]
+    known = np.minimum(ends, len(stream)) - starts  # tokens of each document that are in the stream
+
+    # What each token decodes to, without the space before a document, and without the end of text.
+    decoded = tokenizer.n_bytes[stream].astype(float)
+    if tokenizer.adds_space:
+        decoded[starts] -= [tokenizer.token_bytes[id].startswith(b" ") for id in stream[starts]]
+    last = ends[known == tokens] - 1
+    decoded[last[stream[last] == dataset.manifest["eot"]]] = 0
+    sums = np.add.reduceat(decoded, starts)
+    whole = known >= tokens - 1  # an end of text that was dropped takes nothing with it
+    for i in np.flatnonzero(whole & (sums == 0)):  # all tokens but the end of text, where there are others
+        sums[i] = max(1, tokens[i] - 1)
+        decoded[starts[i] : starts[i] + int(sums[i])] = 1
+
+    # Bytes of text to a decoded byte. The end of the last document may have been dropped, so that what it
+    # decodes to is not known: it takes the ratio of the others together.
+    ratio = text_bytes / np.maximum(sums, 1)
+    if not whole[-1]:
+        ratio[-1] = min(ratio[-1], text_bytes[:-1].sum() / sums[:-1].sum() if n > 1 else 1)
+    decoded *= np.repeat(ratio, known)
+    return decoded[1 : n_rows * T + 1].reshape(n_rows, T)
+
+
+def measures(nats: float, n_targets: int, n_bytes: float) -> dict:
+    """Summed nats of targets, and the bytes that they stand for together -> the numbers that are reported.
 
     Of 3 targets with 2, 3 and 0 bytes and 5 ln 2 nats together: loss 5 ln 2 / 3, bits per byte 5 / 5 = 1.
     """
-    loss, n = nats / targets.size, int(n_bytes[targets].sum())
-    bits_per_byte = nats / math.log(2) / n if n else None  # text that is end-of-text tokens only has none
+    loss, rounded = nats / n_targets, round(float(n_bytes), 3)  # a row may end within a document
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),  # e^710 is more than a float holds
-        "bits_per_byte": bits_per_byte,
-        "tokens": targets.size,
-        "bytes": n,
+        "bits_per_byte": nats / math.log(2) / float(n_bytes) if n_bytes else None,  # end-of-text tokens only
+        "tokens": n_targets,
+        "bytes": int(rounded) if rounded.is_integer() else rounded,
     }
 
 
@@ -95,16 +143,32 @@ def results(run: Path | str, inputs: dict) -> dict[str, dict]:
     }
 
 
+def held_out(dataset: Dataset, asked: list[str]) -> list[str]:
+    """The sources to evaluate: those asked for, by default all that have held-out rows; names the others."""
+    n_rows = {source: len(dataset.validation(source)) for source in asked or dataset.sources}
+    empty = [source for source in n_rows if not n_rows[source]]
+    if empty and asked:
+        raise ConfigError(
+            f"{dataset.folder} holds out no row of {', '.join(empty)}, so there is no loss to measure; raise "
+            "data.validation_fraction and build another dataset, or leave it out of --source"
+        )
+    if len(empty) == len(n_rows):
+        print(f"{dataset.folder} holds out no row of any source: there is no loss to measure", flush=True)
+    elif empty:
+        print(f"{dataset.folder} holds out no row of {', '.join(empty)}: not evaluated", flush=True)
+    return [source for source in dataset.sources if n_rows.get(source)]
+
+
 def evaluate(
     run: Path | str, cfg: Config, dataset: Dataset, of: list, sources: list[str], max_rows: int
 ) -> list:
-    """Computes what is missing; returns [(checkpoint, {source: line})] with all lines that were asked for."""
+    """Computes what is missing; returns [(checkpoint, {source: line})] with all lines that were asked for.
+
+    sources: [] for all that have held-out rows.
+    """
+    sources = held_out(dataset, sources)
     rows = {source: dataset.validation(source)[: max_rows or None] for source in sources}
-    if empty := [source for source in sources if not len(rows[source])]:
-        raise ConfigError(
-            f"{dataset.folder} holds out no row of {', '.join(empty)}; raise data.validation_fraction"
-        )
-    n_bytes = tokenizers.load(dataset.folder).n_bytes
+    tokenizer, n_bytes = tokenizers.load(dataset.folder), {}
     device = memorize.here(cfg)
     precision = parallel.precision(cfg.train.precision, device)
     table = []
@@ -116,6 +180,8 @@ def evaluate(
                 if source in lines:
                     progress.update(len(rows[source]))
                     continue
+                if source not in n_bytes:
+                    n_bytes[source] = target_bytes(dataset, source, len(rows[source]), tokenizer).sum()
                 model = model or checkpoint.load_model(c.path, device)
                 start = time.perf_counter()
                 with parallel.autocast(device, precision):
@@ -127,7 +193,7 @@ def evaluate(
                     "checkpoint": c.path.name,
                     "step": c.step,
                     "source": source,
-                    **measures(nats, rows[source][:, 1:], n_bytes),
+                    **measures(nats, rows[source][:, 1:].size, n_bytes[source]),
                     "rows": len(rows[source]),
                     "seconds": round(seconds, 3),
                     "inputs": inputs,
@@ -158,8 +224,9 @@ def show(table: list) -> str:
 def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list[str]:
     """Problems of a finished run, [] when there is none: what a demo asks of its own result.
 
-    Held-out text of every source is compressed better than the config expects, and far better than by step 0;
-    every chunk has its checkpoint; every checkpoint is scored on every chunk, and the counts add up.
+    Held-out text of every source is compressed better than the config expects, and far better than by step 0
+    (but for sources that hold nothing out); every chunk has its checkpoint; every checkpoint is scored on
+    every chunk, and the counts add up.
     """
     of = chosen(run)
     precision = parallel.precision(cfg.train.precision, memorize.here(cfg))
@@ -170,17 +237,26 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
     problems += [
         f"eval.expect_bits_per_byte names {s!r}, no source" for s in expected if s not in dataset.sources
     ]
-    unbound = [s for s in dataset.sources if s not in expected] if expected else []
+    held = [s for s in dataset.sources if len(dataset.validation(s))]
+    problems += [
+        f"eval.expect_bits_per_byte names {s!r}, which has no held-out row"
+        for s in dataset.sources
+        if s in expected and s not in held
+    ]
+    unbound = [s for s in held if s not in expected] if expected else []
     problems += [f"eval.expect_bits_per_byte names no bound for {s!r}" for s in unbound]
     if of[0].step != 0:
         problems.append("there is no checkpoint of step 0")
-    for source in dataset.sources:
+    for source in held:
         if source not in first or source not in last:
             problems.append(
                 f"{source}: the first or the last checkpoint is not evaluated; run without --source"
             )
             continue
         before, after = (line[source]["bits_per_byte"] for line in (first, last))
+        if before is None or after is None:
+            problems.append(f"{source}: its held-out rows stand for no text")
+            continue
         if not after < expected.get(source, math.inf):
             problems.append(f"{source}: {after:.4f} bits per byte, expected below {expected[source]}")
         if not after < LEARNED * before:
@@ -188,8 +264,17 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
                 f"{source}: {after:.4f} bits per byte, not below {LEARNED:.0%} of step 0's {before:.4f}"
             )
 
-    ends = {c.state["chunk"] for c in of}
-    problems += [f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ends]
+    # A step ends every chunk whose last row is in its batch. The rows at the end that fill no batch are never
+    # trained on, so the last step ends their chunk.
+    chunks, ended = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)], set()
+    for c in of:
+        plan = steps.of(cfg, dataset.n_rows, c.state.get("order"))
+        step = min(plan.step_after(c.state["rows"]), plan.n_steps)
+        ends = plan.chunk_ends(chunks).items()
+        ended |= {chunk for chunk, row in ends if min(plan.step_after(row), plan.n_steps) == step}
+    problems += [
+        f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ended
+    ]
     for c in of:
         lines = memorize.results(c, memorize.inputs_of(cfg, dataset, c, precision))
         for part in memorize.parts(dataset, cfg.eval):
@@ -227,6 +312,7 @@ def eval_folder(args: argparse.Namespace) -> None:
         )
     tokenizer = tokenizers.load(dataset.folder)
     tokenizers.check_same(folder, dataset.folder)
+    sources = held_out(dataset, args.source)
     cfg = Config()
     device = memorize.here(cfg)
     model = checkpoint.load_model(folder, device)
@@ -236,13 +322,15 @@ def eval_folder(args: argparse.Namespace) -> None:
             f"trained on {model.cfg.seq_len}, and knows {model.cfg.vocab_size}"
         )
     lines = {}
-    for source in args.source or dataset.sources:
+    for source in sources:
         rows = dataset.validation(source)[: args.max_rows or None]
+        n_bytes = target_bytes(dataset, source, len(rows), tokenizer).sum()
         with memorize.bar(source, " rows", len(rows)) as progress:
             with parallel.autocast(device, parallel.precision("auto", device)):
                 nats = nats_of(model, rows, cfg.eval.batch_size, progress.update)
-        lines[source] = measures(nats, rows[:, 1:], tokenizer.n_bytes)
-    print(show([(checkpoint.Checkpoint(folder, 0, {}), lines)]))
+        lines[source] = measures(nats, rows[:, 1:].size, n_bytes)
+    if lines:
+        print(show([(checkpoint.Checkpoint(folder, 0, {}), lines)]))
 
 
 def run_eval(args: argparse.Namespace) -> list[str]:
@@ -255,11 +343,10 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     of = chosen(args.run, args.checkpoint)
     cfg = config.load_run(args.run)
     dataset = memorize.dataset_of(args.run, cfg, of)
-    for source in args.source:
-        dataset.validation(source)  # ConfigError where it is unknown, before any work
     max_rows = cfg.eval.max_rows if args.max_rows is None else args.max_rows
-    sources = [source for source in dataset.sources if source in args.source or not args.source]
-    print(show(evaluate(args.run, cfg, dataset, of, sources, max_rows)), flush=True)
+    table = evaluate(args.run, cfg, dataset, of, args.source, max_rows)
+    if any(lines for _, lines in table):
+        print(show(table), flush=True)
     if args.memorization:
         print("\n" + memorize.show(memorize.memorize(cfg, dataset, of)), flush=True)
     return check(args.run, cfg, dataset, max_rows) if args.check else []
@@ -292,7 +379,10 @@ def main() -> None:
     for problem in problems:
         print(f"check failed: {problem}", file=sys.stderr)
     if args.check and not problems:
-        print("\ncheck passed: bits per byte as expected, every chunk has its checkpoint and its scores")
+        print(
+            "\ncheck passed: bits per byte as expected where text is held out, "
+            "every chunk has its checkpoint and its scores"
+        )
     sys.exit(bool(problems))
 
 

@@ -251,9 +251,9 @@ def draw_ridge(run: Run, steps: list[int]) -> Figure:
             axes.stairs(y + scale * control, edges, baseline=None, color=INK, linewidth=0.7)
         write(-0.1 * inch, y + 0.06, f"step {step:,}", INK)
         write(1 + 1.2 * inch, y + 0.06, count_full(pair[0], l), FULL)
-        write(1 + 2.05 * inch, y + 0.06, count_full(pair[1], l), INK)
+        write(1 + 2.05 * inch, y + 0.06, count_full(pair[1], l) * bool(run.controls()), INK)
     write(1 + 1.2 * inch, n + 0.1, "full matches,\nseen rows", FULL, 7)
-    write(1 + 2.05 * inch, n + 0.1, "full matches,\nheld-out rows", INK, 7)
+    write(1 + 2.05 * inch, n + 0.1, "full matches,\nheld-out rows" * bool(run.controls()), INK, 7)
     for share in (0.01, 0.1, 0.5):
         y = scale * share**0.5
         axes.plot([1, 1 + 0.05 * inch], [y, y], color=MUTED, linewidth=0.6, clip_on=False, transform=beside)

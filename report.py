@@ -163,15 +163,19 @@ parameters, before clipping."""
 
 
 def part_heldout(run: Run) -> str:
+    none = run.without_held_out()
     if not run.losses:
-        return ""
+        nothing = none and len(none) == len(run.manifest["sources"])
+        return "<p>No text is held out, so there is no loss on held-out text.</p>" if nothing else ""
     lines, sizes = [], []
     for source, found in run.losses.items():
         values, last = {step: found[step]["bits_per_byte"] for step in sorted(found)}, found[max(found)]
         lines.append((source, values, figures.source_colour(run, source), SOLID))
-        sizes.append(f"{source}: {show(last.get('rows'))} rows, {show(last.get('bytes'))} bytes")
+        n_bytes = round(last["bytes"]) if fits(last.get("bytes"), float) else None
+        sizes.append(f"{source}: {show(last.get('rows'))} rows, {show(n_bytes)} bytes")
     caption = f"""<b>Bits per byte on held-out text</b>, by source, at every checkpoint; the number is the
-newest one's. Measured on documents that training never sees ({escape("; ".join(sizes))})."""
+newest one's. Measured on documents that training never sees ({escape("; ".join(sizes))}).
+{escape(f"Nothing is held out of {', '.join(none)}." * bool(none))}"""
     return captioned(run, {"bits_per_byte": figures.draw_lines(run, lines, "bits per byte")}, caption)
 
 
@@ -193,14 +197,16 @@ def part_memorization(run: Run) -> str:
         for line, step in zip(body, steps):
             line[f"{name} rows: full matches"] = count_full(rows[step], l)
             line[f"{name} rows: mean score"] = means.get(step)
-    caption = """<b>Memory or prediction?</b> Mean score of rows that a checkpoint has seen (solid) and of
+    without = "No text is held out, so there is no control." * (not run.controls())
+    caption = f"""<b>Memory or prediction?</b> Mean score of rows that a checkpoint has seen (solid) and of
 rows that it has not (dashed). What both share is prediction; what the solid line has above the dashed ones,
-beyond chance, is memory."""
+beyond chance, is memory. {without}"""
     out = captioned(run, {"score": figures.draw_lines(run, lines, "mean score")}, caption)
     out += table(body, fold="Table: full matches and mean score of every checkpoint")
 
+    outlined = "; outlined, as a control: held-out rows" * (not without)
     caption = f"""<b>How much of a row is kept.</b> A histogram a checkpoint, with {l + 1} bins for 0 to {l}
-matching tokens. Filled: training rows that it has seen; outlined, as a control: held-out rows. A height is
+matching tokens. Filled: training rows that it has seen{outlined}. A height is
 the square root of the share of rows, so that rare bins show; the scale is at the lower right. The last bin,
 in orange, holds the full matches. {which}"""
     out += captioned(run, {"ridge": figures.draw_ridge(run, some)}, caption)

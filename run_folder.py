@@ -50,6 +50,12 @@ class Run:
         """The kinds of held-out rows that checkpoints are also asked for: ["validation:code", ...]."""
         return sorted({chunk for lines in self.scores.values() for chunk in lines if isinstance(chunk, str)})
 
+    def without_held_out(self) -> list[str]:
+        """The sources of which the dataset holds no row out, so that there is no loss to measure."""
+        sources = self.manifest.get("sources")
+        found = sources.items() if isinstance(sources, dict) else []
+        return [name for name, s in found if isinstance(s, dict) and s.get("validation_rows") == 0]
+
     def matches(self, step: int, *kinds: str) -> np.ndarray:
         """Matching tokens, row by row, of the rows of some kinds: "seen", "unseen", "validation:code"."""
         found = [line["matches"][np.isin(line["kind"], kinds)] for line in self.scores[step].values()]
@@ -182,6 +188,10 @@ def load_losses(run: Run) -> None:
         sizes = sorted({show(line.get("tokens")) for line in lines.values()})
         if len(sizes) > 1:
             what = f"{source} is measured over {' and '.join(sizes)} tokens: its checkpoints do not compare."
+            run.note(what, "loss")
+        inputs = [line["inputs"] for line in lines.values() if isinstance(line.get("inputs"), dict)]
+        if len(protocols := sorted({show(i.get("protocol")) for i in inputs})) > 1:
+            what = f"{source} is measured by {' and '.join(protocols)}: its checkpoints do not compare."
             run.note(what, "loss")
 
 

@@ -58,7 +58,10 @@ class Tokenizer:
     normalization (GPT-NeoX and OLMo: NFC) or, a SentencePiece model, has no bytes to fall back on.
 
     Models such as LLaMA's put a space before the text: here before every stretch of text between special
-    tokens. n_bytes counts it, decoding takes it off.
+    tokens. Decoding takes it off.
+
+    n_bytes, by id, is what a token decodes to within a text, 0 for a special token. Over a document that is
+    not always the bytes of its text: it counts the space put before it, and what normalization changed.
     """
 
     file: str  # tokenizer.json or tokenizer.model

@@ -290,6 +290,48 @@ def test_a_run_of_which_only_the_config_is_left_makes_a_page(original, tmp_path)
     Tags(page)
 
 
+def test_a_run_of_one_source_that_holds_nothing_out_says_so_and_draws_no_control(tmp_path):
+    folder = fake_run(tmp_path, n_chunks=1, steps_per_chunk=3, n_rows=2, sources=("story",))
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["sources"]["story"]["validation_rows"] = 0
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    (folder / "evals.jsonl").unlink()
+    for path in (folder / "memorization").iterdir():
+        path.write_text(path.read_text().splitlines()[0] + "\n")  # of chunk 0, without the held-out rows
+    page, words = page_of(folder), words_of(page_of(folder))
+    assert "No text is held out, so there is no loss on held-out text." in words
+    assert "No text is held out, so there is no control." in words and "outlined" not in words
+    assert "python eval.py" not in words  # it would measure nothing
+    assert "held-out" not in "".join(re.findall("<svg.*?</svg>", page, re.S))
+
+
+def test_a_source_that_holds_nothing_out_is_named_beside_those_that_do(small):
+    manifest = json.loads((small / "dataset.json").read_text())
+    manifest["sources"]["docs"]["validation_rows"] = 0
+    (small / "dataset.json").write_text(json.dumps(manifest))
+    lines = (small / "evals.jsonl").read_text().splitlines(keepends=True)
+    (small / "evals.jsonl").write_text("".join(line for line in lines if '"docs"' not in line))
+    assert "Nothing is held out of docs." in words_of(page_of(small))
+
+
+def test_bytes_of_parts_of_documents_are_shown_whole(small):
+    text = (small / "evals.jsonl").read_text()
+    (small / "evals.jsonl").write_text(text.replace('"bytes": 87000', '"bytes": 87000.667'))
+    assert "code: 100 rows, 87,001 bytes" in words_of(page_of(small))
+
+
+def test_losses_by_two_protocols_are_named(small):
+    lines = [json.loads(line) for line in (small / "evals.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["inputs"]["protocol"] = f"nats-over-bytes-{1 + (line['step'] == 24)}"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (small / "evals.jsonl").write_text(text)
+    assert notes_of(small).count("by nats-over-bytes-1 and nats-over-bytes-2: its checkpoints do not") == 2
+    # the run is measured again: of each source and step the last line counts
+    (small / "evals.jsonl").write_text(text + text.replace("nats-over-bytes-1", "nats-over-bytes-2"))
+    assert not notes_of(small)
+
+
 def test_a_single_checkpoint_makes_a_page(tmp_path):
     page = page_of(fake_run(tmp_path, n_chunks=2, steps_per_chunk=5, n_rows=4, checkpoints=[-1]))
     assert "step 0" in words_of(page)
