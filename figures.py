@@ -299,7 +299,7 @@ def draw_chunks(run: Run, steps: list[int], pool: int) -> tuple[Figure, float]:
             axes.plot(x, seen, color=colour, linewidth=1.4)  # a gap where no row is seen
             dot = np.flatnonzero(~np.isnan(seen) & (x <= newest.get(step, -1)))[-1:]
             axes.plot(x[dot], seen[dot], "o", markersize=5.5, color=colour, markeredgecolor=PAPER)
-            ends.append((x[-1], dashed[-1], f"step {step:,}", colour))
+            ends.append((x[-1], dashed[-1] if np.isnan(seen[-1]) else seen[-1], f"step {step:,}", colour))
     chunk_axis(axes, chunks[0] - 0.5, chunks[-1] + 0.5)
     axes.set_ylabel("mean score of the sampled rows")
     axes.set_ylim(0, axes.get_ylim()[1] or 1)
