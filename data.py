@@ -90,16 +90,16 @@ def start_worker(path: str, eot: str, dtype: str, seq_len: int, seed: int, fract
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode(batch: list[tuple[str, str]], inside: float) -> tuple:
+def encode(batch: list[tuple[str, str, str]], inside: float) -> tuple:
     """What `encode_documents` gives for a batch; and (id, reason) of those that the tokenizer refuses."""
     try:
         return *encode_documents(batch, inside), []
     except ConfigError as error:
         refused, taken = [], []
-        for id, text in batch:
+        for id, text, shared in batch:
             try:
                 worker[0].encode_array(text)
-                taken.append((id, text))
+                taken.append((id, text, shared))
             except ConfigError as reason:
                 refused.append((id, str(reason)))
         if not refused:
@@ -108,9 +108,9 @@ def encode(batch: list[tuple[str, str]], inside: float) -> tuple:
 
 
 def encode_documents(
-    batch: list[tuple[str, str]], inside: float
+    batch: list[tuple[str, str, str]], inside: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
-    """(id, text) of documents -> tokens to train on, tokens held out, and an ENTRY and a table line of each.
+    """(id, text, shared) of documents -> tokens to train on, tokens held out, ENTRY and table line of each.
 
     Whether a document is held out follows from its id alone, whatever its source: a file that is read as
     code and as English is held out in both or in neither. With `inside` above 0, a share of the documents,
@@ -120,7 +120,7 @@ def encode_documents(
     tok, dtype, seq_len, seed, fraction = worker
     eot = np.array([tok.eot], np.uint32)
     parts, hashes, lines = [], [], []  # of texts
-    for id, text in batch:
+    for id, text, shared in batch:
         hash = number(f"{seed}/{id}")
         end = begin = len(text)
         if inside == 1 or below(hash, inside):
@@ -131,9 +131,8 @@ def encode_documents(
                 parts.append(text[first:last])
                 hashes.append(hash)
                 line = {"id": id, "tokens": 0, "bytes": len(parts[-1].encode()), "validation": held_out}
-                if begin < len(text):
-                    line |= {"characters": [first, last]}
-                lines.append(line)
+                line |= {"characters": [first, last]} if begin < len(text) else {}
+                lines.append(line | ({"shared": shared} if shared else {}))
         if begin < len(text):
             lines[-1] |= {"gap_bytes": len(text[end:begin].encode())}
     ids = [np.concatenate([x, eot]) for x in tok.encode_batch(parts)]
@@ -182,7 +181,7 @@ def encoded(read: Iterator[documents.Document], inside: float, pool: ProcessPool
     pending: deque = deque()
     batch, characters = [], 0
     for document in read:
-        batch.append((document.id, document.text))
+        batch.append((document.id, document.text, document.shared))
         characters += len(document.text) + 100  # so that a million tiny documents are not one batch
         if characters >= BATCH_CHARACTERS:
             pending.append(pool.submit(encode, batch, inside))
@@ -196,7 +195,7 @@ def encoded(read: Iterator[documents.Document], inside: float, pool: ProcessPool
 
 
 def encode_source(
-    config: Config, source: Source, names: dict[str, str], folder: Path, pool: ProcessPoolExecutor
+    config: Config, source: Source, names: dict[str, tuple[str, str]], folder: Path, pool: ProcessPoolExecutor
 ) -> dict:
     """Writes a source's tokens and its table of documents, split inside them if need be; returns the counts.
 
@@ -221,7 +220,7 @@ def encode_source(
 def encode_all(
     config: Config,
     source: Source,
-    names: dict[str, str],
+    names: dict[str, tuple[str, str]],
     folder: Path,
     pool: ProcessPoolExecutor,
     inside: float,
@@ -229,7 +228,9 @@ def encode_all(
     """Writes work/<source>.{tokens,validation,entries} and documents/<source>.*; returns the counts."""
     bad = documents.BadDocuments()
     kinds = ("documents", "tokens", "bytes")
-    count = dict.fromkeys([*kinds, *(f"validation_{kind}" for kind in kinds), "gap_bytes"], 0)
+    count = dict.fromkeys(
+        [*kinds, *(f"validation_{kind}" for kind in kinds), "gap_bytes", "shared_documents"], 0
+    )
     work, table = folder / "work" / source.name, folder / "documents" / source.name
     paths = f"{work}.tokens", f"{work}.validation", f"{work}.entries", f"{work}.offsets", f"{table}.jsonl"
     files, end = [open(path, "wb") for path in paths], 0  # end: of the table's lines
@@ -248,6 +249,7 @@ def encode_all(
                 for kind, value in zip(kinds, (1, line["tokens"], line["bytes"])):
                     count[prefix + kind] += value
                 count["gap_bytes"] += line.get("gap_bytes", 0)
+                count["shared_documents"] += "shared" in line
             lines = [json.dumps(line).encode() + b"\n" for line in lines]
             offsets = end + np.cumsum([len(line) for line in lines], dtype="<i8")
             end += sum(map(len, lines))
@@ -624,17 +626,17 @@ def list_inputs(config: Config) -> dict[str, list]:
     return inputs
 
 
-def shared_names(sources: tuple[Source, ...]) -> dict[str, str]:
-    """Real path -> name of every file that several sources read: the name that it has in the first of them.
+def shared_names(sources: tuple[Source, ...]) -> dict[str, tuple[str, str]]:
+    """Real path -> (source, name) of every file that several sources read, as the first of them has it.
 
     A document is one document in all of its sources, held out of all or of none, only if its id is the same.
     """
     first, shared = {}, {}
     for source in sources:
         for path, name in documents.listed(source):
-            where, name = first.setdefault(os.path.realpath(path), (source.name, name))
-            if where != source.name:
-                shared[os.path.realpath(path)] = name
+            known = first.setdefault(os.path.realpath(path), (source.name, name))
+            if known[0] != source.name:
+                shared[os.path.realpath(path)] = known
     return shared
 
 

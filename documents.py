@@ -55,6 +55,7 @@ class Document:
     source: str  # config.Source.name
     id: str
     text: str  # not empty, always encodable as UTF-8
+    shared: str = ""  # the first source that reads its file, where several do
 
 
 @dataclass
@@ -180,17 +181,19 @@ def known(name: str, source: Source) -> bool:
 
 
 def read(
-    source: Source, bad: BadDocuments | None = None, names: dict[str, str] | None = None
+    source: Source, bad: BadDocuments | None = None, names: dict[str, tuple[str, str]] | None = None
 ) -> Iterator[Document]:
     """Streams the documents of a source in the order of its files; memory is that of the largest document.
 
-    `names`: real path -> the name by which a file is called instead of the one that this source gives it.
+    `names`: real path -> (the first source that reads it, its name there), of files that several read.
     Fills `bad` on the way. Raises ConfigError where a file is missing or damaged, or needs a missing package.
     """
     bad = BadDocuments() if bad is None else bad
     for path, name in listed(source):
-        name = (names or {}).get(os.path.realpath(path), name)
-        yield from read_file(path, name, source, bad)
+        shared, name = (names or {}).get(os.path.realpath(path), ("", name))
+        for document in read_file(path, name, source, bad):
+            document.shared = shared
+            yield document
 
 
 def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Iterator[Document]:

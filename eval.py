@@ -46,7 +46,6 @@ from checkpoint import chosen, step_number
 from config import Config, ConfigError
 from dataset import Dataset
 from model import Transformer
-from steps import trained
 
 PROTOCOL = "nats-over-bytes-2"  # of the numbers in a line; a change of their meaning gives it a new name
 LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
@@ -275,21 +274,23 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
     problems += [
         f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ended
     ]
+    asked = memorize.parts(dataset, cfg.eval)
+    same = memorize.same_texts(dataset, asked)
     for c in of:
         lines = memorize.results(c, memorize.inputs_of(cfg, dataset, c, precision))
-        for part in memorize.parts(dataset, cfg.eval):
+        seen = memorize.seen_by(c.state, asked, same)
+        for part in asked:
             line, name = lines.get(part.chunk), f"{c.path.name}, memorization of {part.chunk}"
             if line is None:
                 problems.append(f"{name}: missing")
-            elif not adds_up(line, part, c.state):
+            elif not adds_up(line, part, seen[part.chunk]):
                 problems.append(f"{name}: its counts contradict one another, or the rows that were drawn")
     return problems
 
 
-def adds_up(line: dict, part: memorize.Part, state: dict) -> bool:
+def adds_up(line: dict, part: memorize.Part, seen: np.ndarray) -> bool:
     """Whether a memorization line is about these rows, all of them, and its sums are those of its rows."""
     matches, l = np.array(line["matches"]), line["continuation_tokens"]
-    seen = trained(state, part.rows) & (not isinstance(part.chunk, str))
     return (
         line["rows"] == part.rows.tolist()
         and len(matches) == line["total"] == len(part.rows)

@@ -268,8 +268,8 @@ def draw_ridge(run: Run, steps: list[int]) -> Figure:
 def draw_chunks(run: Run, steps: list[int], pool: int) -> tuple[Figure, float]:
     """Figure 8: mean score by data chunk, a curve a checkpoint; also the median standard error of a point.
 
-    A point pools `pool` neighbouring chunks, but never across the newest chunk of a checkpoint that is drawn:
-    it is wholly seen or wholly unseen by every one of them.
+    A point pools `pool` neighbouring chunks, but never across the newest chunk of a checkpoint that is drawn.
+    Seen and unseen rows are not pooled: where chunks have both, a curve is solid and, apart from it, dashed.
     """
     lines = {step: run.training_lines(step) for step in steps}
     chunks = sorted({chunk for step in steps for chunk in lines[step]})
@@ -282,18 +282,24 @@ def draw_chunks(run: Run, steps: list[int], pool: int) -> tuple[Figure, float]:
     for step, shade in zip(steps, shades):
         colour, points = COLOURS[f"s{shade}"][0], []
         for first, end in pairwise(cuts):
-            rows = [lines[step][chunk]["matches"] for chunk in range(first, end) if chunk in lines[step]]
-            if rows:
-                rows = np.concatenate(rows) / run.l
-                points.append(((first + end - 1) / 2, rows.mean()))
-                errors.append(rows.std() / len(rows) ** 0.5)
+            found = [lines[step][chunk] for chunk in range(first, end) if chunk in lines[step]]
+            if found:
+                score = np.concatenate([line["matches"] for line in found]) / run.l
+                kind = np.concatenate([line["kind"] for line in found])
+                rows = [score[kind == name] for name in ("seen", "unseen")]
+                errors += [some.std() / len(some) ** 0.5 for some in rows if len(some)]
+                means = [some.mean() if len(some) else np.nan for some in rows]
+                points.append(((first + end - 1) / 2, *means))
         if points:
-            x, y = np.array(points).T
-            seen = x <= newest.get(step, -1)
-            axes.plot(x, y, color=colour, linewidth=0.8, dashes=DASHED)
-            axes.plot(x[seen], y[seen], color=colour, linewidth=1.4)
-            axes.plot(x[seen][-1:], y[seen][-1:], "o", markersize=5.5, color=colour, markeredgecolor=PAPER)
-            ends.append((x[-1], y[-1], f"step {step:,}", colour))
+            x, seen, unseen = np.array(points).T
+            dashed = np.where(
+                np.isnan(unseen), seen, unseen
+            )  # where all rows are seen, the solid line hides it
+            axes.plot(x, dashed, color=colour, linewidth=0.8, dashes=DASHED)
+            axes.plot(x, seen, color=colour, linewidth=1.4)  # a gap where no row is seen
+            dot = np.flatnonzero(~np.isnan(seen) & (x <= newest.get(step, -1)))[-1:]
+            axes.plot(x[dot], seen[dot], "o", markersize=5.5, color=colour, markeredgecolor=PAPER)
+            ends.append((x[-1], dashed[-1] if np.isnan(seen[-1]) else seen[-1], f"step {step:,}", colour))
     chunk_axis(axes, chunks[0] - 0.5, chunks[-1] + 0.5)
     axes.set_ylabel("mean score of the sampled rows")
     axes.set_ylim(0, axes.get_ylim()[1] or 1)

@@ -6,6 +6,10 @@
 
 train.py asks `judge` after every backward, before the optimizer is touched, on all processes alike, and does
 what train.on_spike says. Reads the run folder and its dataset; writes nothing.
+
+A batch that is skipped, or left out after a rollback, moves no weight. The model can learn from its documents
+all the same: other rows hold the rest of them, and other passes, repeats or sources can hold the same text.
+Dataset.positions(source, id) lists every position of a document.
 """
 
 import argparse

@@ -224,7 +224,10 @@ def greet(cfg, dataset, everyone, model, step, last_step, steps, accumulation) -
     if cfg.train.deterministic and everyone.device.type == "cuda":
         print("note     deterministic: every sum in a fixed order; benchmarks/gpu.py measures what it costs")
     if left:
-        print(f"note     the last {left} rows of the order are less than a batch and are not trained on")
+        print(
+            f"note     the last {left} rows of the order are less than a batch and are left out; "
+            "another pass may train on their text"
+        )
     print(
         f"steps    {step:,} to {last_step:,}"
         + (f" of a schedule of {steps.n_steps:,}" if last_step < steps.n_steps else ""),

@@ -11,8 +11,20 @@ prompt. Greedy decoding continues it by exactly l tokens; an end-of-text token i
 There is no re-synchronisation after an error. A row with score 1 is "k-extractible" (Carlini et al. 2022).
 Prompts start wherever the row starts, usually in the middle of a document. From each chunk n rows are drawn,
 the same ones for every checkpoint: the first n rows of a shuffle of the chunk keyed by (seed, chunk), or all
-where it has fewer. A row is `seen` when the checkpoint has been trained on it. Rows of held-out documents are
-the control: they can only be guessed. k, l, n and the seed are the run's eval settings.
+where it has fewer. k, l, n and the seed are the run's eval settings.
+
+A row is `seen` when the run has trained on the text of any of its target tokens before this checkpoint:
+
+    - on the same row of the stage, in any repeat of the stage;
+    - on the same part of the same document, in another pass over its source, in this stage or another one;
+      the document is cut into other rows there, so it is enough that the two rows share a target token;
+    - on the same document through another source that reads the same files, on whatever part of it, because
+      two readings of a file (code, and its docstrings) cannot be aligned.
+
+Otherwise it is unseen, and what the checkpoint gets right of it is prediction. Two neighbouring rows of one
+pass share a border token, which is a target of only one of them: they are not the same text. Nor are two
+documents with the same words: copies are not looked for. Rows of held-out documents are the control: they
+are never seen. Where a checkpoint has seen all training rows, they are what is left to compare with.
 
 Reads RUN/config.json, its checkpoints and its dataset. Appends to RUN/memorization/step-00000640.jsonl one
 line a chunk, as soon as it is known: the matches of every single row, and the documents of those recited in
@@ -45,9 +57,12 @@ from config import Config, ConfigError
 from dataset import Dataset, unshuffle
 from model import Transformer
 from sample import generate
-from steps import trained
+from seen import SameText, same_text
+from steps import trained_ranges
 
-PROTOCOL = "first-k+l-greedy-1"  # of scoring and of drawing rows; a change of either gives it a new name
+# Of scoring, of drawing rows, and of what is seen; a change of any of them gives it a new name. In
+# "first-k+l-greedy-1" seen went by position: a row that an earlier pass had trained on could be unseen.
+PROTOCOL = "first-k+l-greedy-2"
 BEST = 10  # rows of a chunk whose documents are written down although they are not recited in full
 GROUP_ROWS = 1000  # decoded between two writes, from as many small chunks as it takes: one of Amber's chunks
 
@@ -91,6 +106,24 @@ def texts(dataset: Dataset, part: Part, length: int) -> np.ndarray:
         rows = dataset.validation(part.chunk.removeprefix("validation:"))
         return rows[part.rows, :length].astype(np.int64)
     return np.stack([dataset.rows(int(position), 1)[0, :length] for position in part.rows])
+
+
+def same_texts(dataset: Dataset, asked: list[Part]) -> SameText:
+    """Where the text of all training rows among the parts is trained on; the same for every checkpoint."""
+    rows = [part.rows for part in asked if not isinstance(part.chunk, str)]
+    return same_text(dataset, np.concatenate([np.empty(0, np.int64), *rows]))
+
+
+def seen_by(state: dict, asked: list[Part], same: SameText) -> dict[int | str, np.ndarray]:
+    """Which rows of each part a checkpoint has seen, by its state.json; `same` is what same_texts gave."""
+    seen, out = same.by(state), {}
+    for part in asked:
+        n = len(part.rows)
+        if isinstance(part.chunk, str):
+            out[part.chunk] = np.zeros(n, bool)  # held out
+        else:
+            out[part.chunk], seen = seen[:n], seen[n:]
+    return out
 
 
 # ---- the score --------------------------------------------------------------------------------------------
@@ -140,7 +173,7 @@ def inputs_of(cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision
         "protocol": PROTOCOL,
         "weights_sha256": checkpoint.weights_hash(c.state),
         "dataset_sha256": dataset.sha256,
-        "trained_rows": c.state["rows"],
+        "trained": [list(pair) for pair in trained_ranges(c.state)],  # which rows are seen follows from it
         "prompt_tokens": cfg.eval.prompt_tokens,
         "continuation_tokens": cfg.eval.continuation_tokens,
         "rows_per_chunk": cfg.eval.rows_per_chunk,
@@ -166,7 +199,7 @@ def memorize(
     device = here(cfg)
     precision = parallel.precision(cfg.train.precision, device)
     asked = parts(dataset, cfg.eval, chunks)
-    table = []
+    table, same = [], None
     with bar("memorization", " rows", len(of) * sum(len(part.rows) for part in asked)) as progress:
         for c in of:
             inputs = inputs_of(cfg, dataset, c, precision)
@@ -175,8 +208,10 @@ def memorize(
             if pending := [part for part in asked if part.chunk not in lines]:
                 log_of(c).parent.mkdir(exist_ok=True)
                 model = checkpoint.load_model(c.path, device)
+                same = same or same_texts(dataset, asked)
+                seen = seen_by(c.state, asked, same)
                 for group in groups(pending):
-                    score(cfg.eval, dataset, c, model, group, inputs, precision, progress.update)
+                    score(cfg.eval, dataset, c, model, group, seen, inputs, precision, progress.update)
                 lines = results(c, inputs)
             table.append((c, {part.chunk: lines[part.chunk] for part in asked}))
     return table
@@ -200,6 +235,7 @@ def score(
     c: checkpoint.Checkpoint,
     model: Transformer,
     group: list[Part],
+    seen: dict[int | str, np.ndarray],
     inputs: dict,
     precision: torch.dtype,
     done: Callable[[int], object],
@@ -209,7 +245,6 @@ def score(
     rows = np.concatenate([texts(dataset, part, k + l) for part in group])
     counts = count_matches(model, rows, k, cfg.generate_batch_size, precision, done)
     for part, matches in zip(group, np.split(counts, np.cumsum([len(part.rows) for part in group])[:-1])):
-        held_out = isinstance(part.chunk, str)
         record = {
             "format": 1,
             "checkpoint": c.path.name,
@@ -220,7 +255,7 @@ def score(
             "rows": part.rows.tolist(),
             "matches": matches.tolist(),
             "documents": whose(dataset, part, matches, l, k + l),
-            "seen": (trained(c.state, part.rows) & (not held_out)).tolist(),
+            "seen": seen[part.chunk].tolist(),
             "full": int((matches == l).sum()),
             "total": len(matches),
             "score": float(matches.mean() / l),
@@ -287,6 +322,7 @@ def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint]) ->
 def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
     """Mean scores, one line a checkpoint: seen rows, those of the newest chunk, unseen and held-out rows."""
     lines = [f"{'checkpoint':<14} {'seen':>8} {'newest':>8} {'unseen':>8} {'held out':>8}   recited in full"]
+    all_seen = False
     for c, by_chunk in table:
         matches, seen, kind, length = [], [], [], 1
         for chunk, line in by_chunk.items():
@@ -302,6 +338,9 @@ def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
         cells = [f"{rows.mean() / length:8.4f}" if rows.size else f"{'-':>8}" for rows in means]
         full = int((matches[seen] == length).sum())
         lines.append(f"{c.path.name:<14} {' '.join(cells)}   {full:,} / {int(seen.sum()):,}")
+        all_seen |= bool(seen.any()) and not means[2].size
+    if all_seen:
+        lines.append("Where unseen is -, the text of every row was trained on: compare seen with held out.")
     return "\n".join(lines)
 
 

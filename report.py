@@ -134,9 +134,11 @@ score is the share of those {l} that equal the row's own tokens, place by place:
 all.</dd></div>
 <div><dt>Full match</dt><dd>A row of score 1: all {l} tokens are reproduced; the row is {k}-extractible. Given
 as a count out of the rows that were asked for.</dd></div>
-<div><dt>Seen, unseen</dt><dd>A checkpoint has seen the rows that it was trained on. Rows of later chunks, and
-held-out rows, whose documents were set aside before training, are unseen: a match there is prediction, not
-memory.</dd></div></dl>"""
+<div><dt>Seen, unseen</dt><dd>A checkpoint has seen a training row when it was trained on text of that row: on
+the row itself, in any repeat of its stage, on the same tokens in another pass over their source, or on the
+same document read by another source. All other training rows, and held-out rows, whose documents were set
+aside before training, are unseen: a match there is prediction, not memory, unless another document has the
+same words, which is not looked for.</dd></div></dl>"""
 
 
 def part_training(run: Run) -> str:
@@ -201,6 +203,11 @@ def part_memorization(run: Run) -> str:
     caption = f"""<b>Memory or prediction?</b> Mean score of rows that a checkpoint has seen (solid) and of
 rows that it has not (dashed). What both share is prediction; what the solid line has above the dashed ones,
 beyond chance, is memory. {without}"""
+    counts = {step: [len(run.matches(step, kind)) for kind in ("seen", "unseen")] for step in steps}
+    if gone := [step for step, (seen, unseen) in counts.items() if seen and not unseen]:
+        caption += f"""
+At {plural(len(gone), "checkpoint")}, first at step {gone[0]:,}, no sampled training row is unseen: the text
+of all of them has been trained on. {"Compare with held-out rows there." * bool(run.controls())}"""
     out = captioned(run, {"score": figures.draw_lines(run, lines, "mean score")}, caption)
     out += table(body, fold="Table: full matches and mean score of every checkpoint")
 
@@ -222,8 +229,19 @@ def by_chunk(run: Run, some: list[int], which: str) -> str:
     pool = -(-len(chunks) // 40)
     figure, error = figures.draw_chunks(run, some, pool)
     sizes = sorted({len(line["rows"]) for lines in by_step.values() for line in lines.values()})
+    newest = {state["step"]: state["chunk"] for state in run.checkpoints}
+    later = [  # right of each checkpoint's dot
+        line["kind"] == "seen"
+        for step, lines in by_step.items()
+        for chunk, line in lines.items()
+        if chunk > newest.get(step, chunk)
+    ]
+    known, right = sum(int(seen.sum()) for seen in later), ""
+    if known:
+        right = f"""Right of the dots, {known:,} of {sum(map(len, later)):,} rows are seen too: their chunk
+was begun, or their text was trained on in another pass or by another source."""
     caption = f"""<b>Score by data chunk.</b> One curve a checkpoint; its dot is the newest chunk that it has
-seen. Left of the dot, solid: seen. Right of it, dashed: unseen.
+finished. Solid: rows that it has seen. Dashed: rows that it has not. {right}
 {f"A point pools the rows of up to {pool} neighbouring chunks." * (pool > 1)}
 Each chunk has {sizes[0]:,}{f" to {sizes[-1]:,}" * (len(sizes) > 1)} sampled rows.
 The standard error of a point is about {error:.2g}, so differences of that size between chunks can be chance.

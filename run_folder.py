@@ -19,6 +19,8 @@ import numpy as np
 import config
 import files
 
+BY_POSITION = "first-k+l-greedy-1"  # memorize.py's first protocol, in which a position was seen, not a text
+
 
 @dataclass
 class Run:
@@ -221,6 +223,15 @@ def load_scores(run: Run) -> None:
     if found:
         run.k, run.l = max(found, key=lambda pair: sum(map(len, found[pair].values())))
         run.scores = dict(sorted(found[run.k, run.l].items()))
+    shown = [line.get("inputs") for lines in run.scores.values() for line in lines.values()]
+    old = [inputs for inputs in shown if isinstance(inputs, dict) and inputs.get("protocol") == BY_POSITION]
+    if old:
+        run.note(
+            f'Memorization: in {len(old):,} of {plural(len(shown), "line")} "unseen" goes by position only, '
+            "as an earlier version of memorize.py wrote it. A row whose text was trained on in an earlier "
+            "pass, or by another source, can be called unseen. To measure again:",
+            "memorization",
+        )
     if len(found) > 1:
         run.note(f"memorization/ holds {len(found)} pairs of k and l; shown is k = {run.k}, l = {run.l}.")
 

@@ -32,7 +32,7 @@ class Steps:
 
     @property
     def n_steps(self) -> int:
-        """Of whole batches; what is left at the end of the order is never trained on."""
+        """Of whole batches; what is left at the end of the order is not consumed."""
         first_step, row, size = self.phase_of_row(self.n_rows)
         return first_step + (self.n_rows - row) // size
 
@@ -92,7 +92,7 @@ class Steps:
     def newest_chunk(self, chunks: list[tuple[int, int]], step: int) -> int:
         """The chunk whose last row was consumed latest, after `step` finished steps; -1 for none.
 
-        The tail of the order, shorter than a batch, is never trained on (the ledger names it), so the last
+        The tail of the order, shorter than a batch, is not consumed (the ledger names it), so the last
         step uses up the last chunk.
         """
         rows = self.n_rows if step >= self.n_steps else self.consumed(step)
@@ -120,20 +120,30 @@ class Steps:
         return None if order == joined(self.order) else dataclasses.replace(self, order=order)
 
     def without(self, first_step: int, end_step: int) -> "Steps":
-        """The same without the rows of the steps first_step .. end_step - 1: they are never trained on."""
+        """The same without the positions of the steps first_step .. end_step - 1, which no step consumes."""
         first, end = self.consumed(first_step), self.consumed(end_step)
         before, _, after = cut(self.order, first, min(end, self.n_rows))
         return dataclasses.replace(self, order=joined((*before, *after)))
 
 
+def trained_ranges(state: dict) -> Order:
+    """The positions that a checkpoint has been trained on, by its state.json, as ascending ranges."""
+    ranges = cut(state.get("order") or [(0, state["rows"])], 0, state["rows"])[1]
+    for first, end in state.get("skipped", []):  # batches that were consumed and moved nothing
+        sides = [side for a, b in ranges for side in ((a, min(b, first)), (max(a, end), b))]
+        ranges = [(a, b) for a, b in sides if a < b]
+    return joined(sorted(ranges))
+
+
 def trained(state: dict, positions):
-    """Which positions (an array) of the order a checkpoint has been trained on, by its state.json."""
-    consumed = cut(state.get("order") or [(0, state["rows"])], 0, state["rows"])[1]
+    """Which positions (an array) of the order a checkpoint has been trained on.
+
+    This is about positions: the text of a position that is not among them can still have been trained on,
+    at another one. seen.py asks for the text.
+    """
     out = positions < 0
-    for first, end in consumed:
+    for first, end in trained_ranges(state):
         out = out | (first <= positions) & (positions < end)
-    for first, end in state.get("skipped", []):  # batches that moved nothing
-        out = out & ~((first <= positions) & (positions < end))
     return out
 
 

@@ -167,7 +167,7 @@ class Run:
             world_size=everyone.world_size,
             accumulation=accumulation,
             init_from=str(self.origin) if self.origin else None,
-            rows_never_trained=self.steps.n_rows - self.steps.consumed(self.steps.n_steps),
+            rows_after_last_step=self.steps.n_rows - self.steps.consumed(self.steps.n_steps),
             changed=changed,
             **machine,
         )

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "data": ["config", "files", "documents", "tokenizer", "dataset"],
     "families": ["config"],
     "steps": ["config"],
+    "seen": ["config", "dataset", "documents", "steps"],
     "cost": ["config", "steps"],
     "optim": ["config"],
     "parallel": ["config"],
@@ -53,7 +54,7 @@ MAY_IMPORT = {
         "tokenizer",
     ],
     "sample": ["config", "files", "model", "parallel", "checkpoint", "tokenizer"],
-    "memorize": ["config", "files", "model", "dataset", "steps", "parallel", "checkpoint", "sample"],
+    "memorize": ["config", "files", "model", "dataset", "steps", "seen", "parallel", "checkpoint", "sample"],
     "eval": [
         "steps",
         "config",
@@ -74,6 +75,7 @@ MAY_IMPORT = {
 }
 NO_TORCH = {
     "steps",
+    "seen",
     "mirror",
     "config",
     "files",

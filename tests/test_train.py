@@ -44,7 +44,7 @@ def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe
     events = [record["event"] for record in files.read_lines(whole / "ledger.jsonl")]
     assert events == ["start", *["checkpoint"] * 6, "finish"]
     first = files.read_lines(whole / "ledger.jsonl")[0]
-    assert first["rows_never_trained"] == dataset.n_rows - 6 * n_steps
+    assert first["rows_after_last_step"] == dataset.n_rows - 6 * n_steps
     assert config.load_run(whole) == load(recipe, whole)
     assert files.sha256(whole / "dataset.json") == dataset.sha256
 
