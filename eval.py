@@ -75,7 +75,12 @@ def measures(nats: float, targets: np.ndarray, n_bytes: np.ndarray) -> dict:
 
 
 def inputs_of(
-    cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, max_rows: int, precision: torch.dtype
+    cfg: Config,
+    dataset: Dataset,
+    c: checkpoint.Checkpoint,
+    max_rows: int,
+    precision: torch.dtype,
+    verify: bool = True,
 ) -> dict:
     """Everything, but for the source, that determines a line: the same inputs give the same result."""
     return {
@@ -84,6 +89,7 @@ def inputs_of(
         "dataset_sha256": dataset.sha256,  # its manifest holds the hashes of the rows and of the tokenizer
         "max_rows": max_rows,
         "precision": str(precision).removeprefix("torch."),
+        **({} if verify else {"verified": False}),  # then these hashes need not be those of what was read
     }
 
 
@@ -96,7 +102,13 @@ def results(run: Path | str, inputs: dict) -> dict[str, dict]:
 
 
 def evaluate(
-    run: Path | str, cfg: Config, dataset: Dataset, of: list, sources: list[str], max_rows: int
+    run: Path | str,
+    cfg: Config,
+    dataset: Dataset,
+    of: list,
+    sources: list[str],
+    max_rows: int,
+    verify: bool = True,
 ) -> list:
     """Computes what is missing; returns [(checkpoint, {source: line})] with all lines that were asked for."""
     rows = {source: dataset.validation(source)[: max_rows or None] for source in sources}
@@ -110,13 +122,13 @@ def evaluate(
     table = []
     with memorize.bar("loss", " rows", len(of) * sum(map(len, rows.values()))) as progress:
         for c in of:
-            inputs = inputs_of(cfg, dataset, c, max_rows, precision)
+            inputs = inputs_of(cfg, dataset, c, max_rows, precision, verify)
             lines, model = results(run, inputs), None
             for source in sources:
                 if source in lines:
                     progress.update(len(rows[source]))
                     continue
-                model = model or checkpoint.load_model(c.path, device)
+                model = model or checkpoint.load_model(c.path, device, verify)
                 start = time.perf_counter()
                 with parallel.autocast(device, precision):
                     nats = nats_of(model, rows[source], cfg.eval.batch_size, progress.update)
@@ -220,7 +232,8 @@ def adds_up(line: dict, part: memorize.Part, state: dict) -> bool:
 
 def eval_folder(args: argparse.Namespace) -> None:
     """The loss of a model folder that is in no run, on the validation rows of a dataset; writes nothing."""
-    folder, dataset = checkpoint.model_folder(args.run), Dataset(args.dataset)
+    folder = checkpoint.model_folder(args.run, verify=args.verify)
+    dataset = Dataset(args.dataset, args.verify)
     if args.checkpoint or args.check:
         raise ConfigError(
             "--dataset is for a model folder; --checkpoint and --check are for a run, without it"
@@ -229,7 +242,7 @@ def eval_folder(args: argparse.Namespace) -> None:
     tokenizers.check_same(folder, dataset.folder)
     cfg = Config()
     device = memorize.here(cfg)
-    model = checkpoint.load_model(folder, device)
+    model = checkpoint.load_model(folder, device, args.verify)
     if dataset.seq_len > model.cfg.seq_len or dataset.vocab_size > model.cfg.vocab_size:
         raise ConfigError(
             f"{args.dataset} has rows of {dataset.seq_len} tokens and {dataset.vocab_size} ids; {folder} was "
@@ -249,19 +262,23 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     """All that was asked for; returns the problems that --check finds."""
     if args.max_rows is not None and args.max_rows < 0:
         raise ConfigError(f"--max_rows {args.max_rows}: use 0 for all rows, or a number of rows")
+    if args.check and not args.verify:
+        raise ConfigError(
+            "--check says whether a run is whole, which needs its hashes: leave --no-verify out"
+        )
     if args.dataset:
         eval_folder(args)
         return []
     of = chosen(args.run, args.checkpoint)
     cfg = config.load_run(args.run)
-    dataset = memorize.dataset_of(args.run, cfg, of)
+    dataset = memorize.dataset_of(args.run, cfg, of, args.verify)
     for source in args.source:
         dataset.validation(source)  # ConfigError where it is unknown, before any work
     max_rows = cfg.eval.max_rows if args.max_rows is None else args.max_rows
     sources = [source for source in dataset.sources if source in args.source or not args.source]
-    print(show(evaluate(args.run, cfg, dataset, of, sources, max_rows)), flush=True)
+    print(show(evaluate(args.run, cfg, dataset, of, sources, max_rows, args.verify)), flush=True)
     if args.memorization:
-        print("\n" + memorize.show(memorize.memorize(cfg, dataset, of)), flush=True)
+        print("\n" + memorize.show(memorize.memorize(cfg, dataset, of, verify=args.verify)), flush=True)
     return check(args.run, cfg, dataset, max_rows) if args.check else []
 
 
@@ -282,6 +299,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough"
     )
+    checkpoint.add_no_verify(parser)
     args = parser.parse_args()
     try:
         problems = run_eval(args)
