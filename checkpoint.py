@@ -256,7 +256,10 @@ def set_aside(run: Path | str, after: int, incident: int) -> None:
 
 # ---- is it what was saved? --------------------------------------------------------------------------------
 
-REMEDY = "get it again, or take this folder away, and train.py resumes from the checkpoint before it"
+REMEDY = (
+    "get it again, or take this folder away, and train.py resumes from the checkpoint before it (a copy that "
+    "you changed yourself is a model like any other once its state.json is deleted)"
+)
 HASHERS = 4  # files hashed at a time: SHA-256 of one is 0.4 to 1.5 GB/s, less than a good disk reads
 # What is read of a checkpoint when it is opened. Other files that someone puts there are not looked at.
 READ = re.compile(r"config\.json|(model|optimizer|tokenizer).*\.(safetensors|json|model)")
@@ -711,10 +714,7 @@ def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
             raise ConfigError(
                 f"{run} has no complete checkpoint of step {step}; it has {', '.join(map(str, found))}"
             )
-    out = [found[step] for step in sorted(set(steps) or found)]
-    for c in out:
-        refuse(c.path, [f"state.json lacks {name}" for name in NEEDED if name not in c.state])
-    return out
+    return [found[step] for step in sorted(set(steps) or found)]
 
 
 def model_folder(path: Path | str, step: int | None = None, verify: bool = True) -> Path:

@@ -278,6 +278,8 @@ def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint], ve
         )
     dataset = Dataset(found[0], verify)
     for c in of:
+        lacks = [name for name in checkpoint.NEEDED if name not in c.state]
+        checkpoint.refuse(c.path, [f"state.json lacks {name}" for name in lacks])
         for name, now in (
             ("dataset", dataset.sha256),
             ("tokenizer", dataset.manifest["tokenizer"]["sha256"]),
