@@ -1,5 +1,7 @@
 """The run folder and the checkpoints in it: saved atomically, opened by anyone, resumed exactly.
 
+    python checkpoint.py verify runs/demo    # hashes every file of every checkpoint; exit 1 if one differs
+
     runs/demo/
       config.json    every resolved value, git commit, versions, device
       dataset.json   the manifest of the data, as it was
@@ -14,14 +16,18 @@
 Beyond 5 GB the tensors are in shards, model-00001-of-00006.safetensors ..., with an index, as others write
 them. A checkpoint is written into a hidden folder beside the others and renamed when every byte of it is on
 disk. A folder without state.json is incomplete and ignored. Nothing is pickled: it is safe to open a
-stranger's.
+stranger's. Whoever reads a checkpoint through this file compares the hashes in state.json with the files.
 """
 
+import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,8 +39,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import config
 import files
-from config import ConfigError, load_run
+import steps
+from config import Config, ConfigError, load_run
 from families import (
     NOT_WEIGHTS,
     end_of_text,
@@ -43,11 +51,12 @@ from families import (
     model_config,
     place,
     read_config,
+    settings,
     to_family,
     unpack,
 )
 from model import Transformer
-from parallel import Everyone, alone, put, whole
+from parallel import Everyone, alone, first_on_node, put, whole
 
 FORMAT = 1  # of state.json; a reader refuses what it does not know
 UMASK = os.umask(0)  # which permissions new files are not given; it can only be read by setting it
@@ -245,6 +254,241 @@ def set_aside(run: Path | str, after: int, incident: int) -> None:
             os.replace(c.path, target)
 
 
+# ---- is it what was saved? --------------------------------------------------------------------------------
+
+REMEDY = (
+    "get it again, or take this folder away, and train.py resumes from the checkpoint before it (a copy that "
+    "you changed yourself is a model like any other once its state.json is deleted)"
+)
+HASHERS = 4  # files hashed at a time: SHA-256 of one is 0.4 to 1.5 GB/s, less than a good disk reads
+# What is read of a checkpoint when it is opened. Other files that someone puts there are not looked at.
+READ = re.compile(r"config\.json|(model|optimizer|tokenizer).*\.(safetensors|json|model)")
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_pairs(value: object, of: Callable[[object], bool] = is_count) -> bool:
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(map(of, pair)) for pair in pairs)
+
+
+def is_hashes(value: object) -> bool:
+    """{"model.safetensors": "9f86d0..."}; a stranger's "../../.ssh/id" is no name of a file beside it."""
+    return isinstance(value, dict) and all(
+        Path(name).name == name and isinstance(digest, str) for name, digest in value.items()
+    )
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+COUNT, PAIRS = (is_count, "a count"), "pairs [first, end] of positions"
+FIELDS = {  # of state.json: what each must be, if it is there
+    **dict.fromkeys(("step", "rows", "tokens", "begin", "incidents", "world_size"), COUNT),
+    "chunk": (lambda value: value == -1 or is_count(value), "a chunk's number, or -1"),
+    "eot": (lambda value: value is None or is_count(value), "a token's id"),
+    "order": (lambda value: value is None or is_pairs(value), PAIRS),
+    "skipped": (is_pairs, PAIRS),
+    "recent": (lambda value: is_pairs(value, is_number), "pairs of loss and gradient norm"),
+    "dataset_sha256": (is_text, "a hash"),
+    "tokenizer_sha256": (is_text, "a hash"),
+    "files": (is_hashes, "the hash of each file in the folder"),
+}
+NEEDED = ("step", "rows", "tokens", "chunk", "dataset_sha256", "tokenizer_sha256", "files")
+
+
+@functools.cache
+def hash_of(path: Path, inode: int, size: int, changed: int) -> str:
+    """SHA-256 of a file, computed once in a process; a file that has changed since is another one."""
+    return files.sha256(path)
+
+
+def files_of(c: Checkpoint, kind: str) -> tuple[list[str], list[str]]:
+    """(small, large) files that should be compared: the optimizer's, or ("model") all others."""
+    present = {path.name for path in c.path.iterdir() if READ.fullmatch(path.name)}
+    names = sorted(present | set(c.state.get("files", {})))
+    names = [name for name in names if name.startswith("optimizer") == (kind == "optimizer")]
+    large = [name for name in names if name.endswith(".safetensors")]
+    return [name for name in names if name not in large], large
+
+
+def compare(c: Checkpoint, names: list[str]) -> list[str]:
+    """A line for each of the files that is not as state.json has it. Some are hashed side by side."""
+    queue, found = iter(names), {}
+
+    def work():
+        for name in queue:  # the threads share it: each file is taken by one
+            try:
+                said, about = c.state.get("files", {}).get(name), (c.path / name).stat()
+                now = hash_of(c.path / name, about.st_ino, about.st_size, about.st_mtime_ns)
+                if said is None:
+                    found[name] = f"{name} is not listed in state.json"
+                elif now != said:
+                    found[name] = f"{name} is damaged: SHA-256 {now[:12]}, and {said[:12]} when it was saved"
+            except FileNotFoundError:
+                found[name] = f"{name} is missing"
+            except Exception as error:  # what is not known to be right is wrong
+                found[name] = f"{name} cannot be read: {type(error).__name__}: {error}"
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in names[:HASHERS]]
+    for thread in threads:  # daemons: Ctrl-C does not wait for 5 GB to be hashed
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[name] for name in names if name in found]
+
+
+def refuse(folder: Path, problems: list[str], more: str = "") -> None:
+    """ConfigError with the first of the problems, if there is one."""
+    if problems:
+        others = f" ({len(problems) - 1} more like this)" if problems[1:] else ""
+        raise ConfigError(f"{folder}/{problems[0]}{others}; {REMEDY}{more}")
+
+
+@contextlib.contextmanager
+def compared(folder: Path | str, kind: str, verify: bool = True, everyone: Everyone | None = None):
+    """Around the reading of a folder: its files are hashed beside it, and must be those of its state.json.
+
+    Leaves only when the hashes are known. ConfigError in all processes where one differs, also in place of
+    an error which that has caused in the reading. Large files are hashed by one process of each node. A
+    folder without state.json is someone else's, and there is nothing to compare it with.
+    """
+    folder, everyone = Path(folder), everyone or alone()
+    if not verify or not (folder / "state.json").exists():
+        yield
+        return
+    c, problems, error = read(folder), [], None
+    small, large = files_of(c, kind)
+    refuse(folder, compare(c, small))
+    mine = large if everyone.world_size == 1 or first_on_node() else []
+    thread = threading.Thread(target=lambda: problems.extend(compare(c, mine)), daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    while everyone.sum(thread.is_alive())[0]:  # hashing may take longer than a collective may wait
+        thread.join(0.01)
+    told = everyone.collect((problems, str(error) if error else None))
+    failed = [text for _, text in told if text is not None]
+    damaged = list(dict.fromkeys(problem for part, _ in told for problem in part))
+    refuse(folder, damaged, f" (it was noticed as: {failed[0]})" if failed else "")
+    if failed:
+        raise error or ConfigError(failed[0])
+
+
+def contradictions(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> list[str]:
+    """In what a state.json is not one of this config on this dataset (its manifest, and the hash of that)."""
+    state, step, n_rows = c.state, c.step, manifest["rows"]
+    if lacks := [name for name in NEEDED if name not in state]:
+        return [f"lacks {', '.join(lacks)}"]
+    for name, now in (("dataset", sha256), ("tokenizer", manifest["tokenizer"]["sha256"])):
+        said = state[f"{name}_sha256"]
+        if said != now:
+            return [f"it was trained with another {name}: {said[:12]}, and the run's is {now[:12]}"]
+    # Ranges of positions: within the dataset, and each position once.
+    order, skipped = state.get("order") or [[0, n_rows]], state.get("skipped", [])
+    for name, ranges in (("order", order), ("skipped", skipped)):
+        reached = 0
+        for first, end in sorted(ranges):
+            if not reached <= first < end <= n_rows:
+                return [f"{name} has [{first}, {end}]: empty, twice, or beyond the dataset's {n_rows} rows"]
+            reached = end
+    # What follows from the number of steps.
+    plan = steps.of(cfg, n_rows, order)
+    if step > plan.n_steps or state.get("begin", 0) > step:
+        return [f"step {step} is not within {state.get('begin', 0)} .. {plan.n_steps}, this run's steps"]
+    chunks = [(chunk["first"], chunk["first"] + chunk["rows"]) for chunk in manifest["chunks"]]
+    rows = plan.consumed(step)
+    wanted = {"rows": rows, "tokens": rows * cfg.model.seq_len, "chunk": plan.newest_chunk(chunks, step)}
+    out = [
+        f"{name} is {state[name]}, and after step {step} it must be {value}"
+        for name, value in wanted.items()
+        if state[name] != value
+    ]
+    consumed = steps.cut(plan.order, 0, rows)[1]
+    for first, end in skipped:
+        if not any(a <= first and end <= b for a, b in consumed):
+            out.append(f"skipped has [{first}, {end}], which it had not come to")
+    return out
+
+
+def check_state(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> None:
+    """ConfigError where a run cannot stand where a checkpoint's state.json says."""
+    problems = contradictions(c, cfg, manifest, sha256)
+    refuse(c.path, [f"state.json is damaged, or another run's: {problem}" for problem in problems])
+
+
+def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> list[str]:
+    """All that is wrong with a checkpoint's folder, [] where nothing is; every file in it is hashed."""
+    try:
+        c = read(path, None if path.name.startswith("incident-") else step_number(path.name))
+    except ConfigError as error:
+        return [str(error)]
+    present = {file.name for file in path.iterdir()} - {"state.json"}
+    problems = compare(c, sorted(present | set(c.state.get("files", {}))))
+    try:
+        if manifest is not None:
+            problems += [f"state.json: {said}" for said in contradictions(c, cfg, manifest, sha256)]
+        with torch.device("meta"):
+            model = Transformer(cfg.model, None)
+        if model_config(path) != settings(hf_config(cfg.model)).resolved():
+            problems.append("config.json is of another model than the run's")
+        if end_of_text(read_config(path)) != c.state.get("eot"):
+            problems.append("config.json has another end-of-text token than state.json")
+        reader(path, model)
+        problems += strange_moments(path, model)
+    except (ConfigError, KeyError, TypeError) as error:
+        problems.append(f"{'' if isinstance(error, ConfigError) else 'dataset.json is damaged: '}{error}")
+    return problems
+
+
+def strange_moments(folder: Path, model: Transformer) -> list[str]:
+    """In what the optimizer's files are not of this model, by their headers."""
+    tensors, shapes = open_weights(folder, "optimizer"), {n: p.shape for n, p in model.named_parameters()}
+    kept: dict[str, set] = {name: set() for name in shapes}
+    for stored in tensors.keys() - {"random.cpu", "random.cuda"}:
+        key, _, name = stored.partition(".")
+        shape = tuple(tensors[stored].get_slice(stored).get_shape())
+        if name not in shapes or shape != (() if key == "step" else shapes[name]):
+            return [f"the optimizer's {stored} is {shape}, and the model has no parameter like it"]
+        kept[name].add(key)
+    lacks = [name for name in shapes if kept[name] not in map(set, STATE.values())]
+    if lacks and any(kept.values()):  # before the first update there are no moments at all
+        return [f"the optimizer's state of {lacks[0]} is not whole"]
+    return []
+
+
+def verify(run: Path | str) -> bool:
+    """Looks at every file of every checkpoint of a run and prints what it finds. True: all is well."""
+    run, good, bad = Path(run), [], 0
+    cfg, manifest, sha256 = load_run(run), None, ""
+    try:
+        manifest, sha256 = json.loads((run / "dataset.json").read_bytes()), files.sha256(run / "dataset.json")
+    except (OSError, ValueError) as error:
+        bad = 1
+        config.show(f"dataset.json cannot be read ({error}), so no state.json is compared with it")
+    folders = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"(incident-\d+-)?step-\d+", p.name)]
+    for path in sorted(folders, key=lambda p: (step_number(p.name[p.name.index("step-") :]), p.name)):
+        problems = problems_of(path, cfg, manifest, sha256)
+        sizes = [file.stat().st_size for file in path.iterdir()]
+        if problems:
+            bad += 1
+        elif path.name.startswith("step-"):
+            good.append(path.name)
+        for said in problems or [f"whole, {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"]:
+            config.show(f"{path.name}  {'DAMAGED: ' * bool(problems)}{said}")
+    config.show(f"the newest whole checkpoint is {good[-1]}" if good else "no checkpoint is whole")
+    return bool(good) and not bad
+
+
 # ---- loading ----------------------------------------------------------------------------------------------
 
 
@@ -273,36 +517,56 @@ def incomplete(run: Path | str, after: int) -> list[str]:
 
 
 def checked(path: Path, state: dict, step: int | None) -> Checkpoint:
-    if state.get("format") != FORMAT or (step is not None and state.get("step") != step):
+    said = state.get("step")
+    if state.get("format") != FORMAT or said is None or step not in (None, said):
         raise ConfigError(
-            f"{path}/state.json says format {state.get('format')} and step {state.get('step')}; "
+            f"{path}/state.json says format {state.get('format')} and step {said}; "
             f"this version reads format {FORMAT}, and the step must be the folder's"
         )
+    for name, (has_type, wanted) in FIELDS.items():
+        if name in state and not has_type(state[name]):
+            value = json.dumps(state[name])
+            raise ConfigError(
+                f"{path}/state.json is damaged: {name} is {value[:60]}, and must be {wanted}; {REMEDY}"
+            )
     return Checkpoint(path, state["step"], state)
 
 
-def read(folder: Path | str) -> Checkpoint:
-    """A checkpoint by its folder, of any name. ConfigError where it has no state.json."""
+def read(folder: Path | str, step: int | None = None) -> Checkpoint:
+    """A checkpoint by its folder, of any name. ConfigError where it has no state.json, or not this step's."""
     try:
         state = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder} is no checkpoint of train.py: its state.json cannot be read ({error})"
         ) from None
-    return checked(Path(folder), state if isinstance(state, dict) else {}, None)
+    return checked(Path(folder), state if isinstance(state, dict) else {}, step)
 
 
-def load_weights(folder: Path | str, model: nn.Module) -> None:
-    """The weights of a model folder into a model, in place. ConfigError unless names and shapes agree."""
-    read = check_weights(folder, model)
-    for name, value in bare(model).state_dict().items():
-        put(value, read(name))
+def load_weights(
+    folder: Path | str, model: nn.Module, verify: bool = True, everyone: Everyone | None = None
+) -> None:
+    """The weights of a model folder into a model, in place. ConfigError unless names and shapes agree.
+
+    With `verify` the hashes too must be those of state.json, here and in all functions below.
+    """
+    with compared(folder, "model", verify, everyone):
+        read = reader(folder, model)
+        for name, value in bare(model).state_dict().items():
+            put(value, read(name))
 
 
-def check_weights(folder: Path | str, model: nn.Module) -> Callable[[str], torch.Tensor]:
-    """What reads a tensor of a model folder, by our name for it. ConfigError unless names and shapes agree.
+def check_weights(folder: Path | str, model: nn.Module, verify: bool = True) -> Callable[[str], torch.Tensor]:
+    """What reads a tensor of a model folder, by our name for it. ConfigError as load_weights, before that."""
+    with compared(folder, "model", verify):
+        return reader(folder, model)
 
-    They are told by the files' headers; no tensor is read for it, but a second copy of a tied head.
+
+def reader(folder: Path | str, model: nn.Module) -> Callable[[str], torch.Tensor]:
+    """The same without a look at hashes: for those who compare them beside the reading, with `compared`.
+
+    Names and shapes are told by the files' headers; no tensor is read for it, but a second copy of a tied
+    head.
     """
     model, family = bare(model), read_config(folder)["model_type"]
     cfg, tensors = model.cfg, open_weights(folder)
@@ -377,8 +641,15 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
 STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
-def load_optimizer(folder: Path | str, model: nn.Module, optimizers) -> None:
+def load_optimizer(
+    folder: Path | str, model: nn.Module, optimizers, verify: bool = True, everyone: Everyone | None = None
+) -> None:
     """The optimizers as they were saved, and the random generators, in place."""
+    with compared(folder, "optimizer", verify, everyone):
+        read_optimizer(folder, model, optimizers)
+
+
+def read_optimizer(folder: Path | str, model: nn.Module, optimizers) -> None:
     tensors, names = (
         open_weights(folder, "optimizer"),
         {p: name for name, p in bare(model).named_parameters()},
@@ -446,25 +717,68 @@ def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
     return [found[step] for step in sorted(set(steps) or found)]
 
 
-def model_folder(path: Path | str, step: int | None = None) -> Path:
-    """A run -> the folder of its newest complete checkpoint, or of `step`'s; any model folder -> itself."""
+def model_folder(path: Path | str, step: int | None = None, verify: bool = True) -> Path:
+    """A run -> the folder of its newest complete checkpoint, or of `step`'s; any model folder -> itself.
+
+    With `verify`, the hashes of its config.json and its tokenizer are compared: they are about to be read.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; give a run (runs/demo), a checkpoint or a model folder")
     if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
-        return chosen(path, [] if step is None else [step])[-1].path
-    if step is not None:
+        path = chosen(path, [] if step is None else [step])[-1].path
+    elif step is not None:
         raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
+    if verify and (path / "state.json").exists():
+        c = read(path)
+        refuse(path, compare(c, files_of(c, "model")[0]))
     read_config(path)
     return path
 
 
-def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Transformer:
+def load_model(folder: Path | str, device: torch.device | str = "cpu", verify: bool = True) -> Transformer:
     """The model of a checkpoint folder, or of any folder of families.py: FP32, in eval mode."""
-    cfg = model_config(folder)
-    with torch.device("meta"):
-        model = Transformer(cfg, end_of_text(read_config(folder)))
-    model = model.to_empty(device=device)
-    with torch.no_grad():
-        load_weights(folder, model)
+    with compared(folder, "model", verify):
+        cfg = model_config(folder)
+        with torch.device("meta"):
+            model = Transformer(cfg, end_of_text(read_config(folder)))
+        model = model.to_empty(device=device)
+        with torch.no_grad():
+            load_weights(folder, model, verify=False)
     return model.eval().requires_grad_(False)
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """Gives a script that reads checkpoints the flag --no-verify. Where it is used, that is said."""
+
+    class Skip(argparse.Action):
+        def __call__(self, parser, args, values, option=None):
+            args.verify = False
+            print(f"note: {option}: no hash is compared, so damaged files go unnoticed", file=sys.stderr)
+
+    what = "do not compare the files' hashes with those that were written down when they were saved"
+    parser.add_argument("--no-verify", dest="verify", action=Skip, nargs=0, default=True, help=what)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "command", choices=("verify",), help="hash every file, and check what state.json says"
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    args = parser.parse_args()
+    try:
+        sys.exit(0 if verify(args.run) else 1)
+    except ConfigError as error:
+        config.fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -308,6 +308,7 @@ class Train:
     # of checkpoints that neither end a chunk nor begin or end training, the newest so many are kept; 0: all
     keep_others: int = 0
     save_async: bool = True  # checkpoints are written while training goes on
+    verify: bool = True  # compare the hashes of chunks and checkpoints when they are first read
     # a spike: loss or gradient norm so many deviations above the median of the last spike_window steps
     # (robust: 1.4826 x the median absolute deviation); 0: only what is not finite is an incident
     spike_z: float = 0.0

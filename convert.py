@@ -77,10 +77,10 @@ def empty(cfg: Model) -> Transformer:
 # ---- folders ----------------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, verify: bool) -> Source:
     """Any folder that checkpoint.load_model loads. ConfigError unless its tensors are what it says."""
     cfg, hf = families.model_config(folder), families.read_config(folder)
-    read, family = checkpoint.check_weights(folder, empty(cfg)), hf["model_type"]
+    read, family = checkpoint.check_weights(folder, empty(cfg), verify), hf["model_type"]
 
     def save_tokenizer(target: Path, to: str) -> None:
         for name in TOKENIZER:
@@ -331,7 +331,10 @@ def convert(args: argparse.Namespace) -> None:
     given, target, to_bin = Path(args.source), Path(args.target).resolve(), args.to == "llama2.c"
     from_bin = given.suffix == ".bin" and not given.is_dir()
     check_arguments(args, given, target, from_bin)
-    source = open_bin(given, args.tokenizer) if from_bin else open_folder(checkpoint.model_folder(given))
+    if from_bin:
+        source = open_bin(given, args.tokenizer)
+    else:
+        source = open_folder(checkpoint.model_folder(given, verify=args.verify), args.verify)
     eot, dtype, lossy = families.end_of_text(source.ids), DTYPES[args.dtype], []
     if to_bin:
         fixed = {**LLAMA2C, "d_head": source.cfg.d_model // source.cfg.n_heads}
@@ -395,6 +398,7 @@ def main() -> None:
     parser.add_argument(
         "--shard_gb", type=float, default=5.0, help="1e9 bytes, at most, in a file of weights (5)"
     )
+    checkpoint.add_no_verify(parser)
     try:
         convert(parser.parse_args())
     except ConfigError as error:

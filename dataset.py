@@ -123,10 +123,13 @@ def locate(positions: object, stages: list[dict], seed: int) -> tuple[np.ndarray
 
 
 class Dataset:
-    """A finished dataset folder. Raises ConfigError where it is not one."""
+    """A finished dataset folder. Raises ConfigError where it is not one.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    With `verify`, a file's size and SHA-256 are compared with the manifest when it is first asked for.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True):
+        self.folder, self.verify = Path(folder), verify
         self.manifest, self.sha256 = read_manifest(self.folder)
         m = self.manifest
         self.seq_len, self.row_length, self.vocab_size = m["seq_len"], m["row_length"], m["vocab_size"]
@@ -145,6 +148,11 @@ class Dataset:
         if name not in self.arrays:
             path = self.path(name)
             try:
+                if self.verify and (problem := damage(self.folder, self.manifest, name)):
+                    raise ConfigError(
+                        f"{path} is damaged: {problem}; get it again, or build the dataset again; all of its "
+                        f"files: python data.py verify {self.folder}"
+                    )
                 if name.endswith(".npy"):
                     self.arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
                 else:
@@ -152,6 +160,8 @@ class Dataset:
                         np.memmap(path, self.dtype, "r") if path.stat().st_size else np.empty(0, self.dtype)
                     )
                     self.arrays[name] = data.reshape(n_rows, self.row_length)
+            except ConfigError:
+                raise
             except (OSError, ValueError):
                 raise ConfigError(
                     f"{path} is missing or damaged; try: python data.py verify {self.folder}"
@@ -325,19 +335,24 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def damage(folder: Path, manifest: dict, name: str) -> str:
+    """In what a file is not the one that the manifest lists; "" where it is."""
+    path, size = folder / name, manifest["file_bytes"].get(name)
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes, should have {size}"
+    return "" if sha256(path) == manifest["files"][name] else "its content differs"
+
+
 def verify(folder: str | Path) -> list[str]:
     """Hashes every file again: a line for every problem, none when all is well. ConfigError as Dataset."""
     folder = Path(folder)
     manifest, _ = read_manifest(folder)
     problems = []
-    for name, digest in tqdm(manifest["files"].items(), unit=" files", disable=not sys.stderr.isatty()):
-        path, size = folder / name, manifest["file_bytes"].get(name)
-        if not path.is_file():
-            problems.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name}: has {path.stat().st_size} bytes, should have {size}")
-        elif sha256(path) != digest:
-            problems.append(f"{name}: its content differs")
+    for name in tqdm(manifest["files"], unit=" files", disable=not sys.stderr.isatty()):
+        if problem := damage(folder, manifest, name):
+            problems.append(f"{name}: {problem}")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     extra = present - {*manifest["files"], *UNHASHED}
     return problems + [f"{name}: is not in the manifest" for name in sorted(extra)]

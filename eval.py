@@ -122,7 +122,12 @@ def measures(nats: float, n_targets: int, n_bytes: float) -> dict:
 
 
 def inputs_of(
-    cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, max_rows: int, precision: torch.dtype
+    cfg: Config,
+    dataset: Dataset,
+    c: checkpoint.Checkpoint,
+    max_rows: int,
+    precision: torch.dtype,
+    verify: bool = True,
 ) -> dict:
     """Everything, but for the source, that determines a line: the same inputs give the same result."""
     return {
@@ -131,6 +136,7 @@ def inputs_of(
         "dataset_sha256": dataset.sha256,  # its manifest holds the hashes of the rows and of the tokenizer
         "max_rows": max_rows,
         "precision": str(precision).removeprefix("torch."),
+        **({} if verify else {"verified": False}),  # then these hashes need not be those of what was read
     }
 
 
@@ -159,7 +165,13 @@ def held_out(dataset: Dataset, asked: list[str]) -> list[str]:
 
 
 def evaluate(
-    run: Path | str, cfg: Config, dataset: Dataset, of: list, sources: list[str], max_rows: int
+    run: Path | str,
+    cfg: Config,
+    dataset: Dataset,
+    of: list,
+    sources: list[str],
+    max_rows: int,
+    verify: bool = True,
 ) -> list:
     """Computes what is missing; returns [(checkpoint, {source: line})] with all lines that were asked for.
 
@@ -173,7 +185,7 @@ def evaluate(
     table = []
     with memorize.bar("loss", " rows", len(of) * sum(map(len, rows.values()))) as progress:
         for c in of:
-            inputs = inputs_of(cfg, dataset, c, max_rows, precision)
+            inputs = inputs_of(cfg, dataset, c, max_rows, precision, verify)
             lines, model = results(run, inputs), None
             for source in sources:
                 if source in lines:
@@ -181,7 +193,7 @@ def evaluate(
                     continue
                 if source not in n_bytes:
                     n_bytes[source] = target_bytes(dataset, source, len(rows[source]), tokenizer).sum()
-                model = model or checkpoint.load_model(c.path, device)
+                model = model or checkpoint.load_model(c.path, device, verify)
                 start = time.perf_counter()
                 with parallel.autocast(device, precision):
                     nats = nats_of(model, rows[source], cfg.eval.batch_size, progress.update)
@@ -306,7 +318,8 @@ def adds_up(line: dict, part: memorize.Part, seen: np.ndarray) -> bool:
 
 def eval_folder(args: argparse.Namespace) -> None:
     """The loss of a model folder that is in no run, on the validation rows of a dataset; writes nothing."""
-    folder, dataset = checkpoint.model_folder(args.run), Dataset(args.dataset)
+    folder = checkpoint.model_folder(args.run, verify=args.verify)
+    dataset = Dataset(args.dataset, args.verify)
     if args.checkpoint or args.check:
         raise ConfigError(
             "--dataset is for a model folder; --checkpoint and --check are for a run, without it"
@@ -316,7 +329,7 @@ def eval_folder(args: argparse.Namespace) -> None:
     sources = held_out(dataset, args.source)
     cfg = Config()
     device = memorize.here(cfg)
-    model = checkpoint.load_model(folder, device)
+    model = checkpoint.load_model(folder, device, args.verify)
     if dataset.seq_len > model.cfg.seq_len or dataset.vocab_size > model.cfg.vocab_size:
         raise ConfigError(
             f"{args.dataset} has rows of {dataset.seq_len} tokens and {dataset.vocab_size} ids; {folder} was "
@@ -338,18 +351,22 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     """All that was asked for; returns the problems that --check finds."""
     if args.max_rows is not None and args.max_rows < 0:
         raise ConfigError(f"--max_rows {args.max_rows}: use 0 for all rows, or a number of rows")
+    if args.check and not args.verify:
+        raise ConfigError(
+            "--check says whether a run is whole, which needs its hashes: leave --no-verify out"
+        )
     if args.dataset:
         eval_folder(args)
         return []
     of = chosen(args.run, args.checkpoint)
     cfg = config.load_run(args.run)
-    dataset = memorize.dataset_of(args.run, cfg, of)
+    dataset = memorize.dataset_of(args.run, cfg, of, args.verify)
     max_rows = cfg.eval.max_rows if args.max_rows is None else args.max_rows
-    table = evaluate(args.run, cfg, dataset, of, args.source, max_rows)
+    table = evaluate(args.run, cfg, dataset, of, args.source, max_rows, args.verify)
     if any(lines for _, lines in table):
         print(show(table), flush=True)
     if args.memorization:
-        print("\n" + memorize.show(memorize.memorize(cfg, dataset, of)), flush=True)
+        print("\n" + memorize.show(memorize.memorize(cfg, dataset, of, verify=args.verify)), flush=True)
     return check(args.run, cfg, dataset, max_rows) if args.check else []
 
 
@@ -370,6 +387,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough"
     )
+    checkpoint.add_no_verify(parser)
     args = parser.parse_args()
     try:
         problems = run_eval(args)

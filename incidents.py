@@ -83,7 +83,9 @@ def of_run(run: Path | str) -> list[dict]:
 # ---- replaying --------------------------------------------------------------------------------------------
 
 
-def replay(run: Path | str, step: int, at: int | None = None) -> tuple[list[tuple], dict[str, float], int]:
+def replay(
+    run: Path | str, step: int, at: int | None = None, verify: bool = True
+) -> tuple[list[tuple], dict[str, float], int]:
     """The batch after step `step` on the weights of a checkpoint, by default the newest up to there.
 
     Returns (position, loss, documents) of each row, the gradient's norm by layer, and the checkpoint's step.
@@ -96,7 +98,7 @@ def replay(run: Path | str, step: int, at: int | None = None) -> tuple[list[tupl
     import optim
 
     cfg: Config = config.load_run(run)
-    dataset = Dataset(cfg.dataset)
+    dataset = Dataset(cfg.dataset, verify)
     known = [
         c for c in checkpoint.chosen(run, [] if at is None else [at]) if at is not None or c.step <= step
     ]
@@ -116,7 +118,7 @@ def replay(run: Path | str, step: int, at: int | None = None) -> tuple[list[tupl
             raise ConfigError(f"{run} has {plan.n_steps} steps; there is no batch after step {step}")
         pieces = plan.pieces(step)
     positions = [p for first, end in pieces for p in range(first, end)]
-    model = checkpoint.load_model(c.path).requires_grad_(True)
+    model = checkpoint.load_model(c.path, verify=verify).requires_grad_(True)
     rows = []
     for position in positions:
         row = torch.from_numpy(dataset.rows(position, 1))
@@ -135,6 +137,9 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=int, metavar="STEP", help="on these weights; default: the newest before"
     )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not compare hashes with state.json"
+    )
     args = parser.parse_args()
     try:
         config.load_run(args.run)
@@ -151,7 +156,9 @@ def main() -> None:
                     config.show(f"  largest gradients: {shown}")
             config.show(f"{len(found)} incident(s)" if found else "no incident")
             sys.exit(0)
-        rows, norms, at = replay(args.run, args.replay, args.checkpoint)
+        if not args.verify:
+            print("note: --no-verify: no hash is compared", file=sys.stderr)
+        rows, norms, at = replay(args.run, args.replay, args.checkpoint, args.verify)
     except ConfigError as error:
         config.fail(error)
     config.show(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")

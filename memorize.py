@@ -167,7 +167,9 @@ def count_matches(
     return np.concatenate(counts)
 
 
-def inputs_of(cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision: torch.dtype) -> dict:
+def inputs_of(
+    cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision: torch.dtype, verify: bool = True
+) -> dict:
     """Everything that determines the lines of a checkpoint: the same inputs give the same result."""
     return {
         "protocol": PROTOCOL,
@@ -179,6 +181,7 @@ def inputs_of(cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision
         "rows_per_chunk": cfg.eval.rows_per_chunk,
         "seed": cfg.eval.seed,
         "precision": str(precision).removeprefix("torch."),
+        **({} if verify else {"verified": False}),  # then these hashes need not be those of what was read
     }
 
 
@@ -193,7 +196,11 @@ def results(c: checkpoint.Checkpoint, inputs: dict) -> dict[int | str, dict]:
 
 
 def memorize(
-    cfg: Config, dataset: Dataset, of: list[checkpoint.Checkpoint], chunks: list[int] | None = None
+    cfg: Config,
+    dataset: Dataset,
+    of: list[checkpoint.Checkpoint],
+    chunks: list[int] | None = None,
+    verify: bool = True,
 ) -> list:
     """Computes what is missing; returns [(checkpoint, {chunk: line})] with all lines that were asked for."""
     device = here(cfg)
@@ -202,12 +209,12 @@ def memorize(
     table, same = [], None
     with bar("memorization", " rows", len(of) * sum(len(part.rows) for part in asked)) as progress:
         for c in of:
-            inputs = inputs_of(cfg, dataset, c, precision)
+            inputs = inputs_of(cfg, dataset, c, precision, verify)
             lines = results(c, inputs)
             progress.update(sum(len(part.rows) for part in asked if part.chunk in lines))
             if pending := [part for part in asked if part.chunk not in lines]:
                 log_of(c).parent.mkdir(exist_ok=True)
-                model = checkpoint.load_model(c.path, device)
+                model = checkpoint.load_model(c.path, device, verify)
                 same = same or same_texts(dataset, asked)
                 seen = seen_by(c.state, asked, same)
                 for group in groups(pending):
@@ -296,7 +303,7 @@ def bar(what: str, unit: str, total: int) -> tqdm:
     return tqdm(total=total, desc=what, unit=unit, mininterval=1, disable=not sys.stderr.isatty())
 
 
-def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint]) -> Dataset:
+def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint], verify: bool = True) -> Dataset:
     """The dataset that a run was trained on. Raises ConfigError where it is gone, or is another one now."""
     # as train.py saw it, else beside this file
     places = [Path(cfg.dataset), Path(__file__).parent / cfg.dataset]
@@ -305,8 +312,10 @@ def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint]) ->
         raise ConfigError(
             f"{run} was trained on the dataset {cfg.dataset}, which is not here; build it with data.py"
         )
-    dataset = Dataset(found[0])
+    dataset = Dataset(found[0], verify)
     for c in of:
+        lacks = [name for name in checkpoint.NEEDED if name not in c.state]
+        checkpoint.refuse(c.path, [f"state.json lacks {name}" for name in lacks])
         for name, now in (
             ("dataset", dataset.sha256),
             ("tokenizer", dataset.manifest["tokenizer"]["sha256"]),
@@ -355,11 +364,13 @@ def main() -> None:
     parser.add_argument(
         "--chunks", type=int, nargs="+", metavar="N", help="only these, and held-out rows; default: all"
     )
+    checkpoint.add_no_verify(parser)
     args = parser.parse_args()
     try:
         of = chosen(args.run, args.checkpoint)
         cfg = config.load_run(args.run)
-        print(show(memorize(cfg, dataset_of(args.run, cfg, of), of, args.chunks)))
+        dataset = dataset_of(args.run, cfg, of, args.verify)
+        print(show(memorize(cfg, dataset, of, args.chunks, args.verify)))
     except ConfigError as error:
         config.fail(error)
     except KeyboardInterrupt:

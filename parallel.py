@@ -45,6 +45,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def first_on_node() -> bool:
+    """Whether this process does what one of each node has to do, such as hashing files that all read."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def device(choice: str) -> torch.device:
     """auto, cpu or cuda -> this process's device. Raises ConfigError where CUDA is asked for and absent."""
     if choice not in ("auto", "cpu", "cuda"):

@@ -187,7 +187,7 @@ def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str
 
 
 def sample(args: argparse.Namespace) -> None:
-    folder = checkpoint.model_folder(args.folder, args.checkpoint)
+    folder = checkpoint.model_folder(args.folder, args.checkpoint, args.verify)
     if args.save and folder.resolve().parent.name != "checkpoints":
         raise ConfigError(
             f"--save writes beside the run's results, and {folder} is in no run; leave --save out"
@@ -195,7 +195,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.tokens is not None and args.tokens < 1:
         raise ConfigError(f"--tokens {args.tokens}: use 1 or more")
     device = parallel.device("auto")
-    model = checkpoint.load_model(folder, device)
+    model = checkpoint.load_model(folder, device, args.verify)
     tokenizer = tokenizers.load(folder)
     # A shell hands bytes that are no UTF-8 over as surrogates, which no tokenizer can encode.
     prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -250,6 +250,7 @@ def main() -> None:
         "--checkpoint", type=checkpoint.step_number, metavar="STEP", help="default: the newest complete one"
     )
     parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
+    checkpoint.add_no_verify(parser)
     try:
         sample(parser.parse_args())
     except ConfigError as error:

@@ -126,6 +126,8 @@ class Run:
 
     def stand(self, at: Checkpoint | None) -> None:
         """Takes the position in the data from a checkpoint, or the very start."""
+        if at:
+            checkpoint.check_state(at, self.cfg, self.dataset.manifest, self.dataset.sha256)
         state = at.state if at else {}
         self.step = at.step if at else 0
         self.skipped = state.get("skipped", [])
@@ -147,11 +149,11 @@ class Run:
         model, optimizers = self.learner.model, self.learner.optimizers
         whole = self.resumed or self.annealed  # a checkpoint that has the optimizer too
         if whole or self.origin:
-            checkpoint.load_weights(whole.path if whole else self.origin, model)
+            checkpoint.load_weights(whole.path if whole else self.origin, model, cfg.train.verify, everyone)
         else:
             self.learner.fill(model.initial_weights(cfg.train.seed))
         if whole:
-            checkpoint.load_optimizer(whole.path, model, optimizers)
+            checkpoint.load_optimizer(whole.path, model, optimizers, cfg.train.verify, everyone)
         else:
             torch.manual_seed(cfg.train.seed)
         self.saving = checkpoint.Saving(self.folder, model, optimizers, everyone)
@@ -171,6 +173,10 @@ class Run:
             changed=changed,
             **machine,
         )
+        if not cfg.train.verify:
+            everyone.once(
+                ledger.say, "note     train.verify=false: no hash is compared, damage goes unnoticed"
+            )
         missing = everyone.first(checkpoint.incomplete, self.folder, self.step)
         if missing:
             everyone.once(
@@ -355,8 +361,8 @@ class Run:
             most = f" It is incident {self.n_incidents} of train.max_incidents={cfg.train.max_incidents}."
             raise Stopped(
                 f"{told} (all of them in {cfg.run}/ledger.jsonl).{most * (self.n_incidents > 1)} "
-                "The optimizer has not moved and the newest "
-                f"checkpoint is good. Its batch: python incidents.py {cfg.run} --replay {step}. A lower "
+                f"The optimizer has not moved, and {self.newest(earlier)}. "
+                f"Its batch: python incidents.py {cfg.run} --replay {step}. A lower "
                 "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
                 "remedy; with train.on_spike=skip, defer or rollback a run goes on by itself"
             )
@@ -366,12 +372,26 @@ class Run:
             self.skipped = [*self.skipped, *pieces]
             return True
         if action == "rollback":
+            model, how = self.learner.model, (cfg.train.verify, everyone)
+            checkpoint.load_weights(back.path, model, *how)
+            checkpoint.load_optimizer(back.path, model, self.learner.optimizers, *how)
+            self.stand(back)  # where it is damaged, this ended here, and the later ones are still there
             everyone.once(checkpoint.set_aside, self.folder, back.step, self.n_incidents)
-            checkpoint.load_weights(back.path, self.learner.model)
-            checkpoint.load_optimizer(back.path, self.learner.model, self.learner.optimizers)
-            self.stand(back)
         self.change_order(order)
         return False
+
+    def newest(self, found: list[Checkpoint]) -> str:
+        """What is so of the newest checkpoint: said after looking at its files, by all processes together."""
+        if not found:
+            return "there is no checkpoint yet"
+        path = found[-1].path
+        try:
+            for kind in ("model", "optimizer"):
+                with checkpoint.compared(path, kind, everyone=self.everyone):
+                    pass
+        except ConfigError as error:
+            return f"the newest checkpoint is not good: {error}"
+        return f"the newest checkpoint, {path.name}, is whole"
 
 
 class Batches:
@@ -404,7 +424,8 @@ def open_dataset(cfg: Config) -> Dataset:
         raise ConfigError(
             f"there is no dataset in {cfg.dataset}; build it: python data.py, same config, same overrides"
         )
-    dataset = Dataset(cfg.dataset)
+    # Of the processes of a node, which read the same files, one hashes them.
+    dataset = Dataset(cfg.dataset, verify=cfg.train.verify and parallel.first_on_node())
     if dataset.seq_len != cfg.model.seq_len:
         raise ConfigError(
             f"{cfg.dataset} has rows of {dataset.seq_len} tokens and model.seq_len={cfg.model.seq_len}; "
@@ -438,7 +459,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     """
     if not cfg.init_from:
         return None
-    folder = checkpoint.model_folder(cfg.init_from)
+    folder = checkpoint.model_folder(cfg.init_from, verify=cfg.train.verify)
     theirs, ours = dataclasses.asdict(model_config(folder)), dataclasses.asdict(cfg.model)
     free = ("seq_len", "document_mask") if cfg.model.positions != "learned" else ("document_mask",)
     free += tuple(name for name in ours if name.startswith("init"))
@@ -451,16 +472,16 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     tokenizers.check_same(folder, dataset.folder)
     if cfg.optim.anneal_steps:
         state = checkpoint.read(folder).state
-        if state["dataset_sha256"] != dataset.sha256:
+        if state.get("dataset_sha256") != dataset.sha256:
             raise ConfigError(
                 f"--init_from={cfg.init_from} was trained on another dataset than {cfg.dataset}; annealing "
                 "goes on in the same one. Without optim.anneal_steps its weights begin anew on any data"
             )
         order = steps.of(cfg, dataset.n_rows, state.get("order"))
         left = min(order.n_steps, steps.of(cfg, dataset.n_rows).n_steps) - state["step"]
-        if order.consumed(state["step"]) != state["rows"]:
+        if order.consumed(state["step"]) != (rows := state.get("rows")):
             raise ConfigError(
-                f"--init_from={cfg.init_from} consumed {state['rows']} rows in {state['step']} steps, and "
+                f"--init_from={cfg.init_from} consumed {rows} rows in {state['step']} steps, and "
                 f"this config's batches would be {order.consumed(state['step'])}: anneal with the same ones"
             )
         if cfg.train.steps and cfg.train.steps <= state["step"]:

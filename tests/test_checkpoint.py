@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,14 +12,24 @@ import threading
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
+from test_incidents import Faults
 
 import checkpoint
+import convert
+import eval as evaluation
 import families
 import files
+import incidents
+import ledger
+import memorize
 import optim
-from config import ConfigError, Model, Optim
+import sample
+import train
+from config import ConfigError, Model, Optim, load_run
+from dataset import Dataset
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -376,3 +389,284 @@ def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
     assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [0, 4, 7, 8]
     assert checkpoint.delete_others(tmp_path, kept={0, 4}, newest=2) == []
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+
+
+# ---- is it what was saved? --------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Turns the lowest bit of the byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def cut(whole, tmp_path) -> Path:
+    """A copy of the whole run without its last two checkpoints, so that there is something to resume."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for c in checkpoint.checkpoints(run)[-2:]:
+        shutil.rmtree(c.path)
+    return run
+
+
+def run_main(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script's command line."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    try:
+        module.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_flipped_bit_is_one_clear_line_for_all_who_read_a_checkpoint(
+    recipe, cut, tmp_path, monkeypatch, capsys, name
+):
+    newest = checkpoint.checkpoints(cut)[-1]
+    flip(newest.path / name)
+    now, before = files.sha256(newest.path / name)[:12], newest.state["files"][name][:12]
+    said = f"{name} is damaged: SHA-256 {now}, and {before} when it was saved; get it again, or take"
+    data = conftest.load(recipe, cut).dataset
+    for module, *arguments in (
+        (sample, cut, "--tokens", 3),
+        (sample, newest.path, "--tokens", 3),
+        (convert, cut, tmp_path / "out"),
+        (evaluation, cut, "--checkpoint", newest.step, "--no-memorization"),
+        (evaluation, newest.path, "--dataset", data),
+        (memorize, cut, "--checkpoint", newest.step),
+        (incidents, cut, "--replay", newest.step),
+    ):
+        code, _, errors = run_main(monkeypatch, capsys, module, *arguments)
+        assert code == 2 and said in errors and errors.count("\n") == 1, (module, errors)
+    assert not (tmp_path / "out").exists() and not (cut / "evals.jsonl").exists()
+    assert not list(cut.glob("memorization/*"))
+    for asked in ((cut,), (tmp_path / "new", f"--init_from={newest.path}")):
+        with pytest.raises(ConfigError, match=said):
+            train.train(conftest.load(recipe, *asked))
+        ledger.LOCKS.clear()  # as the end of the process would
+
+
+def test_a_flipped_bit_in_the_moments_stops_whoever_needs_them(recipe, cut, tmp_path, monkeypatch, capsys):
+    newest = checkpoint.checkpoints(cut)[-1].path
+    flip(newest / "optimizer.safetensors")
+    anneal = (f"--init_from={newest}", "--optim.anneal_steps=3")
+    for asked in ((cut,), (tmp_path / "annealed", *anneal)):
+        with pytest.raises(ConfigError, match=r"optimizer\.safetensors is damaged: SHA-256"):
+            train.train(conftest.load(recipe, *asked))
+        ledger.LOCKS.clear()
+    code, _, errors = run_main(monkeypatch, capsys, sample, cut, "--tokens", 3)  # which reads only weights
+    assert not code and not errors
+    shutil.rmtree(newest)  # as the message says
+    train.train(conftest.load(recipe, cut))
+    assert checkpoint.checkpoints(cut)[-1].step == 39
+
+
+def test_who_does_not_want_hashes_is_told_so_and_files_nothing_under_the_healthy_one(
+    recipe, cut, tmp_path, monkeypatch, capsys
+):
+    newest = checkpoint.checkpoints(cut)[-1]
+    weights = newest.path / "model.safetensors"
+    healthy = weights.read_bytes()
+    flip(weights)
+    for module, *arguments in (
+        (sample, cut, "--tokens", 3),
+        (convert, cut, tmp_path / "out"),
+        (evaluation, cut, "--checkpoint", newest.step),
+        (memorize, cut, "--checkpoint", newest.step),
+        (incidents, cut, "--replay", newest.step),
+    ):
+        code, _, errors = run_main(monkeypatch, capsys, module, *arguments, "--no-verify")
+        assert not code and "--no-verify: no hash is compared" in errors and errors.count("\n") == 1, module
+    code, _, errors = run_main(monkeypatch, capsys, evaluation, cut, "--check", "--no-verify")
+    assert code == 2 and "leave --no-verify out" in errors
+    of = ("--checkpoint", newest.step)
+    code, _, errors = run_main(monkeypatch, capsys, evaluation, cut, *of)  # not found in evals.jsonl either
+    assert code == 2 and "model.safetensors is damaged" in errors
+    weights.write_bytes(healthy)
+    assert run_main(monkeypatch, capsys, evaluation, cut, *of)[0] == 0
+    for log in (cut / "evals.jsonl", cut / "memorization" / f"{newest.path.name}.jsonl"):
+        verified = [line["inputs"].get("verified", True) for line in files.read_lines(log)]
+        assert set(verified) == {True, False} and verified == sorted(verified)
+    flip(weights)
+    train.train(conftest.load(recipe, cut, "--train.verify=false"))
+    assert "train.verify=false: no hash is compared" in capsys.readouterr().out
+    assert checkpoint.checkpoints(cut)[-1].step == 39
+
+
+def test_files_that_state_json_does_not_know_are_not_read(cut, monkeypatch, capsys):
+    newest = checkpoint.checkpoints(cut)[-1]
+    (newest.path / "notes.txt").write_text("mine")
+    checkpoint.load_model(newest.path)
+    stray = newest.path / "tokenizer.model"
+    stray.write_bytes(b"another")
+    code, _, errors = run_main(monkeypatch, capsys, sample, cut)
+    assert code == 2 and "tokenizer.model is not listed in state.json; get it again" in errors
+    stray.unlink()
+    del newest.state["files"]["model.safetensors"]
+    files.write_json(newest.path / "state.json", newest.state)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not listed in state\.json"):
+        checkpoint.load_weights(newest.path, Transformer(LLAMA))
+
+
+def test_a_process_hashes_a_file_once_and_again_when_it_has_changed(cut, monkeypatch):
+    newest, hashed, plain = checkpoint.checkpoints(cut)[-1].path, [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: (hashed.append(Path(path).name), plain(path))[1])
+    for _ in range(2):
+        checkpoint.load_model(newest)
+    assert sorted(hashed) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    flip(newest / "model.safetensors")
+    with pytest.raises(ConfigError, match="damaged"):
+        checkpoint.load_model(newest)
+    assert hashed[4:] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rows": "many"}, 'rows is "many", and must be a count'),
+        ({"order": [[0, 6, 9]]}, "order is .*must be pairs"),
+        ({"files": {"../../secret": "0"}}, "files is .*must be the hash of each file"),
+        ({"recent": [1]}, "recent is"),
+        ({"rows": 7}, r"rows is 7, and after step \d+ it must be"),
+        ({"tokens": 7}, "tokens is 7, and after"),
+        ({"chunk": 0}, "chunk is 0, and after"),
+        ({"order": [[0, 10**6]]}, "order has .*beyond the dataset's"),
+        ({"order": [[0, 90], [80, 235]]}, "order has .*twice"),
+        ({"order": [[0, 30]]}, r"step \d+ is not within 0 \.\. 5"),
+        ({"skipped": [[228, 234]]}, "skipped has .*which it had not come to"),
+        ({"dataset_sha256": "0" * 64}, "trained with another dataset"),
+        ({"tokenizer_sha256": "0" * 64}, "trained with another tokenizer"),
+        ({"tokens": None}, "tokens is null"),
+        ({"begin": 47}, "is not within 47"),
+    ],
+)
+def test_a_wrong_state_is_a_message_and_no_run_resumes_from_it(
+    recipe, cut, monkeypatch, capsys, change, expected
+):
+    newest = checkpoint.checkpoints(cut)[-1]
+    files.write_json(newest.path / "state.json", {**newest.state, **change})
+    with pytest.raises(ConfigError, match=expected):
+        train.train(conftest.load(recipe, cut))
+    ledger.LOCKS.clear()
+    code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", cut)
+    damaged = [line for line in out.splitlines() if "DAMAGED" in line]
+    assert code == 1 and damaged and all(newest.path.name in line for line in damaged)
+    assert re.search(expected, out)
+
+
+def test_verify_passes_every_kind_of_run(recipe, whole, tmp_path, monkeypatch, capsys):
+    data = Dataset(conftest.load(recipe, whole).dataset)
+    bad = {data.chunk_range(1)[0] + 3: math.nan}
+    double = ("--train.batch_double_tokens=1200", "--train.batch_size_max=24")
+    rollback = ("--train.on_spike=rollback", "--train.rollback_steps=2", "--train.rollback_skip=4")
+    for name, times, asked in (
+        ("double", 0, double),
+        ("defer", 1, (*double, "--train.on_spike=defer")),
+        ("skip", 9, ("--train.on_spike=skip", "--train.checkpoint_every=7")),
+        ("rollback", 9, (*rollback, "--train.checkpoint_every=3")),
+    ):
+        with monkeypatch.context() as patched:
+            Faults(patched, data, bad, times)
+            train.train(conftest.load(recipe, tmp_path / name, *asked))
+    capsys.readouterr()
+    for name in (whole, *(tmp_path / name for name in ("double", "defer", "skip", "rollback"))):
+        code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", name)
+        found = checkpoint.checkpoints(name)
+        assert code == 0, out
+        assert out.splitlines()[-1] == f"the newest whole checkpoint is {found[-1].path.name}"
+        assert len(out.splitlines()) == len(list((name / "checkpoints").glob("*step-*"))) + 1
+    assert list(tmp_path.glob("rollback/checkpoints/incident-*"))
+
+
+def test_verify_names_each_damage_and_the_newest_checkpoint_that_has_none(cut, tmp_path, monkeypatch, capsys):
+    paths = [c.path for c in checkpoint.checkpoints(cut)]
+    flip(paths[0] / "optimizer.safetensors")
+    (paths[1] / "tokenizer.json").unlink()
+    (paths[1] / "more.txt").write_text("more")
+    state = checkpoint.read(paths[-1]).state
+    hf = json.loads((paths[-1] / "config.json").read_text())
+    files.write_json(paths[-1] / "config.json", {**hf, "intermediate_size": 44, "eos_token_id": 7})
+    other, adamw = trained(LLAMA)
+    with torch.no_grad():
+        saved = checkpoint.save(tmp_path / "other", other, adamw, {"step": 3, "eot": 0}, {})
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        shutil.copy(saved / name, paths[-1] / name)
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors"):  # whose hashes are right
+        state["files"][name] = files.sha256(paths[-1] / name)
+    files.write_json(paths[-1] / "state.json", state)
+    shutil.copytree(paths[-1], cut / "checkpoints" / "step-00000047")
+    (cut / "checkpoints" / "step-00000046").mkdir()
+    code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", cut)
+    assert code == 1
+    for said in (
+        f"{paths[0].name}  DAMAGED: optimizer.safetensors is damaged: SHA-256",
+        f"{paths[1].name}  DAMAGED: more.txt is not listed in state.json",
+        f"{paths[1].name}  DAMAGED: tokenizer.json is missing",
+        f"{paths[-1].name}  DAMAGED: config.json is of another model than the run's",
+        f"{paths[-1].name}  DAMAGED: config.json has another end-of-text token",
+        "is (67, 24), the model wants (300, 24)",
+        "step-00000046  DAMAGED: ",
+        f"step-00000047/state.json says format 1 and step {state['step']}",
+    ):
+        assert said in out, out
+    assert out.splitlines()[-1] == f"the newest whole checkpoint is {paths[-2].name}"
+    net = Transformer(load_run(cut).model)
+    assert "has no parameter like it" in checkpoint.strange_moments(paths[-1], net)[0]
+    (cut / "dataset.json").unlink()
+    code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", cut)
+    assert code == 1 and "dataset.json cannot be read" in out
+    for arguments in (("verify", tmp_path / "nowhere"), ("look", cut), ()):
+        assert run_main(monkeypatch, capsys, checkpoint, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_newest_checkpoint_is_called_whole_only_after_a_look(recipe, tmp_path, monkeypatch, damaged):
+    cfg = conftest.load(recipe, tmp_path / "run", "--train.checkpoint_every=4")
+    Faults(monkeypatch, Dataset(cfg.dataset), {6 * 6 + 2: math.nan})
+    plain, newest = incidents.documents, tmp_path / "run" / "checkpoints" / "step-00000004"
+
+    def documents(*arguments):  # of the incident, named after the newest checkpoint has been saved
+        if damaged:
+            flip(newest / "optimizer.safetensors")
+        return plain(*arguments)
+
+    monkeypatch.setattr(incidents, "documents", documents)
+    said = "step-00000004, is whole"
+    if damaged:
+        said = r"the newest checkpoint is not good: .*step-00000004/optimizer\.safetensors is damaged"
+    with pytest.raises(train.Stopped, match=said):
+        train.train(cfg)
+
+
+def test_two_processes_refuse_a_damaged_checkpoint_together(recipe, cut):
+    newest = checkpoint.checkpoints(cut)[-1]
+    flip(newest.path / "model.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command += [ROOT / "train.py", recipe, f"--run={cut}", "--train.micro_batch_size=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (
+        done.returncode and done.stderr.count("error: ") >= 1 and "another process is gone" not in done.stderr
+    )
+    assert f"{newest.path}/model.safetensors is damaged" in done.stderr
+    said = [json.loads(path.read_text())["error"] for path in (cut / ".processes").glob("*.json")]
+    assert said and all("model.safetensors is damaged" in error for error in said)
+
+
+def test_a_flipped_byte_in_a_chunk_ends_training_with_a_message(recipe, tmp_path, monkeypatch, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(conftest.load(recipe, run).dataset, data)
+    flip(data / "chunks" / "001.bin")
+    process = conftest.start(recipe, run, f"--dataset={data}")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert f"{data}/chunks/001.bin is damaged: its content differs" in errors
+    first = Dataset(data).chunk_range(1)[0]
+    assert [r["step"] for r in conftest.metrics(run)] == [*range(1, first // 6 + 1)]
+    flip(data / "validation" / "prose.bin")
+    code, _, errors = run_main(monkeypatch, capsys, evaluation, run)
+    assert code == 2 and "prose.bin is damaged: its content differs" in errors
+    assert not (run / "evals.jsonl").exists()

@@ -663,8 +663,17 @@ def test_verify_names_what_was_changed_cut_added_or_removed(tmp_path):
         "validation/b.bin: missing",
         "more.txt: is not in the manifest",
     ]
+    for chunk, problem in ((1, "its content differs"), (2, "has 10 bytes, should have")):
+        d = data.Dataset(folder)
+        first, end = d.chunk_range(chunk)
+        expected = rf"chunks/00{chunk}\.bin is damaged: {problem}.*; all of its files: python data\.py verify"
+        with pytest.raises(ConfigError, match=expected):
+            d.rows(first, end - first)
+        assert chunk == 2 or data.Dataset(folder, verify=False).rows(first, 1).shape == (1, T + 1)
     with pytest.raises(ConfigError, match=r"002\.bin is missing or damaged; try: python data\.py verify"):
-        data.Dataset(folder).rows(0, data.Dataset(folder).n_rows)
+        data.Dataset(folder, verify=False).rows(0, d.n_rows)
+    with pytest.raises(ConfigError, match=r"validation/b\.bin is damaged: missing"):
+        data.Dataset(folder).validation("b")
     done = subprocess.run(
         [sys.executable, ROOT / "data.py", "verify", folder], capture_output=True, text=True
     )

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "cost": ["config", "steps"],
     "optim": ["config"],
     "parallel": ["config"],
-    "checkpoint": ["config", "files", "model", "families", "parallel"],
+    "checkpoint": ["config", "files", "steps", "model", "families", "parallel"],
     "learner": ["config", "model", "optim", "parallel"],
     "ledger": ["config", "files", "model", "dataset", "cost", "parallel", "checkpoint"],
     "incidents": ["config", "files", "dataset", "steps", "optim", "checkpoint"],

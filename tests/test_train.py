@@ -286,6 +286,7 @@ def test_init_from_of_another_model_is_refused_before_anything_is_written(
 def test_init_from_a_model_with_another_tokenizer_is_refused(recipe, whole, tmp_path):
     origin = tmp_path / "origin"
     shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
+    (origin / "state.json").unlink()  # whose hashes are of the files as they were
     one_merge_less(origin / "tokenizer.json")
     with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
         train.train(load(recipe, tmp_path / "run", f"--init-from={origin}"))
@@ -307,6 +308,11 @@ def test_a_tokenizer_that_another_program_has_written_anew_is_the_same(recipe, w
     before = (origin / "tokenizer.json").read_bytes()
     transformers.AutoTokenizer.from_pretrained(origin).save_pretrained(origin)
     assert (origin / "tokenizer.json").read_bytes() != before
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.* is damaged: .*changed yourself .* state\.json is deleted"
+    ):
+        train.train(load(recipe, tmp_path / "run", f"--init-from={origin}", "--train.steps=1"))
+    (origin / "state.json").unlink()
     train.train(load(recipe, tmp_path / "run", f"--init-from={origin}", "--train.steps=1"))
 
 
