@@ -12,13 +12,17 @@ mistake in a config is reported in well under a second, before a GPU or a proces
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
 import json
 import math
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 import types
@@ -547,6 +551,8 @@ def check_parallel(m: Model, p: Parallel, optim: Optim) -> None:
 
 # ---- loading ----------------------------------------------------------------------------------------------
 
+CONFIGS = Path(__file__).parent / "configs"  # those that come with nano360
+
 
 def find(name: str) -> tuple[Path, str]:
     """The file that a name on the command line means, and the entry in it where it holds a table of configs.
@@ -554,21 +560,20 @@ def find(name: str) -> tuple[Path, str]:
     find("demo") -> configs/demo.py, ""; find("pythia-160m") -> configs/pythia.py, "160m".
     """
     stem = Path(name).stem if name.endswith(".py") else Path(name).name
-    shipped = Path(__file__).parent / "configs"
     places = [Path(name), Path(f"{name}.py")]
     # of another folder, only that folder's file is meant
     if str(Path(name).parent) in (".", "config", "configs"):
-        places.append(shipped / f"{stem}.py")
+        places.append(CONFIGS / f"{stem}.py")
     for path in places:
         if path.is_file() and path.suffix == ".json":
             raise ConfigError(f"{path} is no config; a config is a Python file")
         if path.is_file():
             return path, ""
     family, dash, size = Path(name).name.removesuffix(".py").partition("-")
-    for folder in (Path(name).parent, shipped):
+    for folder in (Path(name).parent, CONFIGS):
         if dash and (folder / f"{family}.py").is_file():
             return folder / f"{family}.py", size
-    known = sorted(path.stem for path in shipped.glob("*.py"))
+    known = sorted(path.stem for path in CONFIGS.glob("*.py"))
     raise ConfigError(f"no config {name!r}; {did_you_mean(stem, known).partition('; ')[2]}")
 
 
@@ -709,12 +714,57 @@ def load_run(run: str | Path) -> Config:
 # ---- the command line -------------------------------------------------------------------------------------
 
 
+def script(main: typing.Callable) -> typing.Callable:
+    """Wraps a script's main: what a user can cause ends in one line at most and an exit code, no traceback.
+
+    2: a mistake in a config or on the command line. 1: a file that cannot be read or written, a full disk.
+    130: Ctrl-C. 141: the reader of standard output has gone, as `head` does; nothing is said.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*arguments) -> None:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see quiet_imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The name of a file or document may be no text in the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                main(*arguments)
+            finally:
+                sys.stdout.flush()  # here, and not at Python's end, where an error would be a traceback
+        except ConfigError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            close_stdout()
+            sys.exit(141)
+        except OSError as error:
+            close_stdout()
+            where = error.filename or ("standard output" if error.errno == errno.ENOSPC else "")
+            fail(f"{where}: {error.strerror}" if where else error, code=1)
+
+    return wrapped
+
+
+def close_stdout() -> None:
+    """Drops what standard output still holds and cannot write: Python would try again at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet_imports() -> None:
+    """Until `script` begins, Ctrl-C ends the process without the traceback of a half-imported package."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def show(text: str) -> None:
     """Prints, also into a pipe whose reader has seen enough."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        close_stdout()
 
 
 def settings_help() -> str:
@@ -823,4 +873,4 @@ def fail(error: object, code: int = 2) -> typing.NoReturn:
 
 
 if __name__ == "__main__":
-    from_command_line(__doc__)
+    script(from_command_line)(__doc__)

@@ -21,6 +21,11 @@ finished. Memory is bounded by the sizes below and by the largest document, but 
 the names of the input files.
 """
 
+if __name__ == "__main__":  # before packages that take a second to import
+    import config
+
+    config.quiet_imports()
+
 import fcntl
 import hashlib
 import json
@@ -42,7 +47,7 @@ from tqdm import tqdm
 
 import documents
 import tokenizer
-from config import Config, ConfigError, Source, Stage, fail, from_command_line
+from config import Config, ConfigError, Source, Stage, from_command_line, script
 from dataset import (
     BLOCK_DOCUMENTS,
     Dataset,
@@ -525,6 +530,7 @@ def summary(folder: Path, manifest: dict) -> str:
     )
 
 
+@script
 def main() -> None:
     if sys.argv[1:2] != ["verify"]:
         config = from_command_line(__doc__)
@@ -540,10 +546,9 @@ def main() -> None:
             if problems:
                 sys.exit(1)
             print(f"{folder}: all {len(read_manifest(folder)[0]['files']):,} files are as they were built")
-    except ConfigError as error:
-        fail(error)
     except KeyboardInterrupt:
-        print("interrupted; no half-built dataset was left", file=sys.stderr)
+        if sys.argv[1:2] != ["verify"]:
+            print("interrupted; no half-built dataset was left", file=sys.stderr)
         sys.exit(130)
 
 

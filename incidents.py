@@ -8,6 +8,11 @@ train.py asks `judge` after every backward, before the optimizer is touched, on 
 what train.on_spike says. Reads the run folder and its dataset; writes nothing.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import math
 import statistics
@@ -122,6 +127,7 @@ def replay(run: Path | str, step: int, at: int | None = None) -> tuple[list[tupl
     return rows, optim.norms_by_layer(model), c.step
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,33 +138,28 @@ def main() -> None:
         "--checkpoint", type=int, metavar="STEP", help="on these weights; default: the newest before"
     )
     args = parser.parse_args()
-    try:
-        config.load_run(args.run)
-        if args.replay is None:
-            found = of_run(args.run)
-            for record in found:
-                config.show(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
-                norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
-                largest = sorted(
-                    norms, key=lambda name: -norms[name] if math.isfinite(norms[name]) else -math.inf
-                )
-                if norms:
-                    shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
-                    config.show(f"  largest gradients: {shown}")
-            config.show(f"{len(found)} incident(s)" if found else "no incident")
-            sys.exit(0)
-        rows, norms, at = replay(args.run, args.replay, args.checkpoint)
-    except ConfigError as error:
-        config.fail(error)
-    config.show(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
+    config.load_run(args.run)
+    if args.replay is None:
+        found = of_run(args.run)
+        for record in found:
+            print(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
+            norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
+            largest = sorted(
+                norms, key=lambda name: -norms[name] if math.isfinite(norms[name]) else -math.inf
+            )
+            if norms:
+                shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
+                print(f"  largest gradients: {shown}")
+        print(f"{len(found)} incident(s)" if found else "no incident")
+        sys.exit(0)
+    rows, norms, at = replay(args.run, args.replay, args.checkpoint)
+    print(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
     for position, loss, names in sorted(
         rows, key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
     ):
-        config.show(
-            f"  row {position:>8}  loss {loss:8.4f}  {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
-        )
+        print(f"  row {position:>8}  loss {loss:8.4f}  {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
     for name, norm in norms.items():
-        config.show(f"  gradient of {name:<16} {norm:.4g}")
+        print(f"  gradient of {name:<16} {norm:.4g}")
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     return cfg, args
 
 
+@config.script
 def main(argv: list[str] | None = None) -> None:
     try:
         cfg, args = command_line(argv)

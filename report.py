@@ -8,6 +8,11 @@ runs. Where a part of the run is missing, the page says so, and which command ma
 because a run may come from a stranger. run_folder.py says what a run folder holds.
 """
 
+if __name__ == "__main__":  # before packages that take a second to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import hashlib
 import html
@@ -465,6 +470,7 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
     return out
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -472,10 +478,7 @@ def main() -> None:
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--out", default="", help="the page; default: RUN/report.html")
     arguments = parser.parse_args()
-    try:
-        out = write(arguments.run, arguments.out)
-    except config.ConfigError as error:
-        config.fail(error)
+    out = write(arguments.run, arguments.out)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

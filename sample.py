@@ -11,6 +11,11 @@ load. Writes nothing but, with --save, a line of RUN/samples.jsonl, whose "text"
 Shapes: B sequences, P tokens of prompt, V vocabulary.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import codecs
 import copy
@@ -222,6 +227,7 @@ def sample(args: argparse.Namespace) -> None:
         files.append(folder.resolve().parents[1] / "samples.jsonl", {**record, "seed": args.seed})
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -241,12 +247,7 @@ def main() -> None:
         "--checkpoint", type=checkpoint.step_number, metavar="STEP", help="default: the newest complete one"
     )
     parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
-    try:
-        sample(parser.parse_args())
-    except ConfigError as error:
-        config.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sample(parser.parse_args())
 
 
 if __name__ == "__main__":

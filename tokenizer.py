@@ -12,12 +12,19 @@ Training: bpe.py finds the merges. Ids: the special tokens, end of text first (i
 of BYTES; the merges. The trainer of the `tokenizers` library has the same rules, and gives the same ids.
 """
 
+if __name__ == "__main__":  # before packages that take a second to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
+import ast
 import dataclasses
 import hashlib
 import io
 import json
 import re
+import symtable
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -613,11 +620,29 @@ def trained(folder: Path, settings: config.Tokenizer, sources: Iterable[config.S
 
 
 def is_config(name: str) -> bool:
-    """Whether `train NAME` means a config: a Python file that sets `config`, or neither file nor glob."""
+    """Whether `train NAME` means a config: a Python file that sets `config` or `configs`, or what is no file.
+
+    A folder is one of texts, unless it has the name of a config; then `NAME/` means the folder.
+    """
     path = Path(name)
+    if path.is_file():
+        return path.suffix == ".py" and sets_config(path.read_text("utf-8", "replace"))
     if path.exists():
-        return path.suffix == ".py" and "\nconfig = " in path.read_text("utf-8", "replace")
+        return name == path.name and any((at / f"{name}.py").is_file() for at in (Path(), config.CONFIGS))
     return path.suffix in ("", ".py") and not set(name) & set("*?[")
+
+
+def sets_config(text: str) -> bool:
+    """Whether a Python file gives the name `config` or `configs` a value, however that is written."""
+    names = {"config", "configs"}
+    try:
+        symbols = symtable.symtable(text, "", "exec")
+    except (SyntaxError, ValueError):  # of a config with a mistake in it, config.load says what is wrong
+        return bool(re.search(r"^[ \t]*configs?\s*[:=]", text, re.MULTILINE))
+    if any(symbols.lookup(name).is_assigned() for name in names & {*symbols.get_identifiers()}):
+        return True
+    imports = (node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom))
+    return any((alias.asname or alias.name) in names for node in imports for alias in node.names)
 
 
 def compare(names: list[str], paths: list[str]) -> None:
@@ -649,6 +674,7 @@ def compare(names: list[str], paths: list[str]) -> None:
         total = total + sums
 
 
+@config.script
 def main() -> None:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
@@ -663,17 +689,17 @@ def main() -> None:
     add("names", nargs="+", metavar="TOKENIZER", help="folders, or files")
     add("--files", nargs="+", required=True, help="documents, as documents.py reads them")
     arguments, rest = parser.parse_known_args()
-    try:
-        if arguments.command == "train":
-            flags = {flag: getattr(arguments, flag) for flag in ("vocab_size", "kind", "split")}
-            given = {flag: value for flag, value in flags.items() if value is not None}
-            train(arguments.inputs, arguments.out, given, rest)
-        elif rest:
-            raise ConfigError(f"{rest[0]} is not known; python tokenizer.py compare --help")
-        else:
-            compare(arguments.names, arguments.files)
-    except ConfigError as error:
-        config.fail(error)
+    if arguments.command == "train":
+        flags = {flag: getattr(arguments, flag) for flag in ("vocab_size", "kind", "split")}
+        given = {flag: value for flag, value in flags.items() if value is not None}
+        # argparse takes "--run=with a space" for an input
+        inputs = [word for word in arguments.inputs if not word.startswith("--")]
+        overrides = [word for word in arguments.inputs if word.startswith("--")] + rest
+        train(inputs, arguments.out, given, overrides)
+    elif rest:
+        raise ConfigError(f"{rest[0]} is not known; python tokenizer.py compare --help")
+    else:
+        compare(arguments.names, arguments.files)
 
 
 if __name__ == "__main__":
