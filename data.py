@@ -385,7 +385,10 @@ def build(config: Config) -> Path:
 def load_tokenizer(config: Config) -> "tokenizer.Tokenizer":
     path = Path(config.tokenizer.path)
     if not path.exists():
-        raise ConfigError(f"there is no tokenizer {path}; make it: python tokenizer.py train {config.name}")
+        what = f"make it: {config.again('tokenizer.py train')}"
+        if path.suffix in (".json", ".model"):  # somebody else's, which is not trained here
+            what = "put the published file there, or say where it is: --tokenizer.path=FILE"
+        raise ConfigError(f"there is no tokenizer {path}; {what}")
     tok = tokenizer.load(path, config.tokenizer.eot)
     if tok.vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -199,6 +199,8 @@ def sample(args: argparse.Namespace) -> None:
         )
     if args.tokens is not None and args.tokens < 1:
         raise ConfigError(f"--tokens {args.tokens}: use 1 or more")
+    if not -(2**63) < args.seed < 2**63 or args.top_k >= 2**63 or args.temperature == float("inf"):
+        raise ConfigError("--seed and --top_k fit into 64 bits, and --temperature is a finite number")
     device = parallel.device("auto")
     model = checkpoint.load_model(folder, device)
     tokenizer = tokenizers.load(folder)

@@ -202,7 +202,9 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise ConfigError(f"{path} has no {' or '.join(FILES)}; train one: python tokenizer.py train ...")
+            raise ConfigError(
+                f"{path} has no {' or '.join(FILES)}; train one: python tokenizer.py train CONFIG"
+            )
         path = found[0]
     beside = path.parent / "tokenizer_config.json"
     try:
@@ -211,7 +213,9 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
             eos = json.loads(beside.read_bytes()).get("eos_token")
             eot = eos["content"] if isinstance(eos, dict) else eos or ""
     except FileNotFoundError:
-        raise ConfigError(f"there is no tokenizer {path}; train one: python tokenizer.py train ...") from None
+        raise ConfigError(
+            f"there is no tokenizer {path}; train one: python tokenizer.py train CONFIG"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError) as error:
@@ -567,6 +571,12 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
     if folder.is_file() and not out and settings.path:
         print(f"{folder} is a published tokenizer; used as it is")
         return
+    if folder == Path(settings.path) and folder.suffix in (".json", ".model"):
+        raise ConfigError(
+            f"tokenizer.path={folder} is the place of a published tokenizer, and it is not there: put its "
+            "file there, or say where it is: --tokenizer.path=FILE. To train one instead, name a folder: "
+            f"--tokenizer.path={Path('tokenizers') / cfg.name}"
+        )
     if folder.is_file() or folder.suffix in (".json", ".model"):
         raise ConfigError(f"{folder} is a file's name; --out or tokenizer.path name the folder to write")
     if trained(folder, settings, sources):

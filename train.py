@@ -415,14 +415,12 @@ class Batches:
 def open_dataset(cfg: Config) -> Dataset:
     """The dataset of a config. ConfigError where it does not fit the model, or is not the one asked for."""
     if not Path(cfg.dataset, "manifest.json").exists():
-        raise ConfigError(
-            f"there is no dataset in {cfg.dataset}; build it: python data.py, same config, same overrides"
-        )
+        raise ConfigError(f"there is no dataset in {cfg.dataset}; build it: {cfg.again('data.py')}")
     dataset = Dataset(cfg.dataset)
     if dataset.seq_len != cfg.model.seq_len:
         raise ConfigError(
             f"{cfg.dataset} has rows of {dataset.seq_len} tokens and model.seq_len={cfg.model.seq_len}; "
-            "build it again with python data.py"
+            f"remove that folder and build it again: {cfg.again('data.py')}"
         )
     if dataset.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
@@ -435,7 +433,8 @@ def open_dataset(cfg: Config) -> Dataset:
     if differs or names != dataset.sources:
         raise ConfigError(
             f"{cfg.dataset} is not what the config asks for: {'; '.join(differs) or 'other sources'}; "
-            "build it again with python data.py, or name another with --dataset=FOLDER"
+            f"remove that folder and build it again: {cfg.again('data.py')}; or name another: "
+            "--dataset=FOLDER"
         )
     if dataset.n_rows < cfg.train.batch_size:
         raise ConfigError(
