@@ -407,6 +407,7 @@ def list_inputs(config: Config) -> dict[str, list]:
         used = [stage.epochs or stage.weights or [source.name] for stage in config.data.stages]
         if not any(source.name in names for names in used):
             print(f"warning: source {source.name!r} is in no stage; only its validation rows are of use")
+        documents.tell_left_out(source)
         stats = [(path, path.stat()) for path in documents.files(source)]
         inputs[source.name] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         if not any(stat.st_size for _, stat in stats):

@@ -465,8 +465,9 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
         text = page(run)
     (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, svg in run.figures.items():
-        files.write(out.parent / "figures" / f"{name}.svg", svg.encode())
-    files.write(out, text.encode())
+        files.write(out.parent / "figures" / f"{name}.svg", svg.encode("utf-8", "backslashreplace"))
+    # an id in an old dataset may be no Unicode
+    files.write(out, text.encode("utf-8", "backslashreplace"))
     return out
 
 

@@ -583,6 +583,9 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
         return
     started, n_documents, n_bytes = time.perf_counter(), 0, 0
 
+    for source in sources:
+        documents.tell_left_out(source)
+
     def texts() -> Iterator[str]:
         nonlocal n_documents, n_bytes
         for source in sources:

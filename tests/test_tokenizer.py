@@ -730,5 +730,5 @@ def test_a_python_file_without_a_config_is_text_and_a_name_of_a_config_is_no_fol
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     (tmp_path / "prose").mkdir()
-    assert tokenizer.is_config("demo") and not tokenizers.is_config("demo/")
-    assert not tokenizer.is_config("prose") and tokenizers.is_config("7b")
+    assert tokenizer.is_config("demo") and not tokenizer.is_config("demo/")
+    assert not tokenizer.is_config("prose") and tokenizer.is_config("7b")
