@@ -410,7 +410,7 @@ class Config:
         started = Path(sys.argv[0])  # another script is where this one was found
         if started.suffix == ".py" and started.resolve().parent == Path(__file__).resolve().parent:
             script = str(started.with_name(script))
-        return shlex.join(["python", script, *words, *(self.given or ["CONFIG"])])
+        return shlex.join(["python", script, *words, *(self.given or [self.name or "CONFIG"])])
 
     def resolved(self) -> "Config":
         """The same config with every derived value filled in, and the checks that look across sections."""
