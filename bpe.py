@@ -14,6 +14,7 @@ import heapq
 import multiprocessing
 import os
 import re
+import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -59,13 +60,20 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     """
     workers, counts, running = workers or os.cpu_count() or 1, Counter(), deque()
     spawn = multiprocessing.get_context("spawn")  # a fork while other threads hold locks can hang
-    with ProcessPoolExecutor(workers, spawn) as pool:
+    pool = ProcessPoolExecutor(workers, spawn)
+    try:
         for batch in batches(texts, pattern):
+            # Ctrl-C reaches every process, and the parent answers it: the workers, which start here, inherit
+            # that it waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             running.append(pool.submit(count_batch, batch, pattern))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if len(running) == 2 * workers:
                 counts.update(running.popleft().result())
         for future in running:
             counts.update(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
     return counts
 
 

@@ -763,6 +763,7 @@ def add_no_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", dest="verify", action=Skip, nargs=0, default=True, help=what)
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -772,12 +773,7 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     args = parser.parse_args()
-    try:
-        sys.exit(0 if verify(args.run) else 1)
-    except ConfigError as error:
-        config.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(0 if verify(args.run) else 1)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,20 @@ mistake in a config is reported in well under a second, before a GPU or a proces
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
 import json
 import math
 import os
 import re
 import runpy
+import shlex
+import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -403,8 +409,27 @@ class Config:
     dataset: str = ""  # the dataset folder; derived: datasets/<name>
     init_from: str = ""  # begin with the weights of this checkpoint or model folder, not with model.init
 
+    given = ()  # no setting: what `load` was given, the config's name and the overrides; see `again`
+
     def __post_init__(self):
         check_types(self)
+        check_finite("", self)
+        if set(self.name) & {"/", "\0"} or self.name in (".", "..") or len(os.fsencode(self.name)) > 200:
+            raise ConfigError(
+                f"name={self.name!r} becomes the name of folders, runs/<name> and others: use a short one "
+                "without '/'"
+            )
+
+    def again(self, script: str) -> str:
+        """The command that runs another script with this config, as it was given, and the same overrides.
+
+        load("my.py", ["--run=x"]).again("tokenizer.py train") -> "python tokenizer.py train my.py --run=x"
+        """
+        script, *words = script.split()
+        started = Path(sys.argv[0])  # another script is where this one was found
+        if started.suffix == ".py" and started.resolve().parent == Path(__file__).resolve().parent:
+            script = str(started.with_name(script))
+        return shlex.join(["python", script, *words, *(self.given or [self.name or "CONFIG"])])
 
     def resolved(self) -> "Config":
         """The same config with every derived value filled in, and the checks that look across sections."""
@@ -415,6 +440,11 @@ class Config:
                 f"do not fit into model.seq_len={model.seq_len}; make them shorter"
             )
         check_parallel(model, self.parallel, self.optim)
+        if model.init in ("normal", "gpt2", "mup") and not model.init_std:
+            raise ConfigError(
+                f"model.init_std=0 with model.init={model.init!r}: every weight would begin at 0, and such a "
+                "model learns nothing; 0.02 is usual"
+            )
         if self.optim.anneal_steps and not self.init_from:
             raise ConfigError(
                 f"optim.anneal_steps={self.optim.anneal_steps} needs --init_from=CHECKPOINT to begin at"
@@ -448,6 +478,53 @@ def did_you_mean(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}"
     return f", which is not known; {hint}"
+
+
+# What other programs call our settings.
+OTHER_WORDS = {
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
+    **dict.fromkeys(("wd", "decay_rate"), "optim.weight_decay"),
+    **dict.fromkeys(("clip", "max_grad_norm", "clip_grad", "gradient_clip"), "optim.grad_clip"),
+    **dict.fromkeys(("warmup", "warmup_iters"), "optim.warmup_steps"),
+    **dict.fromkeys(("hidden_size", "n_embd", "dim", "width"), "model.d_model"),
+    **dict.fromkeys(("layers", "n_layer", "num_layers", "num_hidden_layers", "depth"), "model.n_layers"),
+    **dict.fromkeys(("heads", "n_head", "num_heads", "num_attention_heads"), "model.n_heads"),
+    **dict.fromkeys(("kv_heads", "num_key_value_heads", "num_kv_heads"), "model.n_kv_heads"),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim"), "model.d_ff"),
+    **dict.fromkeys(
+        ("block_size", "context", "context_length", "max_seq_len", "seq_length"), "model.seq_len"
+    ),
+    **dict.fromkeys(("activation", "hidden_act"), "model.ffn"),
+    **dict.fromkeys(("initializer_range", "init_range"), "model.init_std"),
+    **dict.fromkeys(("max_steps", "max_iters", "num_steps", "n_steps", "iterations"), "train.steps"),
+    **dict.fromkeys(("micro_batch", "device_batch_size", "per_device_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("dtype", "bf16", "fp32"), "train.precision"),
+    **dict.fromkeys(("gradient_checkpointing", "recompute"), "train.activation_checkpointing"),
+    **dict.fromkeys(("num_workers", "n_workers"), "data.workers"),
+    **dict.fromkeys(("out", "out_dir", "output_dir"), "run"),
+    **dict.fromkeys(("epochs", "weights", "sources", "stages"), "data.stages"),
+    "rope_base": "model.rope_theta",
+    "tie_word_embeddings": "model.tie_embeddings",
+}
+
+
+def did_you_mean_setting(key: str, flags: list[str] = ()) -> str:
+    """did_you_mean_setting("learning_rate") -> ", which is not known; did you mean 'optim.lr'?"
+
+    First whatever has this name in another section, then what other programs call so, then what is alike.
+    """
+    key = key.replace("-", "_")
+    known = [*flags, *SETTINGS]
+    last = {setting: setting.rpartition(".")[2] for setting in known}
+    name = key.rpartition(".")[2]
+    found = [setting for setting in known if last[setting] == name]
+    found = found or [OTHER_WORDS[word] for word in (name,) if word in OTHER_WORDS]
+    found = found or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not found and (close := difflib.get_close_matches(name, [*last.values(), *OTHER_WORDS], n=1)):
+        found = [s for s in known if last[s] == close[0]] or [OTHER_WORDS[close[0]]]
+    if not found:
+        return did_you_mean(key, known)
+    return f", which is not known; did you mean {' or '.join(map(repr, found))}?"
 
 
 def spelled(section: object, name: str) -> str:
@@ -497,9 +574,12 @@ def check_types(section: object) -> None:
     """Raises ConfigError where a value has not the type its annotation says; an int is welcome as a float."""
     for name, kind in typing.get_type_hints(type(section)).items():
         value = getattr(section, name)
-        if kind is float and type(value) is int:
-            # 1 and 1.0 are then the same config, also in JSON
-            object.__setattr__(section, name, float(value))
+        too_large = type(value) is int and not -(2**63) < value < 2**63
+        if kind in (int, float) and too_large:
+            raise ConfigError(f"{spelled(section, name)}={value} does not fit into 64 bits")
+        if kind is float and type(value) in (int, float):
+            # 1 and 1.0 are then the same config, also in JSON, and so are 0.0 and -0.0
+            object.__setattr__(section, name, value + 0.0)
         elif not has_type(value, kind):
             want = (
                 " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is Literal else kind
@@ -508,6 +588,32 @@ def check_types(section: object) -> None:
             raise ConfigError(
                 f"{spelled(section, name)}={value!r} is a {type(value).__name__}; it must be {want}"
             )
+
+
+def check_finite(name: str, value: object) -> None:
+    """ConfigError where a number is inf or nan, wherever it stands in a config."""
+    if dataclasses.is_dataclass(value):
+        prefix = f"{name}." if name else ""
+        for f in dataclasses.fields(value):
+            check_finite(f"{prefix}{f.name}", getattr(value, f.name))
+    elif isinstance(value, tuple | dict):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check_finite(f"{name}[{getattr(item, 'name', key)!r}]", item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} must be a finite number")
+    elif isinstance(value, int) and not -(2**63) < value < 2**63:
+        raise ConfigError(f"{name}={value} does not fit into 64 bits")
+
+
+def check_folder(what: str, path: str) -> None:
+    """ConfigError where a name cannot be that of a folder, or leads through a file."""
+    if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise ConfigError(
+            f"{what}={path[:60]!r}... cannot be the name of a folder; names have up to 255 bytes"
+        )
+    for place in Path(path).parents:
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"{what}={path}: {place} is a file, not a folder; name another place")
 
 
 def has_type(value: object, kind: object) -> bool:
@@ -588,6 +694,8 @@ def check_parallel(m: Model, p: Parallel, optim: Optim) -> None:
 
 # ---- loading ----------------------------------------------------------------------------------------------
 
+CONFIGS = Path(__file__).parent / "configs"  # those that come with nano360
+
 
 def find(name: str) -> tuple[Path, str]:
     """The file that a name on the command line means, and the entry in it where it holds a table of configs.
@@ -595,21 +703,20 @@ def find(name: str) -> tuple[Path, str]:
     find("demo") -> configs/demo.py, ""; find("pythia-160m") -> configs/pythia.py, "160m".
     """
     stem = Path(name).stem if name.endswith(".py") else Path(name).name
-    shipped = Path(__file__).parent / "configs"
     places = [Path(name), Path(f"{name}.py")]
     # of another folder, only that folder's file is meant
     if str(Path(name).parent) in (".", "config", "configs"):
-        places.append(shipped / f"{stem}.py")
+        places.append(CONFIGS / f"{stem}.py")
     for path in places:
         if path.is_file() and path.suffix == ".json":
             raise ConfigError(f"{path} is no config; a config is a Python file")
         if path.is_file():
             return path, ""
     family, dash, size = Path(name).name.removesuffix(".py").partition("-")
-    for folder in (Path(name).parent, shipped):
+    for folder in (Path(name).parent, CONFIGS):
         if dash and (folder / f"{family}.py").is_file():
             return folder / f"{family}.py", size
-    known = sorted(path.stem for path in shipped.glob("*.py"))
+    known = sorted(path.stem for path in CONFIGS.glob("*.py"))
     raise ConfigError(f"no config {name!r}; {did_you_mean(stem, known).partition('; ')[2]}")
 
 
@@ -634,7 +741,10 @@ def load(name: str, overrides: list[str] = ()) -> Config:
         if not dataclasses.is_dataclass(section):
             raise ConfigError(f"{path}: {error}") from None
         known = [f.name for f in dataclasses.fields(section)]
-        raise ConfigError(f"{path}: {match[1]} has {match[2]!r}{did_you_mean(match[2], known)}") from None
+        hint = did_you_mean(match[2], known)
+        if meant := OTHER_WORDS.get(match[2]):
+            hint = f", which is not known; did you mean {meant.removeprefix(f'{match[1].lower()}.')!r}?"
+        raise ConfigError(f"{path}: {match[1]} has {match[2]!r}{hint}") from None
     except (Exception, SystemExit) as error:  # whatever a user's file raises is about that file
         line = error.lineno if isinstance(error, SyntaxError) else last_line(error, path)
         raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
@@ -656,7 +766,9 @@ def load(name: str, overrides: list[str] = ()) -> Config:
         if not override.startswith("--") or not equals:
             raise ConfigError(f"{override!r} is not an override; write --section.name=value")
         if key not in SETTINGS:
-            raise ConfigError(f"--{key}{did_you_mean(key, SETTINGS)}")
+            raise ConfigError(f"--{key}{did_you_mean_setting(key)}")
+        if key in ("run", "dataset") and not text.strip():
+            raise ConfigError(f"--{key}= is empty; name a folder, or leave it out for {key}s/<name>")
         section, _, setting = key.rpartition(".")
         kind = typing.get_type_hints(type(getattr(config, section)) if section else Config)[setting]
         changes.setdefault(section, {})[setting] = parse(key, text, kind)
@@ -664,7 +776,11 @@ def load(name: str, overrides: list[str] = ()) -> Config:
     sections = {
         name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()
     }
-    return dataclasses.replace(config, **sections, **top).resolved()
+    config = dataclasses.replace(config, **sections, **top).resolved()
+    for setting in ("run", "dataset"):
+        check_folder(f"--{setting}", getattr(config, setting))
+    object.__setattr__(config, "given", (name, *overrides))
+    return config
 
 
 def last_line(error: BaseException, path: Path) -> object:
@@ -750,12 +866,75 @@ def load_run(run: str | Path) -> Config:
 # ---- the command line -------------------------------------------------------------------------------------
 
 
+def script(main: typing.Callable) -> typing.Callable:
+    """Wraps a script's main: what a user can cause ends in one line at most and an exit code, no traceback.
+
+    2: a mistake in a config or on the command line. 1: a file that cannot be read or written, a full disk.
+    130: Ctrl-C. 141: the reader of standard output has gone, as `head` does; nothing is said.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*arguments) -> None:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see quiet_imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The name of a file or document may be no text in the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                main(*arguments)
+            finally:
+                sys.stdout.flush()  # here, and not at Python's end, where an error would be a traceback
+        except ConfigError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            close_stdout()
+            sys.exit(141)
+        except OSError as error:
+            close_stdout()
+            where = error.filename or ("standard output" if error.errno == errno.ENOSPC else "")
+            fail(f"{where}: {error.strerror}" if where else error, code=1)
+
+    return wrapped
+
+
+def close_stdout() -> None:
+    """Drops what standard output still holds and cannot write: Python would try again at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet_imports() -> None:
+    """Until `script` begins, Ctrl-C ends the process without the traceback of a half-imported package."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def show(text: str) -> None:
     """Prints, also into a pipe whose reader has seen enough."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        close_stdout()
+
+
+# A config of one's own; the README shows it too, and a test runs it.
+EXAMPLE = """\
+from config import Config, Data, Model, Optim, Source, Stage, Tokenizer, Train
+
+notes = Source("notes", paths=("notes/", "book.txt"))  # a folder, and a file: a document a file
+web = Source("web", paths=("web/*.jsonl.gz",))  # JSON lines: {"text": "..."}, a document a line
+first = Stage("first", epochs={"web": 1})  # all of `web` once, then 2 M tokens of both, 70 % of them notes
+second = Stage("second", weights={"web": 0.3, "notes": 0.7}, tokens=2_000_000)
+config = Config(
+    model=Model(vocab_size=4096, seq_len=256, d_model=256, n_layers=6, n_heads=4, d_ff=688),
+    tokenizer=Tokenizer(vocab_size=4096),
+    data=Data(sources=(notes, web), stages=(first, second), n_chunks=10),
+    optim=Optim(lr=1e-3, warmup_steps=100),
+    train=Train(batch_size=16, micro_batch_size=8),
+)
+"""
 
 
 def settings_help() -> str:
@@ -763,25 +942,41 @@ def settings_help() -> str:
     source = Path(__file__).read_text(encoding="utf-8")
     lines, out = source.splitlines(), []
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    for section in ("Model", "Tokenizer", "Data", "Optim", "Train", "Parallel", "Eval", "Config"):
+    sections = (
+        "Model",
+        "Tokenizer",
+        "Data",
+        "Optim",
+        "Train",
+        "Parallel",
+        "Eval",
+        "Config",
+        "Source",
+        "Stage",
+    )
+    for section in sections:
         out.append(f"\n{ast.get_docstring(classes[section]).splitlines()[0]}")
         for node in classes[section].body:
             if not isinstance(node, ast.AnnAssign):
                 continue
-            name = node.target.id if section == "Config" else f"{section.lower()}.{node.target.id}"
-            if name not in SETTINGS:
+            in_file = section in ("Source", "Stage")  # set in a config file, not on a command line
+            name = node.target.id
+            name = name if section == "Config" or in_file else f"{section.lower()}.{name}"
+            if name not in SETTINGS and not in_file:
                 continue
             comment, above = lines[node.end_lineno - 1].partition("  # ")[2], node.lineno - 2
             while not lines[node.end_lineno - 1].count("  # ") and lines[above].strip().startswith("# "):
                 comment = f"{lines[above].strip()[2:]} {comment}".strip()  # a long one stands on lines before
                 above -= 1
-            annotation, default = ast.unparse(node.annotation), ast.unparse(node.value).strip("'")
+            annotation, default = ast.unparse(node.annotation), ast.unparse(node.value or ast.Name(""))
+            default = default.strip("'")
             if annotation.startswith("Literal"):
                 choices = " | ".join(re.findall("'([^']*)'", annotation))
                 comment += f" [{choices}]"
             if "field(" in default:
                 default = ""  # not a word for a command line: it is set in a config file
-            out.append(f"  --{name + '=' + (default or '...'):<42} {comment}")
+            out.append(f"  {'  ' if in_file else '--'}{name + '=' + (default or '...'):<42} {comment}")
+    out.append(f"\nA config of your own, my.py, with text of your own:\n\n{textwrap.indent(EXAMPLE, '    ')}")
     return "\n".join(out)
 
 
@@ -864,4 +1059,4 @@ def fail(error: object, code: int = 2) -> typing.NoReturn:
 
 
 if __name__ == "__main__":
-    from_command_line(__doc__)
+    script(from_command_line)(__doc__)

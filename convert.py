@@ -17,6 +17,11 @@ the rows of queries and keys change places, and no digit changes. Its documents 
 the one before: it is the end-of-text token of the folder, and the BOS that sample.py puts before a prompt.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import contextlib
 import glob
@@ -24,7 +29,6 @@ import math
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -384,6 +388,7 @@ def check_arguments(args: argparse.Namespace, given: Path, target: Path, from_bi
         raise ConfigError(f"--tokenizer {args.tokenizer} is for a folder made of a .bin; leave it out")
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -401,12 +406,10 @@ def main() -> None:
     checkpoint.add_no_verify(parser)
     try:
         convert(parser.parse_args())
-    except ConfigError as error:
-        config.fail(error)
+    except BrokenPipeError:
+        raise
     except (OSError, SafetensorError) as error:
         config.fail(f"nothing was written: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

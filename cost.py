@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,8 @@ GPUS = {
     "h200": Gpu(139.7 * GIB, 989e12, 700),
     "rtx-4090": Gpu(23.6 * GIB, 165e12, 450),
 }
-# Others under the names that PyTorch gives them; the first that is part of a device's name counts.
+SHORT = {"a100": "a100-80gb", "h100": "h100-80gb", "4090": "rtx-4090", "rtx4090": "rtx-4090"}
+# Others under the names that PyTorch gives them; the first whose words a device's name has counts.
 PEAKS = {
     "A100": GPUS["a100-80gb"].flops,
     "H100 PCIe": 756e12,
@@ -110,7 +112,10 @@ def mfu(model: Model, tokens_per_second_per_gpu: float, peak: float) -> tuple[fl
 
 def peak_flops(device: str) -> float | None:
     """Of a device by its name, None where it is not known: peak_flops("NVIDIA H100 80GB HBM3") -> 989e12."""
-    return next((flops for name, flops in PEAKS.items() if name in device), None)
+    words = re.findall("[A-Za-z0-9]+", device)  # whole ones: an RTX A1000 is no A100
+    if {*words} & {"MIG", "Laptop", "D", "64GB"}:  # a slice of a board, or another board of that name
+        return None
+    return next((flops for name, flops in PEAKS.items() if f" {name} " in f" {' '.join(words)} "), None)
 
 
 # ---- memory -----------------------------------------------------------------------------------------------
@@ -423,8 +428,9 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
             raise ConfigError(f"{manifest} is damaged or no manifest: {error}") from None
         if row_tokens != T:
             raise ConfigError(
-                f"{cfg.dataset} has rows of {row_tokens} tokens and model.seq_len={T}; build it again with "
-                "data.py, name another with --dataset=FOLDER, or state --tokens"
+                f"{cfg.dataset} has rows of {row_tokens} tokens and model.seq_len={T}; remove that folder "
+                f"and build it again: {cfg.again('data.py')}; or name another with --dataset=FOLDER, or "
+                "state --tokens"
             )
         source = f"{manifest}"
     elif tokens or cfg.data.expected_tokens:

@@ -28,6 +28,11 @@ Mixtures: a stage asks each source for a number of tokens. It gets whole passes 
 a last pass that takes documents in a keyed order until the number is reached. The last document is cut.
 """
 
+if __name__ == "__main__":  # before packages that take a second to import
+    import config
+
+    config.quiet_imports()
+
 import fcntl
 import hashlib
 import json
@@ -49,7 +54,7 @@ from tqdm import tqdm
 
 import documents
 import tokenizer
-from config import Config, ConfigError, Source, Stage, fail, from_command_line
+from config import Config, ConfigError, Source, Stage, from_command_line, script
 from dataset import (
     BLOCK_DOCUMENTS,
     FORMAT,
@@ -600,7 +605,10 @@ def build(config: Config) -> Path:
 def load_tokenizer(config: Config) -> "tokenizer.Tokenizer":
     path = Path(config.tokenizer.path)
     if not path.exists():
-        raise ConfigError(f"there is no tokenizer {path}; make it: python tokenizer.py train {config.name}")
+        what = f"make it: {config.again('tokenizer.py train')}"
+        if path.suffix in (".json", ".model"):  # somebody else's, which is not trained here
+            what = "put the published file there, or say where it is: --tokenizer.path=FILE"
+        raise ConfigError(f"there is no tokenizer {path}; {what}")
     tok = tokenizer.load(path, config.tokenizer.eot)
     if tok.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -619,6 +627,7 @@ def list_inputs(config: Config) -> dict[str, list]:
         used = [stage.epochs or stage.weights or [source.name] for stage in config.data.stages]
         if not any(source.name in names for names in used):
             print(f"warning: source {source.name!r} is in no stage; only its validation rows are of use")
+        documents.tell_left_out(source)
         stats = [(path, path.stat()) for path in documents.files(source)]
         inputs[source.name] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         if not any(stat.st_size for _, stat in stats):
@@ -805,6 +814,7 @@ def notes(name: str, s: dict) -> list[str]:
     return out
 
 
+@script
 def main() -> None:
     if sys.argv[1:2] != ["verify"]:
         config = from_command_line(__doc__)
@@ -820,10 +830,9 @@ def main() -> None:
             if problems:
                 sys.exit(1)
             print(f"{folder}: all {len(read_manifest(folder)[0]['files']):,} files are as they were built")
-    except ConfigError as error:
-        fail(error)
     except KeyboardInterrupt:
-        print("interrupted; no half-built dataset was left", file=sys.stderr)
+        if sys.argv[1:2] != ["verify"]:
+            print("interrupted; no half-built dataset was left", file=sys.stderr)
         sys.exit(130)
 
 

@@ -7,19 +7,23 @@ Reads, and writes nothing:
     .jsonl .ndjson     one document a line: `text`, optionally `id`; other fields are ignored (Dolma's format)
     .parquet           one document a row: `text`, optionally `id` (needs pyarrow)
     anything else      one document a file
+    .json              JSON lines too; or one array of objects, or one object, which is read whole
     .gz .zst           around any of these but parquet; .json.gz and .json.zst, Dolma's names, are JSON lines
 
-Which files: a file that is named outright is read, whatever its suffix. So is every file that a glob matches
-(`**` is any number of folders). A folder gives, at any depth, the files whose suffix stands above or in
-TEXT_SUFFIXES. Folders and globs leave out names that begin with a dot, and what the source excludes.
+Suffixes may be in capitals. Which files: a file that is named outright is read, whatever its suffix. So is
+every file that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files whose
+suffix stands above or in TEXT_SUFFIXES, but no plain .json, since most of those are settings; `tell_left_out`
+says what it does not give. Folders and globs leave out names that begin with a dot, and what the source
+excludes.
 
 Ids: the document's own `id`; else `folder/file.txt` below the source's folder or below the fixed part of its
-glob; else `folder/file.jsonl:7`, the seventh line or row. A file that
-several sources read has the id that the first of them gives it (data.py sees to that).
+glob; else `folder/file.jsonl:7`, the seventh line, row or object. A file that several sources read has the id
+that the first of them gives it (data.py sees to that). Of an id that is no Unicode, such as a file's name in
+Latin-1, the bytes or surrogates that UTF-8 cannot spell become \\udce9 and the like, six plain characters.
 
 A byte order mark is dropped, line ends are kept as they are. A document that cannot be used (broken JSON, no
-text, not UTF-8, nothing in it) is counted, named by file and line, and skipped. A damaged file, such as a
-`.gz` that was cut off, is an error: nobody knows how many documents it has lost.
+text, not UTF-8, nothing in it, a file of 0 bytes) is counted, named by file and line, and skipped. A damaged
+file, such as a `.gz` that was cut off, is an error: nobody knows how many documents it has lost.
 """
 
 import ast
@@ -29,6 +33,7 @@ import json
 import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -69,7 +74,7 @@ class BadDocuments:
     def add(self, place: str, reason: str) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if len(self.examples) < 20:
-            self.examples.append(f"{place}: {reason}")
+            self.examples.append(f"{printable(place)}: {reason}")
 
     @property
     def count(self) -> int:
@@ -111,6 +116,8 @@ def listed(source: Source) -> list[tuple[Path, str]]:
                 if pattern
                 else "holds no file that can be read (documents.py lists suffixes)"
             )
+            if not pattern and (other := sorted(walk(root, (), source, unread=True))):
+                what += f"; name {root / other[0]} and the like outright or with a glob to read them"
             but = f" that {list(source.exclude)} leaves over" if source.exclude else ""
             raise ConfigError(f"source {source.name!r}: {given} {what}{but}")
         for name in names:
@@ -128,8 +135,30 @@ def split_glob(path: str) -> tuple[Path, tuple[str, ...]]:
     return Path(*parts[:fixed]), parts[fixed:]
 
 
-def walk(root: Path, pattern: tuple[str, ...], source: Source) -> Iterator[str]:
-    """Names below root of the files that a glob matches; without a glob, of those whose suffix is known."""
+def tell_left_out(source: Source) -> None:
+    """Prints a line about the files in the source's folders that are not read, by suffix, if there are any.
+
+    note: source 'x': 3 files were not read (.json 2, .pdf 1); name them outright or with a glob to read them
+    """
+    if source.read == "docstrings":  # only Python files are meant
+        return
+    roots = {Path(os.path.expanduser(given)) for given in source.paths}
+    found = {root / name for root in roots if root.is_dir() for name in walk(root, (), source, unread=True)}
+    found = {os.path.abspath(path) for path in found} - {os.path.abspath(path) for path in files(source)}
+    counts = Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in found)
+    if not counts:
+        return
+    most = ", ".join(f"{printable(suffix)} {n:,}" for suffix, n in counts.most_common(6))
+    what = f"{len(found):,} file{'s were' if len(found) > 1 else ' was'} not read ({most}"
+    more = f", and {len(counts) - 6} more suffixes" * (len(counts) > 6)
+    print(f"note: source {source.name!r}: {what}{more}); name them outright or with a glob to read them")
+
+
+def walk(root: Path, pattern: tuple[str, ...], source: Source, unread: bool = False) -> Iterator[str]:
+    """Names below root of the files that a glob matches; without a glob, of those whose suffix is known.
+
+    With `unread`, of those whose suffix is not.
+    """
 
     def refuse(error: OSError):
         raise ConfigError(f"source {source.name!r}: {error.filename} cannot be read: {error.strerror}")
@@ -154,7 +183,7 @@ def walk(root: Path, pattern: tuple[str, ...], source: Source) -> Iterator[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         for name in names:
-            wanted = matches((below + name).split("/"), pattern) if pattern else known(name, source)
+            wanted = matches((below + name).split("/"), pattern) if pattern else known(name, source) != unread
             wanted = wanted and not name.startswith(".") and not excluded(below + name, source.exclude)
             if wanted and os.path.isfile(os.path.join(folder, name)):  # no sockets, no dangling links
                 yield below + name
@@ -171,6 +200,7 @@ def matches(parts: list[str], pattern: tuple[str, ...]) -> bool:
 
 def known(name: str, source: Source) -> bool:
     """Whether a folder gives this file: by its suffix alone, so that a listing opens no file."""
+    name = name.lower()
     if source.read == "docstrings":
         return name.endswith(".py")
     bare = name.removesuffix(".gz").removesuffix(".zst")
@@ -198,11 +228,14 @@ def read(
 
 def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Iterator[Document]:
     """The documents of one file. `name` is its name below the source's root, of which ids are made."""
+    suffixes = path.name.lower() if source.read == "auto" else ""
     if source.read == "docstrings":
         items = read_docstrings(path, name)
-    elif source.read == "auto" and path.name.endswith(LINES):
+    elif suffixes.endswith(LINES):
         items = read_lines(path, name)
-    elif source.read == "auto" and path.name.endswith(".parquet"):
+    elif suffixes.endswith(".json"):
+        items = read_json(path, name)
+    elif suffixes.endswith(".parquet"):
         items = read_parquet(path, name)
     elif source.read in ("auto", "text"):
         items = read_text(path, name)
@@ -210,6 +243,8 @@ def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Itera
         raise unknown(f"data source {source.name!r}: read", source.read)
     place = str(path)
     try:
+        if not path.stat().st_size and source.read != "docstrings":  # a module without any gives nothing
+            items = [(str(path), name, Bad("an empty file"))]
         for place, id, text in items:
             if isinstance(text, Bad):
                 bad.add(place, text.reason)
@@ -219,7 +254,7 @@ def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Itera
                 bad.add(place, "not Unicode: half of a surrogate pair")
             else:
                 bad.good += 1
-                yield Document(source.name, id, text)
+                yield Document(source.name, printable(id), text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = "at its start" if place == str(path) else f"after {place}"
         message = f"{path} is cut off or damaged {where} ({error}); fetch it again, or exclude it"
@@ -239,18 +274,41 @@ def read_lines(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
     for number, line in enumerate(lines(path), 1):
         id, text = f"{name}:{number}", decoded(line)
         if text and not isinstance(text, Bad):
-            try:
-                fields = json.loads(text)
-                text = fields["text"] if isinstance(fields, dict) else Bad("not a JSON object")
-                if not isinstance(text, str | Bad):
-                    text = Bad("`text` is not a string")
-                if isinstance(text, str) and isinstance(fields.get("id"), str | int):
-                    id = str(fields["id"])
-            except (ValueError, RecursionError):  # also a number of 5,000 digits
-                text = Bad("not JSON")
-            except KeyError:
-                text = Bad("no `text`")
+            id, text = document_of(parsed(text), id)
         yield f"{path}:{number}", id, text
+
+
+def read_json(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
+    """JSON lines, where the first line is an object; else an array or one object, which is read whole."""
+    first = decoded(next((line for line in lines(path) if line.strip()), b""))
+    if isinstance(first, Bad) or isinstance(parsed(first), dict):
+        yield from read_lines(path, name)
+        return
+    whole = parsed(decoded(b"".join(pieces(path))))
+    if not isinstance(whole, list):
+        yield str(path), *document_of(whole, name)
+        return
+    for number, fields in enumerate(whole, 1):
+        yield f"{path}:{number}", *document_of(fields, f"{name}:{number}")
+
+
+def parsed(text: str | Bad) -> object:
+    """The JSON value, or Bad."""
+    try:
+        return text if isinstance(text, Bad) else json.loads(text)
+    except (ValueError, RecursionError):  # also a number of 5,000 digits
+        return Bad("not JSON")
+
+
+def document_of(fields: object, id: str) -> tuple[str, str | Bad]:
+    """(id, text or Bad) of a JSON value; `id` where it has none of its own."""
+    if isinstance(fields, Bad):
+        return id, fields
+    if not isinstance(fields, dict):
+        return id, Bad("not a JSON object")
+    if not isinstance(fields.get("text"), str):
+        return id, Bad("`text` is not a string" if "text" in fields else "no `text`")
+    return str(fields["id"]) if isinstance(fields.get("id"), str | int) else id, fields["text"]
 
 
 def read_parquet(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
@@ -332,6 +390,11 @@ def decoded(data: bytes) -> str | Bad:
         return Bad("not UTF-8")
 
 
+def printable(name: str) -> str:
+    """What UTF-8 can spell of an id or of a file's name: printable("caf\\udce9") -> "caf\\\\udce9"."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def encodable(text: str) -> bool:
     """False for half of a surrogate pair: JSON can spell one, UTF-8 cannot."""
     try:
@@ -357,10 +420,11 @@ def lines(path: Path) -> Iterator[bytes]:
 
 def pieces(path: Path) -> Iterator[bytes]:
     """A file's bytes, decompressed. Raises EOFError, zlib.error or OSError where it is cut off or damaged."""
-    if path.suffix == ".zst":
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
         yield from pieces_of_zst(path)
         return
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path) if suffix == ".gz" else open(path, "rb") as file:
         while piece := file.read(PIECE_BYTES):
             yield piece
 

@@ -26,6 +26,11 @@ line for each checkpoint and source. Killed, it goes on where it was: what stand
 is not computed again.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import math
 import sys
@@ -370,6 +375,7 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     return check(args.run, cfg, dataset, max_rows) if args.check else []
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -389,12 +395,7 @@ def main() -> None:
     )
     checkpoint.add_no_verify(parser)
     args = parser.parse_args()
-    try:
-        problems = run_eval(args)
-    except ConfigError as error:
-        config.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)  # every result that was finished stands in the run folder
+    problems = run_eval(args)  # after Ctrl-C, every result that was finished stands in the run folder
     for problem in problems:
         print(f"check failed: {problem}", file=sys.stderr)
     if args.check and not problems:

@@ -5,10 +5,16 @@ append("runs/demo/ledger.jsonl", {"event": "start", ...})
 read_lines("runs/demo/ledger.jsonl") -> [{...}, ...]
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
+
+
+def encoded(value: object, **how) -> bytes:
+    """JSON as UTF-8. Half of a surrogate pair, which UTF-8 cannot say, becomes JSON's own escape \\udcff."""
+    return json.dumps(value, ensure_ascii=False, **how).encode("utf-8", "backslashreplace")
 
 
 def sync(path: Path) -> None:
@@ -24,15 +30,21 @@ def write(path: Path | str, content: bytes) -> None:
     """Writes aside, syncs, renames: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # not the name aside, which nobody knows
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path | str, value: object) -> None:
     """A JSON file, written whole or not at all."""
-    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, encoded(value, indent=1) + b"\n")
 
 
 def append(path: Path | str, record: dict, durable: bool = True) -> None:
@@ -40,15 +52,20 @@ def append(path: Path | str, record: dict, durable: bool = True) -> None:
 
     Half a line left by a kill becomes a line of its own.
     """
-    with open(path, "ab+") as log:
-        if log.seek(0, os.SEEK_END):
-            log.seek(-1, os.SEEK_END)
-            if log.read(1) != b"\n":
-                log.write(b"\n")
-        log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        log.flush()
-        if durable:
-            os.fsync(log.fileno())
+    line = encoded(record) + b"\n"
+    try:
+        with open(path, "ab+") as log:
+            if log.seek(0, os.SEEK_END):
+                log.seek(-1, os.SEEK_END)
+                if log.read(1) != b"\n":
+                    log.write(b"\n")
+            log.write(line)
+            log.flush()
+            if durable:
+                os.fsync(log.fileno())
+    except OSError as error:
+        error.filename = str(path)  # that of a full disk does not say which file was being written
+        raise
 
 
 def read_lines(path: Path | str) -> list[dict]:

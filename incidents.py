@@ -12,6 +12,11 @@ all the same: other rows hold the rest of them, and other passes, repeats or sou
 Dataset.positions(source, id) lists every position of a document.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import math
 import statistics
@@ -128,6 +133,7 @@ def replay(
     return rows, optim.norms_by_layer(model), c.step
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,35 +147,30 @@ def main() -> None:
         "--no-verify", dest="verify", action="store_false", help="do not compare hashes with state.json"
     )
     args = parser.parse_args()
-    try:
-        config.load_run(args.run)
-        if args.replay is None:
-            found = of_run(args.run)
-            for record in found:
-                config.show(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
-                norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
-                largest = sorted(
-                    norms, key=lambda name: -norms[name] if math.isfinite(norms[name]) else -math.inf
-                )
-                if norms:
-                    shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
-                    config.show(f"  largest gradients: {shown}")
-            config.show(f"{len(found)} incident(s)" if found else "no incident")
-            sys.exit(0)
-        if not args.verify:
-            print("note: --no-verify: no hash is compared", file=sys.stderr)
-        rows, norms, at = replay(args.run, args.replay, args.checkpoint, args.verify)
-    except ConfigError as error:
-        config.fail(error)
-    config.show(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
+    config.load_run(args.run)
+    if args.replay is None:
+        found = of_run(args.run)
+        for record in found:
+            print(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
+            norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
+            largest = sorted(
+                norms, key=lambda name: -norms[name] if math.isfinite(norms[name]) else -math.inf
+            )
+            if norms:
+                shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
+                print(f"  largest gradients: {shown}")
+        print(f"{len(found)} incident(s)" if found else "no incident")
+        sys.exit(0)
+    if not args.verify:
+        print("note: --no-verify: no hash is compared", file=sys.stderr)
+    rows, norms, at = replay(args.run, args.replay, args.checkpoint, args.verify)
+    print(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
     for position, loss, names in sorted(
         rows, key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
     ):
-        config.show(
-            f"  row {position:>8}  loss {loss:8.4f}  {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
-        )
+        print(f"  row {position:>8}  loss {loss:8.4f}  {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
     for name, norm in norms.items():
-        config.show(f"  gradient of {name:<16} {norm:.4g}")
+        print(f"  gradient of {name:<16} {norm:.4g}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ few steps before that error, and is slower unless most rows are recited. Roundin
 and machines, so counts may differ where two logits are equal but for rounding.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import sys
 from collections.abc import Callable
@@ -353,6 +358,7 @@ def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
     return "\n".join(lines)
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -366,15 +372,10 @@ def main() -> None:
     )
     checkpoint.add_no_verify(parser)
     args = parser.parse_args()
-    try:
-        of = chosen(args.run, args.checkpoint)
-        cfg = config.load_run(args.run)
-        dataset = dataset_of(args.run, cfg, of, args.verify)
-        print(show(memorize(cfg, dataset, of, args.chunks, args.verify)))
-    except ConfigError as error:
-        config.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)  # every chunk that was finished stands in the run folder
+    of = chosen(args.run, args.checkpoint)
+    cfg = config.load_run(args.run)
+    dataset = dataset_of(args.run, cfg, of, args.verify)
+    print(show(memorize(cfg, dataset, of, args.chunks, args.verify)))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
     return sent
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,15 +162,12 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=("tensorboard", "wandb"))
     parser.add_argument("--follow", action="store_true", help="until the run is finished")
     args = parser.parse_args()
-    try:
-        run = Path(args.run).resolve()
-        config.load_run(run)
-        if importlib.util.find_spec(args.to) is None:
-            raise ConfigError(f"{args.to} is not installed: pip install {args.to}")
-        step = mirror(run, {"tensorboard": TensorBoard, "wandb": Wandb}[args.to], args.follow)
-        print(f"{args.run} is in {args.to} up to step {step}")
-    except ConfigError as error:
-        config.fail(error)
+    run = Path(args.run).resolve()
+    config.load_run(run)
+    if importlib.util.find_spec(args.to) is None:
+        raise ConfigError(f"{args.to} is not installed: pip install {args.to}")
+    step = mirror(run, {"tensorboard": TensorBoard, "wandb": Wandb}[args.to], args.follow)
+    print(f"{args.run} is in {args.to} up to step {step}")
 
 
 if __name__ == "__main__":

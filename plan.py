@@ -11,6 +11,7 @@ does not fit into memory is refused (exit code 2) with the smallest change that 
 
 import argparse
 import itertools
+import re
 
 import config
 import cost
@@ -204,7 +205,8 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     )  # fmt: skip
     add = parser.add_argument
     add("config", help="configs/7b.py, or 7b")
-    add("--gpu", choices=(*cost.GPUS, "cpu"), help="default: a100-80gb, or cpu where train.device is")
+    kinds = (*cost.GPUS, "cpu")
+    add("--gpu", help=f"{', '.join(kinds)}; 8xh100 is 8 of them; default: a100-80gb, or cpu as train.device")
     add("--gpus", type=int, help="processes, one a GPU; default: 8, a node; on a CPU 1")
     add("--tokens", type=float, help="to train on; default: the dataset's, or data.expected_tokens")
     add("--mfu", type=float, help="share of the peak, attention counted; default: 0.4")
@@ -228,8 +230,16 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     for override in overrides:
         name = override.removeprefix("--").partition("=")[0]
         if override.startswith("--") and name not in config.SETTINGS:
-            raise ConfigError(f"--{name}{config.did_you_mean(name, [*flags, *config.SETTINGS])}")
+            raise ConfigError(f"--{name}{config.did_you_mean_setting(name, flags)}")
     cfg = config.load(args.config, overrides)
+    if args.gpu:
+        count, name = re.fullmatch(r"(?:(\d{1,9})x)?(.*)", args.gpu.lower().replace(" ", "-")).groups()
+        name = cost.SHORT.get(name, name)
+        if name not in kinds:
+            raise ConfigError(f"--gpu={args.gpu}{config.did_you_mean(name, kinds)}")
+        if count and args.gpus not in (None, int(count)):
+            raise ConfigError(f"--gpu={args.gpu} and --gpus={args.gpus} contradict one another; keep one")
+        args.gpu, args.gpus = name, int(count) if count else args.gpus
     for name, value in vars(args).items():
         flag, zero = name.replace("_", "-"), name == "kg_co2_per_kwh"  # a grid may be free of it
         if isinstance(value, (int, float)) and not (value > 0 or (zero and value == 0)):
@@ -256,6 +266,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     return cfg, args
 
 
+@config.script
 def main(argv: list[str] | None = None) -> None:
     try:
         cfg, args = command_line(argv)

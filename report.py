@@ -8,6 +8,11 @@ runs. Where a part of the run is missing, the page says so, and which command ma
 because a run may come from a stranger. run_folder.py says what a run folder holds.
 """
 
+if __name__ == "__main__":  # before packages that take a second to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import hashlib
 import html
@@ -492,11 +497,13 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
         text = page(run)
     (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, svg in run.figures.items():
-        files.write(out.parent / "figures" / f"{name}.svg", svg.encode())
-    files.write(out, text.encode())
+        files.write(out.parent / "figures" / f"{name}.svg", svg.encode("utf-8", "backslashreplace"))
+    # an id in an old dataset may be no Unicode
+    files.write(out, text.encode("utf-8", "backslashreplace"))
     return out
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -504,10 +511,7 @@ def main() -> None:
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--out", default="", help="the page; default: RUN/report.html")
     arguments = parser.parse_args()
-    try:
-        out = write(arguments.run, arguments.out)
-    except config.ConfigError as error:
-        config.fail(error)
+    out = write(arguments.run, arguments.out)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

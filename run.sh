@@ -7,10 +7,15 @@
 #                                    the same pipeline for any config; through torchrun where N_GPUS > 1
 #   bash run.sh setup                only the environment
 #
-# Makes .venv and installs requirements.txt into it once. A later call reuses it, and whatever tokenizer,
-# dataset, checkpoints and results are there. PYTHON=python3.12 bash run.sh chooses .venv's interpreter.
+# Makes .venv beside this file and installs requirements.txt into it once. A later call reuses it, and whatever
+# tokenizer, dataset, checkpoints and results are there. PYTHON=python3.12 bash run.sh chooses .venv's
+# interpreter. All other paths, as those of the scripts, are relative to the folder you are in: CONFIG, paths
+# in it and in settings, and runs/, datasets/ and tokenizers/, which are made there.
+#
+# Ctrl-C or SIGTERM stops the stage that runs and ends the pipeline, with exit code 130 or 143; the same
+# command continues. Any other stage that fails ends it with its own code.
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(cd "$(dirname "$0")" && pwd)
 
 setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files were installed before
   local python="${PYTHON:-}" candidate stamp
@@ -43,46 +48,68 @@ setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files wer
   fi
 }
 
+# Each stage is a job with a process group of its own (set -m), for two reasons: a signal to this script alone,
+# not from a terminal, reaches the stage too; and a background job without one would ignore Ctrl-C.
+child=0 stopped=0
+stop() {  # stop CODE SIGNAL
+  stopped=$1
+  if [ "$child" = 0 ]; then exit "$1"; fi
+  kill -s "$2" -- "-$child" 2>/dev/null || true
+}
+
+stage() {  # stage SCRIPT [ARGUMENT...]: runs it to its end; a training that is stopped saves first
+  local code
+  set -m; "$python" "$@" & child=$!; set +m
+  while true; do
+    code=0; wait "$child" || code=$?  # a signal ends the waiting, and not the stage
+    if ! kill -0 "$child" 2>/dev/null; then break; fi
+  done
+  child=0
+  if [ "$stopped" != 0 ]; then exit "$stopped"; fi
+  if [ "$code" != 0 ]; then exit "$code"; fi
+}
+
 pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
   local config=$1 n_gpus=$2 settings run; shift 2
+  trap 'stop 130 INT' INT; trap 'stop 143 TERM' TERM; trap 'stop 129 HUP' HUP
   # a mistake in the config ends here, before any work
-  settings=$("$python" config.py "$config" "$@" --print-config)
-  run=$(sed -n "s/^run = '\(.*\)'$/\1/p" <<< "$settings")
-  echo "== tokenizer"; "$python" tokenizer.py train "$config" "$@"
-  echo "== data";      "$python" data.py "$config" "$@"
+  settings=$("$python" "$here/config.py" "$config" "$@" --print-config)
+  run=$(sed -n "s/^run = ['\"]\(.*\)['\"]$/\1/p" <<< "$settings")
+  echo "== tokenizer"; stage "$here/tokenizer.py" train "$config" "$@"
+  echo "== data";      stage "$here/data.py" "$config" "$@"
   echo "== train"
   if [ "$n_gpus" -gt 1 ]; then
-    "$python" -m torch.distributed.run --standalone --nproc_per_node="$n_gpus" -- train.py "$config" "$@"
+    stage -m torch.distributed.run --standalone --nproc_per_node="$n_gpus" -- "$here/train.py" "$config" "$@"
   else
-    "$python" train.py "$config" "$@"
+    stage "$here/train.py" "$config" "$@"
   fi
-  echo "== eval";      "$python" eval.py "$run"
+  echo "== eval";      stage "$here/eval.py" "$run"
   echo "== samples"
   local prompt
   for prompt in "def" "The" "class"; do
-    "$python" sample.py "$run" --prompt "$prompt" --tokens 80 --temperature 0.8 --seed 1 --save
+    stage "$here/sample.py" "$run" --prompt "$prompt" --tokens 80 --temperature 0.8 --seed 1 --save
   done
-  echo "== report";    "$python" report.py "$run"
+  echo "== report";    stage "$here/report.py" "$run"
   # A config that says what it expects of its result is held to it.
   if grep -q "^eval.expect_bits_per_byte = {.*:" <<< "$settings"; then
-    echo "== check";   "$python" eval.py "$run" --check
+    echo "== check";   stage "$here/eval.py" "$run" --check
   fi
 }
 
-python=.venv/bin/python
+python=$here/.venv/bin/python
 case "${1:-demo}" in
-  setup) setup requirements.txt requirements-dev.txt ;;
+  setup) cd "$here"; setup requirements.txt requirements-dev.txt ;;
   test)
-    shift; setup requirements.txt requirements-dev.txt
+    shift; cd "$here"; setup requirements.txt requirements-dev.txt
     # All of them: a file at a time in each of two processes, of one thread, which is as much as they use.
     [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
     OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
     ;;
-  -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
+  -h|--help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" ;;
   *)
     config=${1:-demo}; [ $# -eq 0 ] || shift
     n_gpus=1; if [[ "${1:-}" =~ ^[0-9]+$ ]]; then n_gpus=$1; shift; fi
-    setup requirements.txt
+    (cd "$here"; setup requirements.txt)
     pipeline "$config" "$n_gpus" "$@"
     ;;
 esac

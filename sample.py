@@ -11,6 +11,11 @@ load. Writes nothing but, with --save, a line of RUN/samples.jsonl, whose "text"
 Shapes: B sequences, P tokens of prompt, V vocabulary.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
 import codecs
 import copy
@@ -194,6 +199,8 @@ def sample(args: argparse.Namespace) -> None:
         )
     if args.tokens is not None and args.tokens < 1:
         raise ConfigError(f"--tokens {args.tokens}: use 1 or more")
+    if not -(2**63) < args.seed < 2**63 or args.top_k >= 2**63 or args.temperature == float("inf"):
+        raise ConfigError("--seed and --top_k fit into 64 bits, and --temperature is a finite number")
     device = parallel.device("auto")
     model = checkpoint.load_model(folder, device, args.verify)
     tokenizer = tokenizers.load(folder)
@@ -226,6 +233,7 @@ def sample(args: argparse.Namespace) -> None:
         files.append(folder.resolve().parents[1] / "samples.jsonl", record)
 
 
+@config.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,12 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
     checkpoint.add_no_verify(parser)
-    try:
-        sample(parser.parse_args())
-    except ConfigError as error:
-        config.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sample(parser.parse_args())
 
 
 if __name__ == "__main__":

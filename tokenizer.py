@@ -12,12 +12,19 @@ Training: bpe.py finds the merges. Ids: the special tokens, end of text first (i
 of BYTES; the merges. The trainer of the `tokenizers` library has the same rules, and gives the same ids.
 """
 
+if __name__ == "__main__":  # before packages that take a second to import
+    import config
+
+    config.quiet_imports()
+
 import argparse
+import ast
 import dataclasses
 import hashlib
 import io
 import json
 import re
+import symtable
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -214,7 +221,9 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise ConfigError(f"{path} has no {' or '.join(FILES)}; train one: python tokenizer.py train ...")
+            raise ConfigError(
+                f"{path} has no {' or '.join(FILES)}; train one: python tokenizer.py train CONFIG"
+            )
         path = found[0]
     beside = path.parent / "tokenizer_config.json"
     try:
@@ -224,7 +233,9 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
             eot = eot or name_in(said, "eos_token")
             bos = name_in(said, "bos_token")
     except FileNotFoundError:
-        raise ConfigError(f"there is no tokenizer {path}; train one: python tokenizer.py train ...") from None
+        raise ConfigError(
+            f"there is no tokenizer {path}; train one: python tokenizer.py train CONFIG"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError) as error:
@@ -618,11 +629,20 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
     if folder.is_file() and not out and settings.path:
         print(f"{folder} is a published tokenizer; used as it is")
         return
+    if folder == Path(settings.path) and folder.suffix in (".json", ".model"):
+        raise ConfigError(
+            f"tokenizer.path={folder} is the place of a published tokenizer, and it is not there: put its "
+            "file there, or say where it is: --tokenizer.path=FILE. To train one instead, name a folder: "
+            f"--tokenizer.path={Path('tokenizers') / cfg.name}"
+        )
     if folder.is_file() or folder.suffix in (".json", ".model"):
         raise ConfigError(f"{folder} is a file's name; --out or tokenizer.path name the folder to write")
     if trained(folder, settings, sources):
         return
     started, n_documents, n_bytes = time.perf_counter(), 0, 0
+
+    for source in sources:
+        documents.tell_left_out(source)
 
     def texts() -> Iterator[str]:
         nonlocal n_documents, n_bytes
@@ -672,11 +692,29 @@ def trained(folder: Path, settings: config.Tokenizer, sources: Iterable[config.S
 
 
 def is_config(name: str) -> bool:
-    """Whether `train NAME` means a config: a Python file that sets `config`, or neither file nor glob."""
+    """Whether `train NAME` means a config: a Python file that sets `config` or `configs`, or what is no file.
+
+    A folder is one of texts, unless it has the name of a config; then `NAME/` means the folder.
+    """
     path = Path(name)
+    if path.is_file():
+        return path.suffix == ".py" and sets_config(path.read_text("utf-8", "replace"))
     if path.exists():
-        return path.suffix == ".py" and "\nconfig = " in path.read_text("utf-8", "replace")
+        return name == path.name and any((at / f"{name}.py").is_file() for at in (Path(), config.CONFIGS))
     return path.suffix in ("", ".py") and not set(name) & set("*?[")
+
+
+def sets_config(text: str) -> bool:
+    """Whether a Python file gives the name `config` or `configs` a value, however that is written."""
+    names = {"config", "configs"}
+    try:
+        symbols = symtable.symtable(text, "", "exec")
+    except (SyntaxError, ValueError):  # of a config with a mistake in it, config.load says what is wrong
+        return bool(re.search(r"^[ \t]*configs?\s*[:=]", text, re.MULTILINE))
+    if any(symbols.lookup(name).is_assigned() for name in names & {*symbols.get_identifiers()}):
+        return True
+    imports = (node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom))
+    return any((alias.asname or alias.name) in names for node in imports for alias in node.names)
 
 
 def compare(names: list[str], paths: list[str]) -> None:
@@ -708,6 +746,7 @@ def compare(names: list[str], paths: list[str]) -> None:
         total = total + sums
 
 
+@config.script
 def main() -> None:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
@@ -722,17 +761,17 @@ def main() -> None:
     add("names", nargs="+", metavar="TOKENIZER", help="folders, or files")
     add("--files", nargs="+", required=True, help="documents, as documents.py reads them")
     arguments, rest = parser.parse_known_args()
-    try:
-        if arguments.command == "train":
-            flags = {flag: getattr(arguments, flag) for flag in ("vocab_size", "kind", "split")}
-            given = {flag: value for flag, value in flags.items() if value is not None}
-            train(arguments.inputs, arguments.out, given, rest)
-        elif rest:
-            raise ConfigError(f"{rest[0]} is not known; python tokenizer.py compare --help")
-        else:
-            compare(arguments.names, arguments.files)
-    except ConfigError as error:
-        config.fail(error)
+    if arguments.command == "train":
+        flags = {flag: getattr(arguments, flag) for flag in ("vocab_size", "kind", "split")}
+        given = {flag: value for flag, value in flags.items() if value is not None}
+        # argparse takes "--run=with a space" for an input
+        inputs = [word for word in arguments.inputs if not word.startswith("--")]
+        overrides = [word for word in arguments.inputs if word.startswith("--")] + rest
+        train(inputs, arguments.out, given, overrides)
+    elif rest:
+        raise ConfigError(f"{rest[0]} is not known; python tokenizer.py compare --help")
+    else:
+        compare(arguments.names, arguments.files)
 
 
 if __name__ == "__main__":

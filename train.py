@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
     CONFIG, FLAGS = config.from_command_line(
         __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": ""}
     )
+    config.quiet_imports()
 
 import dataclasses
 import math
@@ -53,24 +54,34 @@ from steps import Steps
 
 
 class Interrupted:
-    """`came` says that Ctrl-C or SIGTERM has; the loop then saves and leaves. A second one ends at once."""
+    """`came` is the number of the signal, Ctrl-C's or SIGTERM, or 0; the loop then saves and leaves.
+
+    A second signal ends at once; but not in the same second, because whoever stops a machine may signal every
+    process and torchrun, which signals its processes again.
+    """
 
     def __init__(self):
-        self.came = False
+        self.came, self.at = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        self.came = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if self.came and time.monotonic() - self.at > 1:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.came:
+            self.came, self.at = number, time.monotonic()
 
 
 class Stopped(RuntimeError):
     """An incident ended the run, as train.on_spike asks."""
 
 
-def train(cfg: Config, profile: bool = False) -> None:
-    """Trains cfg.run from where it stands to the end of the data, or to train.steps."""
+def train(cfg: Config, profile: bool = False) -> int:
+    """Trains cfg.run from where it stands to the end of the data, or to train.steps.
+
+    Returns 0, or the number of the signal that made it save and leave before that.
+    """
     # Settings are checked before the processes meet and before the first file is written.
     accumulation = cost.accumulation(cfg, parallel.world_size())
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
@@ -89,18 +100,21 @@ def train(cfg: Config, profile: bool = False) -> None:
         )
         everyone.once(ledger.close, cfg, found[-1].step, changed)
         ledger.LOCKS.clear()
-        return everyone.leave()
+        everyone.leave()
+        return 0
     interrupted = Interrupted()
     ledger.sign_in(cfg.run, everyone)
     try:
         run.begin(accumulation, changed)
-        run.loop(interrupted, ledger.profiler(cfg.run, everyone) if profile else None)
+        stopped = run.loop(interrupted, ledger.profiler(cfg.run, everyone) if profile else None)
     except BaseException as error:
         ledger.sign_out(cfg.run, everyone, error)
         raise
     ledger.sign_out(cfg.run, everyone)
     ledger.LOCKS.clear()
     everyone.leave()
+    # a process that another one's signal stopped had none of its own
+    return (interrupted.came or signal.SIGTERM) if stopped else 0
 
 
 class Run:
@@ -236,7 +250,8 @@ class Run:
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
-    def loop(self, interrupted: Interrupted, profiler=None) -> None:
+    def loop(self, interrupted: Interrupted, profiler=None) -> bool:
+        """Trains to the last step; True where a signal ended it before."""
         cfg, everyone, learner, T = self.cfg, self.everyone, self.learner, self.cfg.model.seq_len
         meter = ledger.Meter(cfg, everyone)
         began, done = time.perf_counter(), 0
@@ -248,7 +263,7 @@ class Run:
             nats = learner.gradients(batch, n_tokens)
             # The one moment of a step at which the host waits for the device: before weights are touched.
             loss, norm, stop, writing, joules = everyone.sum(
-                nats, learner.norm(), interrupted.came, self.saving.busy(), meter.joules()
+                nats, learner.norm(), bool(interrupted.came), self.saving.busy(), meter.joules()
             )
             loss, norm = loss / n_tokens, norm / everyone.world_size  # every process has the same norm
             t2 = time.perf_counter()
@@ -300,9 +315,10 @@ class Run:
                 self.log("interrupted", step=self.step)
                 said = f"interrupted and saved at step {self.step}; the same command goes on from there"
                 everyone.once(ledger.say, said)
-                return
+                return True
         self.saved()
         self.log("finish", step=self.step, seconds=time.perf_counter() - began, **meter.totals())
+        return False
 
     def rate(self) -> float:
         if self.cfg.optim.anneal_steps:
@@ -421,15 +437,13 @@ class Batches:
 def open_dataset(cfg: Config) -> Dataset:
     """The dataset of a config. ConfigError where it does not fit the model, or is not the one asked for."""
     if not Path(cfg.dataset, "manifest.json").exists():
-        raise ConfigError(
-            f"there is no dataset in {cfg.dataset}; build it: python data.py, same config, same overrides"
-        )
+        raise ConfigError(f"there is no dataset in {cfg.dataset}; build it: {cfg.again('data.py')}")
     # Of the processes of a node, which read the same files, one hashes them.
     dataset = Dataset(cfg.dataset, verify=cfg.train.verify and parallel.first_on_node())
     if dataset.seq_len != cfg.model.seq_len:
         raise ConfigError(
             f"{cfg.dataset} has rows of {dataset.seq_len} tokens and model.seq_len={cfg.model.seq_len}; "
-            "build it again with python data.py"
+            f"remove that folder and build it again: {cfg.again('data.py')}"
         )
     if dataset.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
@@ -442,7 +456,8 @@ def open_dataset(cfg: Config) -> Dataset:
     if differs or names != dataset.sources:
         raise ConfigError(
             f"{cfg.dataset} is not what the config asks for: {'; '.join(differs) or 'other sources'}; "
-            "build it again with python data.py, or name another with --dataset=FOLDER"
+            f"remove that folder and build it again: {cfg.again('data.py')}; or name another: "
+            "--dataset=FOLDER"
         )
     if dataset.n_rows < cfg.train.batch_size:
         raise ConfigError(
@@ -503,6 +518,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
 # ---- the command line -------------------------------------------------------------------------------------
 
 
+@config.script
 def main(cfg: Config, flags: dict[str, str]) -> None:
     try:
         if "--json" in flags and "--benchmark" not in flags:
@@ -512,13 +528,13 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
         if "--benchmark" in flags:
             benchmark.run(cfg, int(flags["--benchmark"]), flags.get("--json", ""))
         else:
-            train(cfg, profile="--profile" in flags)
-    except ConfigError as error:
-        config.fail(error)
+            number = train(cfg, profile="--profile" in flags)
+            if number:
+                sys.exit(128 + number)  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
     except Stopped as error:
         config.fail(error, code=1)
-    except KeyboardInterrupt:
-        sys.exit(130)  # before the first step, or a second Ctrl-C: what is on disk is whole
+    except BrokenPipeError:
+        raise
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
         config.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """config.py: one spelling in three places, and every mistake gets an answer."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 import time
@@ -76,6 +77,28 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--eval.prompt_tokens=250", "do not fit"),
         ("--data.validation_fraction=1", "0 <= share < 1"),
         ("--data.sources=x", "set it in the config file"),
+        ("--lr=1", "did you mean 'optim.lr'?"),
+        ("--optim.learning_rate=1", "did you mean 'optim.lr'?"),
+        ("--learnig-rate=1", "did you mean 'optim.lr'?"),
+        ("--batch-size=1", "did you mean 'train.batch_size' or 'eval.batch_size'?"),
+        ("--steps=1", "did you mean 'train.steps'?"),
+        ("--max_steps=1", "did you mean 'train.steps'?"),
+        ("--model.layers=1", "did you mean 'model.n_layers'?"),
+        ("--n_layer=1", "did you mean 'model.n_layers'?"),
+        ("--hidden_size=1", "did you mean 'model.d_model'?"),
+        ("--optim.lr=inf", "must be a number above 0"),
+        ("--optim.lr=1e400", "must be a number above 0"),
+        ("--optim.weight_decay=inf", "must be a finite number"),
+        ("--model.rope_scaling_high=nan", "must be a finite number"),
+        ("--train.batch_size_max=99999999999999999999", "does not fit into 64 bits"),
+        ("--train.seed=9223372036854775808", "does not fit into 64 bits"),
+        ("--train.steps=1e400", "a whole number"),
+        ("--model.init_std=0", "such a model learns nothing"),
+        ("--model.init_std=-0.0", "such a model learns nothing"),
+        ("--run=", "--run= is empty"),
+        ("--dataset=", "--dataset= is empty"),
+        ("--run=" + "x" * 300, "up to 255 bytes"),
+        ("--run=/etc/passwd/x", "is a file, not a folder"),
         ("optim.lr=1", "give exactly one config"),
         ("--optim.lr", "not an override"),
     ],
@@ -96,6 +119,13 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_no_traceback(override, expec
         ),
         ("from config import *\nconfig = Config(model=Model(n_heads=True))", "is a bool; it must be int"),
         ("from config import *\nconfig = Config(model=Optim())", "it must be Model"),
+        ("from config import *\nconfig = Config(optim=Optim(learning_rate=1.0))", "did you mean 'lr'"),
+        ("from config import *\nconfig = Config(name='a/b')", "becomes the name of folders"),
+        ("from config import *\nconfig = Config(optim=Optim(lr=10**400))", "does not fit into 64 bits"),
+        (
+            "from config import *\nconfig = Config(eval=Eval(expect_bits_per_byte={'a': float('nan')}))",
+            "eval.expect_bits_per_byte['a']=nan must be a finite number",
+        ),
         ("x = 1\nconfig = 1 / 0", "line 2: ZeroDivisionError"),
         ("config = Config(", "SyntaxError"),
         ("cfg = 1", "must end in `config = Config(...)`"),
@@ -196,3 +226,45 @@ def test_train_answers_a_mistake_before_it_imports_torch():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "did you mean" in result.stderr
     assert time.perf_counter() - began < 1
+
+
+def test_a_negative_zero_is_zero():
+    assert str(Optim(weight_decay=-0.0).weight_decay) == "0.0"
+
+
+def test_the_largest_seeds_are_those_that_torch_takes():
+    import torch
+
+    for seed in (2**63 - 1, -(2**63) + 1):
+        cfg = config.load("demo", [f"--train.seed={seed}"])
+        torch.Generator().manual_seed(cfg.train.seed)
+
+
+def test_advice_names_the_command_that_works_for_how_the_config_was_given(recipe, tmp_path):
+    """data.py and train.py say what to run first, from another folder, and it is run as it stands."""
+    (tmp_path / "text").mkdir()
+    for path in sorted((recipe.parent / "text").iterdir()):
+        (tmp_path / "text" / path.name).write_text(path.read_text())
+    text = recipe.read_text().replace(str(recipe.parent / "tokenizer"), "tok")
+    text = text.replace(str(recipe.parent / "dataset"), "").replace(str(recipe.parent / "text"), "text")
+    (tmp_path / "a config.py").write_text(text)
+
+    def python(*command):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+
+    given = ("a config.py", "--model.seq_len=32", "--run=the run")
+    for script, before in (("data.py", "tokenizer.py train"), ("train.py", "data.py")):
+        failed = python(ROOT / script, *given)
+        assert failed.returncode == 2, failed.stderr
+        advice = shlex.split(failed.stderr.partition(" it: ")[2])
+        assert advice[:2] == ["python", str(ROOT / before.partition(" ")[0])] and before in " ".join(advice)
+        done = python(*advice[1:])
+        assert done.returncode == 0, done.stderr
+    assert python(ROOT / "train.py", *given, "--train.steps=1").returncode == 0
+
+
+def test_a_published_tokenizer_that_is_missing_is_put_there_not_trained():
+    for command in (["data.py", "7b"], ["tokenizer.py", "train", "7b"]):
+        said = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+        assert said.returncode == 2 and "--tokenizer.path=FILE" in said.stderr
+        assert "tokenizer.py train" not in said.stderr

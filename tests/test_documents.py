@@ -1,12 +1,17 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import documents
+import files
 from config import ConfigError, Source
+
+ROOT = Path(__file__).parents[1]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -121,8 +126,8 @@ def test_bad_documents_are_counted_by_file_and_line_and_skipped(tmp_path):
     ]
     reasons += ["not Unicode: half of a surrogate pair"]
     assert bad.examples[:8] == [f"{tmp_path}/x.jsonl:{n}: {reason}" for n, reason in enumerate(reasons, 2)]
-    assert bad.examples[8:] == [f"{tmp_path}/y.txt: not UTF-8", f"{tmp_path}/z.txt: empty"]
-    assert bad.reasons["empty"] == 3 and bad.count == 10
+    assert bad.examples[8:] == [f"{tmp_path}/y.txt: not UTF-8", f"{tmp_path}/z.txt: an empty file"]
+    assert bad.reasons["empty"] == 2 and bad.reasons["an empty file"] == 1 and bad.count == 10
 
 
 def test_only_twenty_examples_are_kept(tmp_path):
@@ -231,3 +236,102 @@ def test_reading_streams_a_large_file(tmp_path):
     path = write(tmp_path / "x.jsonl", lines({"text": "first"}) + "x" * 50_000_000)
     stream = documents.read(Source("s", paths=(str(path),)))
     assert next(stream).text == "first"  # before the end of the file, or its broken second line, was met
+
+
+def test_names_and_ids_that_are_no_unicode_are_made_encodable_and_the_file_is_read(tmp_path):
+    names = [os.fsdecode(b"caf\xe9.txt"), os.fsdecode(b"\xff.jsonl")]
+    write(tmp_path / "d" / names[0], "one")
+    write(
+        tmp_path / "d" / names[1], '{"text": "two", "id": "half \\ud83d"}\n{"text": "three"}\n{"body": 1}\n'
+    )
+    found, bad = read(tmp_path)
+    assert found == {"d/caf\\udce9.txt": "one", "half \\ud83d": "two", "d/\\udcff.jsonl:2": "three"}
+    for name in (*found, *bad.examples):
+        name.encode()
+    assert bad.examples == [f"{tmp_path}/d/\\udcff.jsonl:3: no `text`"]
+
+
+def test_a_log_takes_what_is_no_unicode_from_an_older_dataset(tmp_path):
+    record = {"documents": [["code", os.fsdecode(b"caf\xe9.py")], ["web", "\ud83d"]], "é": "😀"}
+    files.append(tmp_path / "ledger.jsonl", record)
+    files.write_json(tmp_path / "record.json", record)
+    assert files.read_lines(tmp_path / "ledger.jsonl") == [record]
+    assert json.loads((tmp_path / "record.json").read_bytes()) == record
+
+
+@pytest.mark.parametrize(
+    "name", ["x.txt", "x.jsonl", "x.jsonl.gz", "x.json.zst", "x.json", "x.txt.gz", "x.parquet"]
+)
+def test_a_file_of_no_bytes_is_named(tmp_path, name):
+    write(tmp_path / "good.txt", "text")
+    found, bad = read(tmp_path / "good.txt", write(tmp_path / name, b""))
+    assert found == {"good.txt": "text"} and bad.examples == [f"{tmp_path}/{name}: an empty file"]
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    write(tmp_path / "d" / "A.TXT", "a")
+    write(tmp_path / "d" / "B.JSONL.GZ", gzip.compress(lines({"text": "b"}).encode()))
+    write(tmp_path / "d" / "C.Py", "c")
+    assert read(tmp_path)[0] == {"d/A.TXT": "a", "d/B.JSONL.GZ:1": "b", "d/C.Py": "c"}
+    assert read(write(tmp_path / "M.PY", '"""doc"""'), read="docstrings")[0] == {"M.PY": "doc\n"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"text": "a"}\n{"text": "b", "id": "mine"}\n', {"x.json:1": "a", "mine": "b"}),
+        ('\n[{"text": "a"},\n {"id": 7, "text": "b"}]', {"x.json:1": "a", "7": "b"}),
+        ('[{"text": "a"}]', {"x.json:1": "a"}),
+        ('{\n "text": "a"\n}', {"x.json": "a"}),
+    ],
+)
+def test_a_plain_json_is_lines_or_an_array_or_an_object(tmp_path, content, expected):
+    path = write(tmp_path / "x.json", content)
+    assert read(path)[0] == read(tmp_path / "*.json")[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "not JSON"), ('{"a": 1}', "no `text`"), ("[1]", "not a JSON object"), ("3", "not a JSON object")],
+)
+def test_a_plain_json_of_anything_else_is_named(tmp_path, content, reason):
+    found, bad = read(write(tmp_path / "x.json", content))
+    assert not found and list(bad.reasons) == [reason]
+
+
+def test_what_a_folder_does_not_give_is_said_once_by_suffix(tmp_path, capsys):
+    for name in ("a.txt", "b.json", "c/d.JSON", "e.pdf", ".hidden.pdf", "skip/f.pdf", "LICENSE"):
+        write(tmp_path / name, "text")
+    source = Source("s", paths=(str(tmp_path), str(tmp_path / "LICENSE")), exclude=("skip/*",))
+    documents.tell_left_out(source)
+    assert capsys.readouterr().out == (
+        "note: source 's': 3 files were not read (.json 2, .pdf 1); name them outright or with a glob to "
+        "read them\n"
+    )
+    documents.tell_left_out(Source("s", paths=(str(tmp_path / "*.pdf"),)))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match=r"no file that can be read.*f\.pdf and the like outright"):
+        documents.files(Source("s", paths=(str(tmp_path / "skip"),)))
+
+
+def test_a_dataset_of_odd_names_is_built_and_said_into_any_pipe(tmp_path):
+    for n in range(60):
+        write(tmp_path / "text" / os.fsdecode(b"caf\xe9 %d.txt" % n), f"{n} sheep and {n * n} goats. " * 9)
+    write(tmp_path / "text" / os.fsdecode(b"\xff.txt"), b"\xff")
+    write(tmp_path / "text" / "x.json", b"{}")
+    write(
+        tmp_path / "my.py",
+        "from config import *\n"
+        "config = Config(model=Model(vocab_size=300, seq_len=24, d_model=8, n_heads=2), "
+        "tokenizer=Tokenizer(vocab_size=300), eval=Eval(prompt_tokens=8, continuation_tokens=8), "
+        "data=Data(sources=(Source('s', paths=('text',)),), validation_fraction=0.2, max_bad_fraction=0.1, "
+        "n_chunks=2, workers=1), train=Train(batch_size=4, micro_batch_size=4))",
+    )
+    for command in (["tokenizer.py", "train"], ["data.py"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], *command[1:], "my.py"],
+            cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(b"1 file was not read (.json 1)") == 1
+    assert rb"text/\udcff.txt: not UTF-8" in done.stdout

@@ -529,3 +529,29 @@ def test_it_answers_at_once_and_without_torch():
     code = "import sys, plan; plan.main(['demo']); assert not {'torch', 'numpy'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "gpu"),
+    [("h100", 8, "h100-80gb"), ("8xh100", 8, "h100-80gb"), ("H100", 8, "h100-80gb"), ("a100", 8, "a100-80gb"),
+     ("16xA100-40GB", 16, "a100-40gb"), ("4090", 8, "rtx-4090")],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_usual_names(given, gpus, gpu):
+    _, args = plan.command_line(["7b", f"--gpu={given}", "--train.batch_size=1280"])
+    assert (args.gpus, args.gpu) == (gpus, gpu)
+
+
+def test_a_gpu_that_is_not_known_or_two_counts_are_errors():
+    with pytest.raises(ConfigError, match="not known; did you mean 'h200'"):
+        plan.command_line(["7b", "--gpu=h2000"])
+    with pytest.raises(ConfigError, match="contradict"):
+        plan.command_line(["7b", "--gpu=8xh100", "--gpus=4"])
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA RTX 4000"],
+)  # fmt: skip
+def test_a_peak_is_not_guessed_from_a_part_of_a_name(device):
+    assert cost.peak_flops(device) is None

@@ -2,16 +2,33 @@
 
 import ast
 import functools
+import gzip
+import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import config
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
+
+
+def shipped(pattern: str) -> list[Path]:
+    """The files that git tracks: one of the user's own beside them is no concern of these tests."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--", pattern], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return [ROOT / name for name in listed.stdout.split("\n") if name and (ROOT / name).exists()]
+
+
+# Without git: what the README's table names.
+NAMED = [ROOT / f"{name}.py" for name in re.findall(r"^\| `(\w+)\.py` \|", README, re.M)]
+SCRIPTS = {path.stem: path for path in shipped("*.py") or NAMED if path.parent == ROOT}
 
 # Who may import whom (the design's table): a file may import only those before it in one of these orders.
 MAY_IMPORT = {
@@ -168,6 +185,62 @@ def test_the_project_has_no_pickle_and_runs_no_code_from_files():
 
 
 def test_no_line_is_longer_than_the_style_allows():
-    for path in (*SCRIPTS.values(), *(ROOT / "tests").glob("*.py"), *(ROOT / "configs").glob("*.py")):
+    for path in (*SCRIPTS.values(), *shipped("tests/*.py"), *shipped("configs/*.py")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number}"
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+def test_every_python_block_of_the_readme_is_a_config_that_loads(tmp_path):
+    for number, block in enumerate(python_blocks()):
+        path = tmp_path / f"block{number}.py"
+        path.write_text(block)
+        cfg = config.load(str(path))
+        assert cfg.data.sources and cfg.tokenizer.path, block
+    assert cfg.init_from == cfg.tokenizer.path == "models/mine" and cfg.run == "runs/adapted"
+
+
+def test_the_example_of_help_stands_in_the_readme_and_is_built_from_own_text(tmp_path):
+    assert config.EXAMPLE in python_blocks() and len(config.EXAMPLE.splitlines()) < 15
+    assert textwrap.indent(config.EXAMPLE, "    ") in help_of("train.py") and "paths=" in help_of("data.py")
+    (tmp_path / "my.py").write_text(config.EXAMPLE)
+    texts = [f"{n} sheep and {n * 7919 % 101} goats went up hill {n}. " * (n % 7 + 3) for n in range(200)]
+    for name in ("notes", "web"):
+        (tmp_path / name).mkdir()
+    for n in range(100):
+        (tmp_path / "notes" / f"{n}.txt").write_text(texts[n])
+    (tmp_path / "book.txt").write_text(" ".join(texts))
+    with gzip.open(tmp_path / "web" / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts[100:])
+    small = ("--model.seq_len=64", "--tokenizer.vocab_size=280", "--data.validation_fraction=0.2")
+    for command in (("tokenizer.py", "train"), ("data.py",)):
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], *command[1:], "my.py", *small, "--data.workers=1"],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "datasets/my/manifest.json").read_text())["stages"]
+    assert list(first["mixture"]) == ["web"] and set(second["mixture"]) == {"notes", "web"}
+    assert second["tokens"] == pytest.approx(2e6, rel=0.1)
+
+
+def test_a_file_of_the_users_own_does_not_concern_these_tests(tmp_path):
+    mine = ROOT / "a_file_of_mine.py"  # no docstring, not in the table, imports what it likes
+    mine.write_text("import torch, data, report\n")
+    try:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_readme.py",
+            "-q",
+            "-k",
+            "imports or table or line",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    finally:
+        mine.unlink()

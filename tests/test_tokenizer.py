@@ -879,3 +879,30 @@ def test_encoding_is_no_slower_than_bare_tiktoken(trained):
     assert [ids.tolist() for ids in found] == expected
     # measured: 0.9; the margin is for machines that do other work as well
     assert min(ours) < 1.5 * min(theirs)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from config import Config\nconfig=Config()",
+        "from config import Config\nconfig: Config = Config()",
+        "from config import Config\nif True:\n        config   =   Config()",
+        "from config import Config\nconfigs = {'a': Config()}",
+        "from demo import config",
+        "from config import Config\nconfig=Config(",  # with a mistake in it: its message is wanted
+    ],
+)
+def test_a_config_is_known_however_it_is_written(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    assert tokenizer.is_config(str(tmp_path / "mine.py"))
+
+
+def test_a_python_file_without_a_config_is_text_and_a_name_of_a_config_is_no_folder(tmp_path, monkeypatch):
+    for text in ("def f():\n    config = 1\n", "import config\n", "x = 'config = 1'\n", "f(\n config=1)\n"):
+        (tmp_path / "text.py").write_text(text)
+        assert not tokenizer.is_config(str(tmp_path / "text.py")), text
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "prose").mkdir()
+    assert tokenizer.is_config("demo") and not tokenizer.is_config("demo/")
+    assert not tokenizer.is_config("prose") and tokenizer.is_config("7b")

@@ -125,7 +125,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(recipe, whole, t
     wait_for_step(run, 3, process)
     process.send_signal(number)
     out, err = process.communicate()
-    assert process.returncode == 0 and "interrupted and saved at step" in out and err == ""
+    assert process.returncode == 128 + number and "interrupted and saved at step" in out and err == ""
     last = files.read_lines(run / "ledger.jsonl")[-1]
     assert last["event"] == "interrupted" and last["step"] == checkpoint.checkpoints(run)[-1].step
     for _ in range(2):  # the second finds nothing to do

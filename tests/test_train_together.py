@@ -194,7 +194,7 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(recipe, tmp_path):
 
 def test_sigterm_before_preemption_saves_in_every_process(recipe, pair, tmp_path):
     run = tmp_path / "run"
-    command = torchrun(2, recipe, run, *PAIR, "--train.checkpoint_every=0")
+    command = torchrun(2, recipe, run, *PAIR, "--train.checkpoint_every=0", restarts=3)  # and none happens
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
@@ -203,4 +203,5 @@ def test_sigterm_before_preemption_saves_in_every_process(recipe, pair, tmp_path
     process.communicate(timeout=60)
     last = files.read_lines(run / "ledger.jsonl")[-1]
     assert last["event"] == "interrupted" and checkpoint.checkpoints(run)[-1].step == last["step"] >= 3
+    assert process.returncode != 0
     assert list((run / ".processes").iterdir()) == []
