@@ -12,7 +12,7 @@ so that batch(step) stays a pure function of what is on disk. No torch.
 import dataclasses
 from dataclasses import dataclass
 
-from config import Config
+from config import Config, ConfigError
 
 Order = tuple[tuple[int, int], ...]
 
@@ -164,6 +164,29 @@ def of(cfg: Config, n_rows: int, order: Order | None = None) -> Steps:
     order = tuple(map(tuple, order)) if order else ((0, n_rows),)
     t = cfg.train
     return Steps(order, t.batch_size, -(-t.batch_double_tokens // cfg.model.seq_len), t.batch_size_max)
+
+
+def schedule_length(cfg: Config, n_steps: int) -> int:
+    """Length of the learning-rate schedule, in steps or in tokens; n_steps: those that the data has."""
+    return cfg.optim.schedule_tokens or cfg.optim.schedule_steps or n_steps
+
+
+def schedule_position(cfg: Config, steps: Steps, step: int) -> int:
+    """How far in its schedule the learning rate is after `step` finished steps, in steps or in tokens."""
+    return steps.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
+
+
+def check_warmup(cfg: Config, plan: Steps) -> None:
+    """Raises ConfigError where warm-up is as long as the schedule, or as the data: the peak never comes."""
+    unit = "tokens" if cfg.optim.schedule_tokens else "steps"
+    schedule, data = schedule_length(cfg, plan.n_steps), schedule_position(cfg, plan, plan.n_steps)
+    length = min(schedule, data)
+    if cfg.optim.warmup and cfg.optim.warmup >= length:
+        whose = "the data have" if data <= schedule else "the schedule has"
+        raise ConfigError(
+            f"optim.warmup_{unit}={cfg.optim.warmup} is too long, as {whose} {length} {unit}: the learning "
+            f"rate would never reach its peak; use --optim.warmup_{unit}={length // 10}, a tenth of that"
+        )
 
 
 def checkpoint_steps(cfg: Config, steps: Steps, chunks: list[tuple[int, int]], last_step: int) -> list[int]:

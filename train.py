@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 --max-restarts=9 train.py 7b     # and again by itself when a process dies
     python train.py 124m --benchmark 30                          # speed and memory, on made-up tokens
     python train.py demo --profile                               # three steps, in runs/demo/trace.json
+    python train.py 7b --anyway                                  # though plan.py says that it does not fit
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
 checkpoint and leave. The same command again goes on from the newest complete checkpoint, after kill -9 too,
@@ -17,11 +18,12 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
     import config
 
     CONFIG, FLAGS = config.from_command_line(
-        __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": ""}
+        __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": "", "--anyway": ""}
     )
 
 import dataclasses
 import math
+import re
 import signal
 import sys
 import time
@@ -76,7 +78,11 @@ def train(cfg: Config, profile: bool = False) -> None:
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
-    origin = None if checkpoint.checkpoints(cfg.run) else open_origin(cfg, dataset)
+    origin = None
+    if not checkpoint.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
+        origin = open_origin(cfg, dataset)
+        if not cfg.optim.anneal_steps:
+            steps.check_warmup(cfg, steps.of(cfg, dataset.n_rows))
     changed = ledger.check_same_run(cfg, dataset)
 
     everyone = parallel.start(cfg.train, cfg.parallel)
@@ -117,7 +123,7 @@ class Run:
         self.cfg, self.dataset, self.everyone, self.folder = cfg, dataset, everyone, Path(cfg.run)
         self.resumed, self.origin = found[-1] if found else None, origin
         self.chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
-        self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of the schedule, whatever is left out later
+        self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of all the data, whatever is left out later
         self.annealed = checkpoint.read(origin) if origin and cfg.optim.anneal_steps else None
         self.begin_step = (
             self.resumed.state.get("begin", 0) if found else self.annealed.step if self.annealed else 0
@@ -177,8 +183,9 @@ class Run:
                 ledger.say, f"note     {', '.join(missing)}: incomplete or damaged, and passed over"
             )
         everyone.once(
-            ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, accumulation
-        )
+            ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, self.n_steps,
+            accumulation,
+        )  # fmt: skip
         if not self.resumed:
             self.save()
 
@@ -299,9 +306,11 @@ class Run:
         self.log("finish", step=self.step, seconds=time.perf_counter() - began, **meter.totals())
 
     def rate(self) -> float:
+        """The learning rate of the step under way."""
         if self.cfg.optim.anneal_steps:
-            return optim.annealed_rate(self.step, self.begin_step, self.n_steps, self.cfg.optim)
-        return optim.learning_rate(self.step, self.n_steps, self.cfg.optim)
+            begin_rate = scheduled_rate(self.cfg, self.steps, self.n_steps, self.begin_step)
+            return optim.annealed_rate(begin_rate, self.step - self.begin_step, self.cfg.optim)
+        return scheduled_rate(self.cfg, self.steps, self.n_steps, self.step)
 
     # ---- incidents ----------------------------------------------------------------------------------------
 
@@ -372,6 +381,12 @@ class Run:
         return False
 
 
+def scheduled_rate(cfg: Config, plan: Steps, n_steps: int, step: int) -> float:
+    """The learning rate after `step` finished steps; n_steps: those that the data have."""
+    at, length = steps.schedule_position(cfg, plan, step), steps.schedule_length(cfg, n_steps)
+    return optim.learning_rate(at, length, cfg.optim)
+
+
 class Batches:
     """This process's rows of each batch; the next step's are read while this one is computed."""
 
@@ -394,6 +409,27 @@ class Batches:
 
 
 # ---- before the loop --------------------------------------------------------------------------------------
+
+
+def check_room(cfg: Config, anyway: bool) -> None:
+    """Asks the plan whether this machine has the memory for a run, before any is touched.
+
+    Raises ConfigError with the smallest change that would fit; with `anyway` only says so.
+    """
+    processes, device = parallel.world_size(), parallel.device(cfg.train.device)
+    cost.accumulation(cfg, processes)  # they must divide
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory * cost.USABLE
+    else:
+        have = cost.usable("cpu", parallel.processes_here())
+    try:
+        cost.check_memory(cfg, processes, device.type, have)
+    except ConfigError as error:
+        said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
+        if not anyway:
+            raise ConfigError(f"{said}. --anyway tries all the same") from None
+        if parallel.is_first():
+            ledger.say(f"note     --anyway: {said}")
 
 
 def open_dataset(cfg: Config) -> Dataset:
@@ -421,6 +457,16 @@ def open_dataset(cfg: Config) -> Dataset:
             f"{cfg.dataset} is not what the config asks for: {'; '.join(differs) or 'other sources'}; "
             "build it again with python data.py, or name another with --dataset=FOLDER"
         )
+    path = Path(cfg.tokenizer.path)
+    if path.exists():  # elsewhere the dataset's own copy is all there is
+        theirs, ours = tokenizers.load(path, cfg.tokenizer.eot), dataset.manifest["tokenizer"]["sha256"]
+        own = tokenizers.load(dataset.folder, cfg.tokenizer.eot)
+        if theirs.sha256 != ours and not tokenizers.equal(theirs, own):
+            raise ConfigError(
+                f"{cfg.dataset} was built with another tokenizer ({ours[:12]}) than tokenizer.path={path} "
+                f"({theirs.sha256[:12]}); use the dataset's own, --tokenizer.path={cfg.dataset}, or build a "
+                "dataset with yours: python data.py, same config, same overrides, and --dataset=FOLDER"
+            )
     if dataset.n_rows < cfg.train.batch_size:
         raise ConfigError(
             f"{cfg.dataset} has {dataset.n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
@@ -455,7 +501,8 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
                 "goes on in the same one. Without optim.anneal_steps its weights begin anew on any data"
             )
         order = steps.of(cfg, dataset.n_rows, state.get("order"))
-        left = min(order.n_steps, steps.of(cfg, dataset.n_rows).n_steps) - state["step"]
+        n_steps = steps.of(cfg, dataset.n_rows).n_steps
+        left = min(order.n_steps, n_steps) - state["step"]
         if order.consumed(state["step"]) != state["rows"]:
             raise ConfigError(
                 f"--init_from={cfg.init_from} consumed {state['rows']} rows in {state['step']} steps, and "
@@ -465,7 +512,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
             raise ConfigError(
                 f"train.steps={cfg.train.steps} ends before annealing begins, after step {state['step']}"
             )
-        if not optim.learning_rate(state["step"], order.n_steps, cfg.optim):
+        if not scheduled_rate(cfg, order, n_steps, state["step"]):
             raise ConfigError(
                 f"the rate after step {state['step']} is 0: there is nothing to anneal; use a later one"
             )
@@ -486,6 +533,7 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
             raise ConfigError("--json is for --benchmark N")
         if "--profile" in flags and "--benchmark" in flags:
             raise ConfigError("--profile traces a training and --benchmark is none; give one of them")
+        check_room(cfg, anyway="--anyway" in flags)
         if "--benchmark" in flags:
             benchmark.run(cfg, int(flags["--benchmark"]), flags.get("--json", ""))
         else:

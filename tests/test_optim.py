@@ -59,7 +59,7 @@ def test_a_constant_rate_falls_linearly_in_the_last_part_of_the_steps():
 def test_an_annealed_run_leaves_the_schedule_where_it_stands_and_falls_to_zero(schedule):
     cfg = Optim(lr=3e-4, warmup_steps=10, schedule=schedule, anneal_steps=40)
     begin = optim.learning_rate(60, 100, cfg)
-    rate = [optim.annealed_rate(step, 60, 100, cfg) for step in (60, 61, 80, 99, 100, 105)]
+    rate = [optim.annealed_rate(begin, step - 60, cfg) for step in (60, 61, 80, 99, 100, 105)]
     assert rate == [pytest.approx(begin * left) for left in (1, 39 / 40, 1 / 2, 1 / 40, 0, 0)]
 
 
