@@ -551,6 +551,21 @@ def left_on_disk(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
     return here if t.keep_others else saved
 
 
+def check_warmup(cfg: Config, plan: Steps) -> None:
+    """Raises ConfigError where warm-up is as long as the schedule, or as the data: the peak never comes."""
+    unit, warmup = "tokens" if cfg.optim.schedule_tokens else "steps", cfg.optim.warmup
+    has = {
+        "the data have": steps.schedule_position(cfg, plan, plan.n_steps),
+        "the schedule has": steps.schedule_length(cfg, plan.n_steps),
+    }
+    shorter = min(has, key=has.get)
+    if warmup and warmup >= has[shorter]:
+        raise ConfigError(
+            f"optim.warmup_{unit}={warmup} is too long, as {shorter} {has[shorter]} {unit}: the learning rate "
+            f"would never reach its peak; use --optim.warmup_{unit}={has[shorter] // 10}, a tenth of that"
+        )
+
+
 def about_schedule(cfg: Config, plan: Steps, n_steps: int, last_step: int) -> str:
     """How much of the learning-rate schedule a run makes, and why; n_steps: those that the data have.
 

@@ -15,7 +15,6 @@ import textwrap
 
 import config
 import cost
-import steps
 from config import Config, ConfigError
 
 # ---- the report -------------------------------------------------------------------------------------------
@@ -263,6 +262,8 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     args.mfu_is, args.mfu = ("stated", args.mfu) if args.mfu else ("assumed", 0.4)
     args.gpu = args.gpu or ("cpu" if cfg.train.device == "cpu" else "a100-80gb")
     args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
+    if args.gpu == "cpu" and args.mfu_is == "stated":
+        raise ConfigError("--mfu: no peak is known for a CPU; give --tokens-per-second-per-gpu")
     if args.pue < 1:
         raise ConfigError(f"--pue={args.pue}: all power over the computers' power is at least 1")
     peak, speed = cost.machine(args.gpu).flops, args.tokens_per_second_per_gpu
@@ -293,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\nsteps, disk and time\n  Not known: {missing}.")
             return
         if not cfg.optim.anneal_steps:  # a schedule that has begun is not asked again
-            steps.check_warmup(cfg, when.steps)
+            cost.check_warmup(cfg, when.steps)
         for section in (about_steps(cfg, args, when), about_disk(cfg, when), about_time(cfg, args, when)):
             print("\n" + "\n".join(section))
     except ConfigError as error:

@@ -12,7 +12,7 @@ so that batch(step) stays a pure function of what is on disk. No torch.
 import dataclasses
 from dataclasses import dataclass
 
-from config import Config, ConfigError
+from config import Config
 
 Order = tuple[tuple[int, int], ...]
 
@@ -174,19 +174,6 @@ def schedule_length(cfg: Config, n_steps: int) -> int:
 def schedule_position(cfg: Config, steps: Steps, step: int) -> int:
     """How far in its schedule the learning rate is after `step` finished steps, in steps or in tokens."""
     return steps.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
-
-
-def check_warmup(cfg: Config, plan: Steps) -> None:
-    """Raises ConfigError where warm-up is as long as the schedule, or as the data: the peak never comes."""
-    unit = "tokens" if cfg.optim.schedule_tokens else "steps"
-    schedule, data = schedule_length(cfg, plan.n_steps), schedule_position(cfg, plan, plan.n_steps)
-    length = min(schedule, data)
-    if cfg.optim.warmup and cfg.optim.warmup >= length:
-        whose = "the data have" if data <= schedule else "the schedule has"
-        raise ConfigError(
-            f"optim.warmup_{unit}={cfg.optim.warmup} is too long, as {whose} {length} {unit}: the learning "
-            f"rate would never reach its peak; use --optim.warmup_{unit}={length // 10}, a tenth of that"
-        )
 
 
 def checkpoint_steps(cfg: Config, steps: Steps, chunks: list[tuple[int, int]], last_step: int) -> list[int]:

@@ -82,7 +82,7 @@ def train(cfg: Config, profile: bool = False) -> None:
     if not checkpoint.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
         origin = open_origin(cfg, dataset)
         if not cfg.optim.anneal_steps:
-            steps.check_warmup(cfg, steps.of(cfg, dataset.n_rows))
+            cost.check_warmup(cfg, steps.of(cfg, dataset.n_rows))
     changed = ledger.check_same_run(cfg, dataset)
 
     everyone = parallel.start(cfg.train, cfg.parallel)
