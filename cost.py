@@ -561,8 +561,8 @@ def check_warmup(cfg: Config, plan: Steps) -> None:
     shorter = min(has, key=has.get)
     if warmup and warmup >= has[shorter]:
         raise ConfigError(
-            f"optim.warmup_{unit}={warmup} is too long, as {shorter} {has[shorter]} {unit}: the learning rate "
-            f"would never reach its peak; use --optim.warmup_{unit}={has[shorter] // 10}, a tenth of that"
+            f"optim.warmup_{unit}={warmup} is too long, as {shorter} {has[shorter]} {unit}: the "
+            f"learning rate never reaches its peak; use --optim.warmup_{unit}={has[shorter] // 10}, a tenth"
         )
 
 
