@@ -265,6 +265,13 @@ class Optim:
     # with --init_from=CHECKPOINT: goes on from it, data and optimizer too; the rate falls to 0 in so many
     anneal_steps: int = 0
     warmup_steps: int = 2000  # linear, up to the peak
+    # the schedule is laid out over this many steps, and later ones stay at its last learning rate; 0: over
+    # all that the data have. An ablation asks for --train.steps=300 --optim.schedule_steps=300
+    schedule_steps: int = 0
+    # the schedule is laid out over this many tokens, and counts consumed tokens (OLMo-65B: 2e12, while its
+    # batch doubles); 0: it counts steps
+    schedule_tokens: int = 0
+    warmup_tokens: int = 0  # with schedule_tokens, in place of warmup_steps
     warmup_start_fraction: float = 0.0  # of the peak, where warm-up begins (OLMo-1: 0.1)
     beta1: float = 0.9  # decay of the running mean of gradients
     beta2: float = 0.95  # decay of the running mean of their squares
@@ -285,11 +292,34 @@ class Optim:
         above(self, 0, "lr", "eps", "grad_clip_start_factor")
         at_least(self, 0, "warmup_steps", "weight_decay", "grad_clip", "grad_clip_start_steps", "z_loss")
         at_least(self, 0, "anneal_steps", "embedding_gradient")
+        at_least(self, 0, "schedule_steps", "schedule_tokens", "warmup_tokens")
         for name in (
             "final_lr_fraction", "warmup_start_fraction", "decay_fraction", "beta1", "beta2", "muon_momentum"
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1 or (name.startswith("beta") and getattr(self, name) == 1):
                 raise ConfigError(f"optim.{name}={getattr(self, name)} is out of range; use 0 to 1")
+        if self.schedule_tokens and self.schedule_steps:
+            raise ConfigError(
+                f"optim.schedule_steps={self.schedule_steps} and optim.schedule_tokens="
+                f"{self.schedule_tokens} contradict each other: a schedule counts steps or tokens; keep one"
+            )
+        if self.warmup_tokens and not self.schedule_tokens:
+            raise ConfigError(
+                f"optim.warmup_tokens={self.warmup_tokens} needs a schedule that counts tokens; set "
+                "optim.schedule_tokens, too, or optim.warmup_steps instead"
+            )
+        default = type(self).warmup_steps  # a config that counts tokens need not set it to 0
+        if self.schedule_tokens and self.warmup_steps not in ((0, default) if self.warmup_tokens else (0,)):
+            raise ConfigError(
+                f"optim.schedule_tokens={self.schedule_tokens} counts tokens and optim.warmup_steps="
+                f"{self.warmup_steps} counts steps; use --optim.warmup_steps=0 with --optim.warmup_tokens=N, "
+                "or alone for no warm-up"
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Length of the warm-up, in what the schedule counts: tokens or steps."""
+        return self.warmup_tokens if self.schedule_tokens else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -300,7 +330,7 @@ class Train:
     batch_double_tokens: int = 0  # the batch doubles after every so many tokens (OLMo-65B: 100e9); 0: never
     batch_size_max: int = 0  # up to so many sequences (OLMo-65B: 8192, from 1024)
     micro_batch_size: int = 8  # sequences in one forward on one GPU; accumulation is derived
-    steps: int = 0  # stop after this many without changing the schedule; 0: all the data
+    steps: int = 0  # stop after this many without changing the schedule (optim.schedule_steps does); 0: all
     seed: int = 1234  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast, weights FP32; auto: bf16 on CUDA
@@ -692,6 +722,50 @@ def check_parallel(m: Model, p: Parallel, optim: Optim) -> None:
         )
 
 
+def without_effect(c: Config) -> dict[str, str]:
+    """Settings that nothing reads beside the others of this config, and what would make them count."""
+    o, t, m = c.optim, c.train, c.model
+    out = {}
+
+    def needs(unmet: bool, what: str, *names: str) -> None:
+        out.update(dict.fromkeys(names, what) if unmet else {})
+
+    needs(o.schedule != "constant", "optim.schedule=constant", "optim.decay_fraction")
+    flat = o.schedule == "constant" and not o.decay_fraction
+    needs(flat, "optim.decay_fraction above 0", "optim.final_lr_fraction")
+    needs(o.optimizer != "muon", "optim.optimizer=muon", "optim.muon_momentum")
+    needs(not o.warmup, "a warm-up", "optim.warmup_start_fraction")
+    needs(o.grad_clip_start_factor == 1, "optim.grad_clip_start_factor", "optim.grad_clip_start_steps")
+    needs(not o.grad_clip, "optim.grad_clip above 0", "optim.grad_clip_start_factor")
+    needs(t.on_spike != "rollback", "train.on_spike=rollback", "train.rollback_steps", "train.rollback_skip")
+    needs(t.on_spike == "stop", "train.on_spike=skip, defer or rollback", "train.max_incidents")
+    needs(not t.spike_z, "train.spike_z above 0", "train.spike_window")
+    whole = c.parallel.strategy == "ddp" and c.parallel.tp == 1
+    needs(whole, "parallel.strategy=fsdp", "parallel.reshard")
+    rope = [f"model.rope_{name}" for name in ("theta", "fraction", "pairs", "scaling")]
+    slow = [f"model.rope_scaling_{name}" for name in ("low", "high", "seq_len")]
+    needs(m.rope_scaling == 1, "model.rope_scaling above 1", *slow)
+    needs(m.positions != "rope", "model.positions=rope", *rope, *slow)
+    needs(m.init in ("mitchell", "small_wang"), "model.init=normal, gpt2 or mup", "model.init_std")
+    return out
+
+
+def check_effect(c: Config, names: list[str]) -> None:
+    """Raises ConfigError where one of the settings named was changed and nothing would read it.
+
+    Asked of a file's own settings, and of those on the command line: what --optim.schedule=cosine leaves
+    without effect of a file's settings for a constant schedule is no mistake.
+    """
+    missing = without_effect(c)
+    for name in names:
+        section, _, setting = name.partition(".")
+        if name in missing and getattr(getattr(c, section), setting) != getattr(SECTIONS[section], setting):
+            raise ConfigError(
+                f"{name}={getattr(getattr(c, section), setting)} would have no effect: it needs "
+                f"{missing[name]}; set that, too, or leave {name} out"
+            )
+
+
 # ---- loading ----------------------------------------------------------------------------------------------
 
 CONFIGS = Path(__file__).parent / "configs"  # those that come with nano360
@@ -758,6 +832,10 @@ def load(name: str, overrides: list[str] = ()) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"{path} must end in `config = Config(...)`")
     config = dataclasses.replace(config, name=config.name or "-".join(filter(None, (path.stem, entry))))
+    try:
+        check_effect(config, SETTINGS)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
     changes: dict[str, dict] = {}
     for override in overrides:
@@ -777,6 +855,7 @@ def load(name: str, overrides: list[str] = ()) -> Config:
         name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()
     }
     config = dataclasses.replace(config, **sections, **top).resolved()
+    check_effect(config, [f"{section}.{name}" for section, values in changes.items() for name in values])
     for setting in ("run", "dataset"):
         check_folder(f"--{setting}", getattr(config, setting))
     object.__setattr__(config, "given", (name, *overrides))

@@ -7,6 +7,7 @@ built; writes nothing; imports no torch.
 Letters: T seq_len, D d_model, L n_layers, H query heads, K key/value heads, Dh d_head, F d_ff, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -56,6 +57,7 @@ USABLE_ON_CPU = 0.6
 # loss.LOGITS_BYTES and LOGITS_BYTES_CUDA, which cannot be imported without torch; a test compares them
 LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
 SHARD_BYTES = 5_000_000_000  # checkpoint.SHARD_BYTES, for the same reason
+MOST_GPUS = 4096  # that smallest_change asks about
 
 
 # ---- parameters and FLOPs ---------------------------------------------------------------------------------
@@ -123,7 +125,12 @@ def peak_flops(device: str) -> float | None:
 
 def accumulation(cfg: Config, gpus: int) -> int:
     """Micro-batches of each GPU in a step, the first where batches double. Errors as config.mesh_shape."""
-    replicate, shard, _ = config.mesh_shape(cfg.parallel, gpus)
+    replicate, shard, tp = config.mesh_shape(cfg.parallel, gpus)
+    if tp > 1 and cfg.model.d_model % shard:  # of a matrix whose rows tp splits, FSDP shards the columns
+        raise ConfigError(
+            f"model.d_model={cfg.model.d_model} does not divide by {shard} shards, as parallel.tp={tp} with "
+            "parallel.strategy='fsdp' needs; use another parallel.shard or number of processes"
+        )
     return config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, replicate * shard)
 
 
@@ -337,9 +344,26 @@ def precision(cfg: Config, cuda: bool) -> str:
     return choose("train.precision", cfg.train.precision, table)
 
 
-def fits(cfg: Config, gpus: int, gpu: str) -> bool:
-    """Whether every process has room. Raises ConfigError as config.mesh_shape."""
-    return total(memory(cfg, gpus, cuda=gpu != "cpu")) <= usable(gpu, gpus)
+def fits(cfg: Config, gpus: int, gpu: str, have: float = 0) -> bool:
+    """Whether every process has room, in `have` bytes or those of `gpu`. ConfigError as config.mesh_shape."""
+    return total(memory(cfg, gpus, cuda=gpu != "cpu")) <= (have or usable(gpu, gpus))
+
+
+def check_memory(cfg: Config, gpus: int, gpu: str, have: float = 0) -> None:
+    """Raises ConfigError where a process has no room, with the smallest change that would fit.
+
+    have: bytes for the tensors of one process, where that is a device at hand and none of GPUS.
+    """
+    if fits(cfg, gpus, gpu, have):
+        return
+    need, room = total(memory(cfg, gpus, gpu != "cpu")) / GIB, (have or usable(gpu, gpus)) / GIB
+    change = " ".join(smallest_change(cfg, gpus, gpu, have))
+    more = "" if gpu == "cpu" else f", on up to {MOST_GPUS:,} GPUs,"
+    advice = f"it would with {change}" if change else (
+        f"no smaller micro-batch, checkpointing, FSDP or tensor parallel{more} makes it fit; "
+        f"use {'GPUs' if gpu == 'cpu' else 'a larger GPU'} or a smaller model"
+    )  # fmt: skip
+    raise ConfigError(f"this does not fit: {need:,.1f} GiB where {room:,.1f} are usable; {advice}")
 
 
 def total(kinds: dict) -> float:
@@ -353,49 +377,86 @@ def usable(gpu: str, gpus: int) -> float:
 
 def machine(gpu: str) -> Gpu:
     if gpu == "cpu":
-        return Gpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None, None)
+        return Gpu(machine_memory(), None, None)
     return GPUS[gpu]
 
 
-def smallest_change(cfg: Config, gpus: int, gpu: str) -> list[str]:
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of this machine, or of the control group of this process (a container, a job) if it has fewer."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return limits[0]  # not Linux
+    for group in groups:
+        _, kinds, name = group.split(":", 2)  # "0::/user.slice", or of version 1 "9:memory:/docker/3f"
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
+        limit = "memory.limit_in_bytes" if kinds else "memory.max"
+        folder = top / name.strip("/")
+        for at in (folder, *folder.parents):  # a group's limit holds for the groups in it
+            with contextlib.suppress(OSError, ValueError):  # it has no limit: "max"
+                limits.append(int((at / limit).read_text()))
+            if at == top:
+                break
+    return min(limits)
+
+
+def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[str]:
     """The flags that make a plan fit which does not, [] where none do.
 
-    On as few GPUs as possible (twice, four times ... as many, up to 4,096), and on them as few changes as
-    possible, tried in this order: a smaller micro-batch, activation checkpointing of every block, FSDP.
+    On as few GPUs as possible (twice, four times ... as many, up to MOST_GPUS), and on them as few changes as
+    possible, tried in this order: a smaller micro-batch, activation checkpointing of every block, FSDP over
+    all GPUs. Only where no number of GPUs helps so, also with tensor parallel over 2, 4 or 8 GPUs of a node.
     """
-    micro, every, strategy = (
-        cfg.train.micro_batch_size, cfg.train.activation_checkpointing, cfg.parallel.strategy,
-    )  # fmt: skip
-    strategies = dict.fromkeys([strategy, "fsdp"] if cfg.optim.optimizer == "adamw" else [strategy])
+    micro, every, own = cfg.train.micro_batch_size, cfg.train.activation_checkpointing, cfg.parallel
+    strategies = dict.fromkeys(
+        [(own.strategy, own.shard), ("fsdp", 0)][: 1 + (cfg.optim.optimizer == "adamw")]
+    )
     options = list(itertools.product(strategies, dict.fromkeys([every, 1]), range(micro, 0, -1)))
-    changed = [(s != strategy) + (e != every) + (m != micro) for s, e, m in options]
+    changed = [(s != (own.strategy, own.shard)) + (e != every) + (m != micro) for s, e, m in options]
     options = [options[i] for i in sorted(range(len(options)), key=changed.__getitem__)]
-    for more in range(13 if gpu != "cpu" else 1):
-        count = gpus << more
-        for s, e, m in options:
-            # more copies of the same model do not help
-            if count > max(gpus, 4096) or (more and s == "ddp"):
+    splits = [own.tp] + [tp for tp in (2, 4, 8) if tp != own.tp and can_split(cfg, tp)]
+    counts = [
+        gpus << more for more in range(13 if gpu != "cpu" else 1) if gpus << more <= max(gpus, MOST_GPUS)
+    ]
+    for group in (splits[:1], splits[1:]):
+        for count, tp, ((strategy, shard), e, m) in itertools.product(counts, group, options):
+            if count > gpus and strategy == "ddp":  # more copies of the same model do not help
                 continue
-            other = variant(cfg, s, e, m)
+            other = variant(cfg, strategy, e, m, shard, tp)
             try:
                 accumulation(other, count)
             except ConfigError:
                 continue
-            if fits(other, count, gpu):
+            if fits(other, count, gpu, have):
                 flags = [f"--train.micro_batch_size={m}"] * (m != micro)
                 flags += [f"--train.activation_checkpointing={e}"] * (e != every)
-                flags += [f"--parallel.strategy={s}"] * (s != strategy)
-                return flags + [f"--gpus={count}"] * (more > 0)
+                flags += [f"--parallel.strategy={strategy}"] * (strategy != own.strategy)
+                flags += [f"--parallel.shard={shard}"] * (shard != own.shard)
+                flags += [f"--parallel.tp={tp}"] * (tp != own.tp)
+                return flags + [f"--gpus={count}"] * (count > gpus)
     return []
 
 
-def variant(cfg: Config, strategy: str, every: int, micro: int = 0) -> Config:
-    """The same config with another strategy, activation checkpointing and micro-batch (0: its own)."""
-    spread = dataclasses.replace(
-        cfg.parallel, strategy=strategy, shard=cfg.parallel.shard * (strategy == "fsdp")
-    )
+def can_split(cfg: Config, tp: int) -> bool:
+    try:
+        config.check_parallel(cfg.model.resolved(), dataclasses.replace(cfg.parallel, tp=tp), cfg.optim)
+    except ConfigError:
+        return False
+    return True
+
+
+def variant(
+    cfg: Config, strategy: str, every: int, micro: int = 0, shard: int | None = None, tp: int = 0
+) -> Config:
+    """The same config with another strategy and activation checkpointing; others where they are given."""
+    p, t = cfg.parallel, cfg.train
+    shard = (p.shard if shard is None else shard) * (strategy == "fsdp")
+    spread = dataclasses.replace(p, strategy=strategy, shard=shard, tp=tp or p.tp)
     loop = dataclasses.replace(
-        cfg.train, activation_checkpointing=every, micro_batch_size=micro or cfg.train.micro_batch_size
+        t, activation_checkpointing=every, micro_batch_size=micro or t.micro_batch_size
     )
     return dataclasses.replace(cfg, parallel=spread, train=loop)
 
@@ -405,17 +466,20 @@ def variant(cfg: Config, strategy: str, every: int, micro: int = 0) -> Config:
 
 class Schedule(NamedTuple):
     source: str  # where the number of rows is from
-    steps: Steps  # which rows each step trains on: rows, steps and batch sizes of the whole schedule
-    last_step: int  # train.steps may end it earlier
+    steps: Steps  # which rows each step trains on: rows, steps and batch sizes of all the data
+    begin: int  # the step it begins at: 0, or the origin's with optim.anneal_steps
+    last_step: int  # train.steps or optim.anneal_steps may end it earlier
     chunks: list[tuple[int, int]]  # rows (first, end), in training order
     checkpoints: list[int]  # steps after which one is saved
+    on_disk: list[int]  # those of them that train.keep_others leaves
+    assumed: str = ""  # what stands for an origin that cannot be read here
 
 
 def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
     """How long training is: by `tokens` if stated, else the dataset's manifest, else data.expected_tokens.
 
-    None where nothing says it. Raises ConfigError where the dataset has another row length, or the text is
-    too short for a step a chunk.
+    None where nothing says it. Raises ConfigError where the dataset has another row length, the text is too
+    short for a step a chunk or for annealing.
     """
     T, batch = cfg.model.seq_len, cfg.train.batch_size
     manifest = Path(cfg.dataset) / "manifest.json"
@@ -449,22 +513,115 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
         return None
     if rows < batch:
         raise ConfigError(f"{cfg.dataset} has {rows} rows, train.batch_size={batch}: not one step")
-    plan = steps.of(cfg, rows)
-    last = min(cfg.train.steps or plan.n_steps, plan.n_steps)
-    return Schedule(source, plan, last, chunks, steps.checkpoint_steps(cfg, plan, chunks, last))
+    plan, anneal = steps.of(cfg, rows), cfg.optim.anneal_steps
+    begin, order, assumed = origin(cfg, plan.n_steps) if anneal else (0, None, "")
+    if order:
+        plan = steps.of(cfg, rows, order)
+    if begin + anneal > plan.n_steps:
+        raise ConfigError(
+            f"optim.anneal_steps={anneal}: after the origin's step {begin} there are data for "
+            f"{max(0, plan.n_steps - begin)}; anneal in fewer steps, or from an earlier checkpoint"
+        )
+    last = min(cfg.train.steps or plan.n_steps, begin + anneal if anneal else plan.n_steps, plan.n_steps)
+    if last <= begin:
+        raise ConfigError(f"train.steps={cfg.train.steps} ends before annealing begins, after step {begin}")
+    saved = [s for s in steps.checkpoint_steps(cfg, plan, chunks, last) if s > begin]
+    kept = steps.kept_steps(cfg, plan, chunks, last) | {begin}
+    left = left_on_disk(cfg, [begin, *saved], kept)
+    return Schedule(source, plan, begin, last, chunks, [begin, *saved], left, assumed)
 
 
-def disk(cfg: Config, n_checkpoints: int) -> dict[str, int]:
+def origin(cfg: Config, n_steps: int) -> tuple[int, list | None, str]:
+    """(step, order, what is assumed) of the checkpoint that annealing begins at, as far as it is here.
+
+    One that cannot be read has the step of its name, or else begins as late as the data allow.
+    """
+    folder = Path(cfg.init_from)
+    among = [(int(p.parent.name[5:]), p) for p in folder.glob("checkpoints/step-*/state.json")
+             if p.parent.name[5:].isdecimal()]  # fmt: skip
+    path = max(among)[1] if among else folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return int(state["step"]), state.get("order"), ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        name = re.fullmatch(r"step-(\d+)", folder.name)
+    if name:
+        return int(name[1]), None, f"the origin, {folder}, is not here: its step is taken from its name"
+    latest = max(0, n_steps - cfg.optim.anneal_steps)
+    assumed = f"the origin, {folder}, is not here: it is taken to be as late as the data allow"
+    return latest, None, assumed
+
+
+def left_on_disk(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
+    """The steps whose checkpoints are there at the end, when train.keep_others has deleted the rest."""
+    t, here = cfg.train, []
+    for step in saved if t.keep_others else ():
+        here.append(step)
+        old = [s for s in here if s <= step - t.rollback_steps] if t.on_spike == "rollback" else []
+        others = [s for s in here if s not in kept and s not in old[-1:]]
+        gone = set(others[: -t.keep_others])
+        here = [s for s in here if s not in gone]
+    return here if t.keep_others else saved
+
+
+def check_warmup(cfg: Config, plan: Steps) -> None:
+    """Raises ConfigError where warm-up is as long as the schedule, or as the data: the peak never comes."""
+    unit, warmup = "tokens" if cfg.optim.schedule_tokens else "steps", cfg.optim.warmup
+    has = {
+        "the data have": steps.schedule_position(cfg, plan, plan.n_steps),
+        "the schedule has": steps.schedule_length(cfg, plan.n_steps),
+    }
+    shorter = min(has, key=has.get)
+    if warmup and warmup >= has[shorter]:
+        raise ConfigError(
+            f"optim.warmup_{unit}={warmup} is too long, as {shorter} {has[shorter]} {unit}: the "
+            f"learning rate never reaches its peak; use --optim.warmup_{unit}={has[shorter] // 10}, a tenth"
+        )
+
+
+def about_schedule(cfg: Config, plan: Steps, n_steps: int, last_step: int) -> str:
+    """How much of the learning-rate schedule a run makes, and why; n_steps: those that the data have.
+
+    ", the whole schedule" or " of a schedule of 1,203 steps (train.steps ends it early; ...)".
+    """
+    o, early = cfg.optim, "train.steps ends it early" if last_step == cfg.train.steps else ""
+    if o.anneal_steps:
+        falls = f", annealing: the learning rate falls to 0 in {o.anneal_steps:,} steps"
+        return falls + f" ({early})" * bool(early)
+    unit = "tokens" if o.schedule_tokens else "steps"
+    length, end = steps.schedule_length(cfg, n_steps), steps.schedule_position(cfg, plan, last_step)
+    # tokens need not divide by the batch, so the last, incomplete one does not count
+    missing = length - end - (plan.size(last_step) * cfg.model.seq_len - 1) * bool(o.schedule_tokens)
+    if end > length:
+        return f"; the schedule ends after {length:,} {unit}, and the learning rate stays at its last value"
+    if missing <= 0:
+        return ", the whole schedule"
+    fit = f"; --optim.schedule_{unit}={end} would fit the schedule to it" * (end > o.warmup)
+    made = f", {end:,} tokens" * bool(o.schedule_tokens)
+    return f"{made} of a schedule of {length:,} {unit} ({early or 'the data end before it'}{fit})"
+
+
+def about_warmup(cfg: Config, plan: Steps, last_step: int) -> str:
+    """Says so where a run ends inside its warm-up; "" where it does not."""
+    o, at = cfg.optim, steps.schedule_position(cfg, plan, last_step - 1)
+    if o.anneal_steps or at >= o.warmup:
+        return ""
+    share = o.warmup_start_fraction + (1 - o.warmup_start_fraction) * at / o.warmup
+    unit = "tokens" if o.schedule_tokens else "steps"
+    return f"it ends inside the warm-up of {o.warmup:,} {unit}, at {share:.1%} of the peak learning rate"
+
+
+def disk(cfg: Config, n_checkpoints: int, begin: int = 0) -> dict[str, int]:
     """Bytes: of one checkpoint's weights (FP32) and moments (AdamW's two, Muon's one), and of all of them.
 
-    The checkpoint of step 0 has no moments yet.
+    The checkpoint of step 0 has no moments yet; that of the step at which annealing begins has them.
     """
     P = sum(parameters(cfg.model).values())
     weights, moments = FP32 * P, FP32 * optimizer_numbers(cfg)
     return {
         "weights": weights,
         "optimizer": moments,
-        "all": weights * n_checkpoints + moments * (n_checkpoints - 1),
+        "all": weights * n_checkpoints + moments * (n_checkpoints - (begin == 0)),
         "all without optimizer": weights * n_checkpoints,
     }
 

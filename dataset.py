@@ -314,14 +314,16 @@ def settings(config: Config) -> dict:
 
 
 def differences(manifest: dict, config: Config) -> list[str]:
-    """In what a dataset is not the one that a config asks for: ["data.seed=1 (now 7)"], [] where it is."""
+    """In what a dataset is not the one that a config asks for: ["data.seed=1 (now 7)"], [] where it is.
+
+    Where the tokenizer lies does not matter if it is the same tokenizer; settings that are newer than the
+    dataset are not compared.
+    """
     had = manifest["settings"]
     return [
-        f"{name}={had.get(name)} (now {value})"
+        f"{name}={had[name]} (now {value})"
         for name, value in settings(config).items()
-        # How a tokenizer was made does not matter if it is the same tokenizer. A setting that an earlier
-        # version did not have is not compared.
-        if had.get(name, value) != value and (not name.startswith("tokenizer.") or name == "tokenizer.eot")
+        if name in had and had[name] != value and name != "tokenizer.path"
     ]
 
 

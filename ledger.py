@@ -57,7 +57,9 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
             "train.compile", "train.activation_", "train.deterministic", "train.keep_", "train.save_async",
             "train.verify", "train.spike_", "train.on_spike", "train.rollback_", "train.max_incidents",
             "parallel.", "data.workers", "data.max_bad_fraction", "data.expected_tokens",
-            "tokenizer.path")  # fmt: skip
+            "tokenizer.")  # fmt: skip  # the dataset's hash, which is compared below, says which tokenizer
+    # a setting that nothing reads can have any value: old runs have some that are refused now
+    free += tuple(f"{name}: " for name in config.without_effect(cfg))
     fatal = [change for change in changed if not change.startswith(free)]
     if fatal:
         raise ConfigError(
@@ -203,8 +205,8 @@ def log_step(run: Path, record: dict) -> None:
     files.append(run / "metrics.jsonl", record, durable=False)  # a line that is lost is trained again
 
 
-def greet(cfg, dataset, everyone, model, step, last_step, steps, accumulation) -> None:
-    """What is about to run, in a few lines."""
+def greet(cfg, dataset, everyone, model, step, last_step, steps, n_steps, accumulation) -> None:
+    """What is about to run, in a few lines; n_steps: those that all the data have."""
     parameters, size = sum(p.numel() for p in model.parameters()), steps.size(step)
     left = steps.n_rows - steps.consumed(steps.n_steps)
     print(f"model    {parameters:,} parameters, {cfg.model.n_layers} layers x {cfg.model.d_model} wide")
@@ -229,11 +231,10 @@ def greet(cfg, dataset, everyone, model, step, last_step, steps, accumulation) -
             f"note     the last {left} rows of the order are less than a batch and are left out; "
             "another pass may train on their text"
         )
-    print(
-        f"steps    {step:,} to {last_step:,}"
-        + (f" of a schedule of {steps.n_steps:,}" if last_step < steps.n_steps else ""),
-        flush=True,
-    )
+    if inside := cost.about_warmup(cfg, steps, last_step):
+        print(f"note     {inside}")
+    about = cost.about_schedule(cfg, steps, n_steps, last_step)
+    print(f"steps    {step:,} to {last_step:,}{about}", flush=True)
 
 
 def has_bf16() -> bool:

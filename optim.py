@@ -14,29 +14,35 @@ from config import ConfigError, Optim, choose, unknown
 # ---- schedules --------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, n_steps: int, cfg: Optim) -> float:
-    """The rate of the update that follows `step` finished ones, in a schedule of n_steps.
+def learning_rate(at: int, length: int, cfg: Optim) -> float:
+    """The rate of the update after the first `at` of a schedule's `length`.
 
-    Linear from warmup_start_fraction x lr at step 0 to lr at step warmup_steps, then cosine or linear down to
-    final_lr_fraction x lr at step n_steps, when training ends: the last update is one step short of it. Amber
-    starts from 0 (its first update changes nothing but the moments), OLMo-1 from a tenth of the peak. A
-    constant rate stays at the peak and falls linearly in the last decay_fraction of the steps (Hu et al.
-    2024).
+    Both are counted in steps; or, where cfg.schedule_tokens is set, in tokens (steps.schedule_position).
+
+    Linear from warmup_start_fraction x lr at 0 to lr at the end of warm-up, then cosine or linear down to
+    final_lr_fraction x lr at `length`, where it stays: the last update is one step short of it. Amber starts
+    from 0 (its first update changes nothing but the moments), OLMo-1 from a tenth of the peak. A constant
+    rate stays at the peak and falls linearly in the last decay_fraction of the schedule (Hu et al. 2024).
     """
-    if step < cfg.warmup_steps:
-        start = cfg.warmup_start_fraction
-        return cfg.lr * (start + (1 - start) * step / cfg.warmup_steps)
-    begin = cfg.warmup_steps
+    begin = cfg.warmup
     if cfg.schedule == "constant":
-        begin = max(begin, n_steps - round(cfg.decay_fraction * n_steps))
-    progress = min(1.0, max(0, step - begin) / max(1, n_steps - begin))
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
+        begin = max(begin, length - round(cfg.decay_fraction * length))
+    progress = min(1.0, max(0, at - begin) / max(1, length - begin))
+    if cfg.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    elif cfg.schedule in ("linear", "constant"):
+        left = 1 - progress
+    else:
+        raise ValueError(f"optim.schedule={cfg.schedule!r} is not a schedule that optim.py computes")
+    if at < cfg.warmup:
+        start = cfg.warmup_start_fraction
+        return cfg.lr * (start + (1 - start) * at / cfg.warmup)
     return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left)
 
 
-def annealed_rate(step: int, begin: int, n_steps: int, cfg: Optim) -> float:
-    """The rate in a run that leaves another's schedule at step `begin`, to fall to 0 in cfg.anneal_steps."""
-    return learning_rate(begin, n_steps, cfg) * max(0.0, 1 - (step - begin) / cfg.anneal_steps)
+def annealed_rate(begin_rate: float, done: int, cfg: Optim) -> float:
+    """The rate after `done` steps of a run that left a schedule at begin_rate; 0 after cfg.anneal_steps."""
+    return begin_rate * max(0.0, 1 - done / cfg.anneal_steps)
 
 
 def clip_limit(step: int, cfg: Optim) -> float:

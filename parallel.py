@@ -50,6 +50,16 @@ def first_on_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def processes_here() -> int:
+    """Those of them on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all, known before any of them has met another."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def device(choice: str) -> torch.device:
     """auto, cpu or cuda -> this process's device. Raises ConfigError where CUDA is asked for and absent."""
     if choice not in ("auto", "cpu", "cuda"):

@@ -12,6 +12,7 @@ does not fit into memory is refused (exit code 2) with the smallest change that 
 import argparse
 import itertools
 import re
+import textwrap
 
 import config
 import cost
@@ -23,6 +24,11 @@ from config import Config, ConfigError
 def row(name: str, value: object, note: str = "") -> str:
     value = f"{value:,}" if isinstance(value, int) else value
     return f"  {name:<28}{value:>16}   {note}".rstrip()
+
+
+def sentence(text: str) -> list[str]:
+    """As lines of the report: it begins with a capital and ends with a full stop."""
+    return textwrap.wrap(f"{text[0].upper()}{text[1:]}.", 108, initial_indent="  ", subsequent_indent="  ")
 
 
 def big(n: float, unit: str = "") -> str:
@@ -112,47 +118,59 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
 
 def about_steps(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> list[str]:
     batch, T, micro = cfg.train.batch_size, cfg.model.seq_len, cfg.train.micro_batch_size
-    steps, last = when.steps, when.last_step
-    each, more = divmod(steps.n_steps, len(when.chunks))
+    plan, begin, last = when.steps, when.begin, when.last_step
+    each, more = divmod(plan.n_steps, len(when.chunks))
     chunks = f"{len(when.chunks)} chunks" + f"; {more} of them have one step more" * (more > 0)
-    if len(steps.phases) > 1:  # a chunk has its rows, and fewer steps the larger the batch
+    if len(plan.phases) > 1:  # a chunk has its rows, and fewer steps the larger the batch
         chunks = f"{len(when.chunks)} chunks, on average"
-    left = steps.n_rows - steps.consumed(steps.n_steps)
+    left = plan.n_rows - plan.consumed(plan.n_steps)
     process = "GPU" if args.gpu != "cpu" else "process"
-    early = f"train.steps; the schedule has {steps.n_steps:,}" if last < steps.n_steps else ""
+    about = cost.about_schedule(cfg, plan, plan.n_steps, last)
+    notes = [f"steps {begin:,} to {last:,}{about}", cost.about_warmup(cfg, plan, last), when.assumed]
     grows = [
         row(
             f"from step {first:,}",
             size * T,
             f"{size:,} rows, accumulation {cost.accumulation(cfg, args.gpus) * size // batch:,}",
         )
-        for first, _, size in steps.phases[1:]
-        if first < last
+        for first, _, size in plan.phases[1:]
+        if begin < first < last
     ]
     return [
-        f"steps: {steps.n_rows:,} rows of {T:,} tokens, from {when.source}",
-        row("tokens a step", batch * T, f"{batch:,} rows"),
+        f"steps: {plan.n_rows:,} rows of {T:,} tokens, from {when.source}",
+        row("tokens a step", plan.size(begin) * T, f"{plan.size(begin):,} rows"),
         row(
             "gradient accumulation",
-            cost.accumulation(cfg, args.gpus),
+            cost.accumulation(cfg, args.gpus) * plan.size(begin) // batch,
             f"micro-batches of {micro} rows a step on each {process}",
         ),
         *grows,
-        row("steps", last, early),
+        row("steps", last - begin),
         row("steps a chunk", each, chunks),
-        row("tokens", steps.consumed(last) * T, f"{left:,} rows at the end fill no step" if left else ""),
+        row(
+            "tokens",
+            (plan.consumed(last) - plan.consumed(begin)) * T,
+            f"{left:,} rows at the end fill no step" if left else "",
+        ),
+        *itertools.chain.from_iterable(map(sentence, filter(None, notes))),
     ]
 
 
 def about_disk(cfg: Config, when: cost.Schedule) -> list[str]:
-    n, entry = len(when.checkpoints), 2 if cfg.model.vocab_size < 2**16 else 4
-    b = cost.disk(cfg, n)
+    n, entry = len(when.on_disk), 2 if cfg.model.vocab_size < 2**16 else 4
+    b = cost.disk(cfg, n, when.begin)
     one = f"weights {big(b['weights'], 'B')}, moments {big(b['optimizer'], 'B')}"
     rows = when.steps.n_rows * (cfg.model.seq_len + 1) * entry
+    first = f"step {when.begin:,} included" + ", which has no moments" * (when.begin == 0)
+    kept = (
+        f"of {len(when.checkpoints):,} that are saved, train.keep_others={cfg.train.keep_others} deletes the "
+        "rest; one more is there while it is written"
+    )
     return [
         "disk",
         row("one checkpoint", big(b["weights"] + b["optimizer"], "B"), one),
-        row(f"all {n:,} checkpoints", big(b["all"], "B"), "step 0 included, which has no moments"),
+        row(f"all {n:,} checkpoints", big(b["all"], "B"), first),
+        *(sentence(kept) if n < len(when.checkpoints) else []),
         row("without the optimizer", big(b["all without optimizer"], "B")),
         row("the dataset's rows", big(rows, "B"), f"{entry} bytes a token"),
     ]
@@ -167,7 +185,8 @@ def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> li
     if not speed:
         speed, how = args.mfu * gpu.flops / flops, "from the MFU"
     one = "GPU" if gpu.flops else "process"
-    long = cost.hours(when.steps.consumed(when.last_step) * cfg.model.seq_len, speed, args.gpus)
+    rows = when.steps.consumed(when.last_step) - when.steps.consumed(when.begin)
+    long = cost.hours(rows * cfg.model.seq_len, speed, args.gpus)
     out = [f"time and energy on {args.gpus} x {args.gpu}"]
     out.append(row(f"tokens a second a {one}", f"{speed:,.0f}", how))
     if gpu.flops:
@@ -254,6 +273,8 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     trained_on = {"auto": "a100-80gb", "cpu": "cpu", "cuda": "a100-80gb"}
     args.gpu = args.gpu or config.choose("train.device", cfg.train.device, trained_on)
     args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
+    if args.gpu == "cpu" and args.mfu_is == "stated":
+        raise ConfigError("--mfu: no peak is known for a CPU; give --tokens-per-second-per-gpu")
     if args.pue < 1:
         raise ConfigError(f"--pue={args.pue}: all power over the computers' power is at least 1")
     peak, speed = cost.machine(args.gpu).flops, args.tokens_per_second_per_gpu
@@ -279,22 +300,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{cfg.name} on {args.gpus} x {args.gpu}{how}")
         for section in (about_parameters(cfg), about_flops(cfg), about_memory(cfg, args)):
             print("\n" + "\n".join(section))
-        if not cost.fits(cfg, args.gpus, args.gpu):
-            need = cost.total(cost.memory(cfg, args.gpus, args.gpu != "cpu"))
-            have = cost.usable(args.gpu, args.gpus)
-            change = " ".join(cost.smallest_change(cfg, args.gpus, args.gpu))
-            advice = f"it would with {change}" if change else (
-                "no smaller micro-batch, checkpointing, FSDP or number of GPUs up to 4,096 makes it fit; "
-                "use a larger GPU or a smaller model"
-            )  # fmt: skip
-            raise ConfigError(
-                f"this does not fit: {need / cost.GIB:,.1f} GiB where {have / cost.GIB:,.1f} are usable; "
-                + advice
-            )
+        cost.check_memory(cfg, args.gpus, args.gpu)
         if when is None:
             missing = f"{cfg.dataset} is not built and data.expected_tokens is not set; state --tokens"
             print(f"\nsteps, disk and time\n  Not known: {missing}.")
             return
+        if not cfg.optim.anneal_steps:  # a schedule that has begun is not asked again
+            cost.check_warmup(cfg, when.steps)
         for section in (about_steps(cfg, args, when), about_disk(cfg, when), about_time(cfg, args, when)):
             print("\n" + "\n".join(section))
     except ConfigError as error:

@@ -176,6 +176,16 @@ def of(cfg: Config, n_rows: int, order: Order | None = None) -> Steps:
     return Steps(order, t.batch_size, -(-t.batch_double_tokens // cfg.model.seq_len), t.batch_size_max)
 
 
+def schedule_length(cfg: Config, n_steps: int) -> int:
+    """Length of the learning-rate schedule, in steps or in tokens; n_steps: those that the data has."""
+    return cfg.optim.schedule_tokens or cfg.optim.schedule_steps or n_steps
+
+
+def schedule_position(cfg: Config, steps: Steps, step: int) -> int:
+    """How far in its schedule the learning rate is after `step` finished steps, in steps or in tokens."""
+    return steps.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
+
+
 def checkpoint_steps(cfg: Config, steps: Steps, chunks: list[tuple[int, int]], last_step: int) -> list[int]:
     """Steps after which train.py saves a checkpoint: 0, the last, those that end a chunk, those asked for."""
     every = set(range(0, last_step, cfg.train.checkpoint_every)) if cfg.train.checkpoint_every else set()

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 --max-restarts=9 train.py 7b     # and again by itself when a process dies
     python train.py 124m --benchmark 30                          # speed and memory, on made-up tokens
     python train.py demo --profile                               # three steps, in runs/demo/trace.json
+    python train.py 7b --anyway                                  # though plan.py says that it does not fit
 
 Reads the dataset folder that data.py built. Writes the run folder (checkpoint.py). Ctrl-C and SIGTERM save a
 checkpoint and leave. The same command again goes on from the newest complete checkpoint, after kill -9 too,
@@ -17,12 +18,13 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
     import config
 
     CONFIG, FLAGS = config.from_command_line(
-        __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": ""}
+        __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": "", "--anyway": ""}
     )
     config.quiet_imports()
 
 import dataclasses
 import math
+import re
 import signal
 import sys
 import time
@@ -87,7 +89,11 @@ def train(cfg: Config, profile: bool = False) -> int:
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
-    origin = None if checkpoint.checkpoints(cfg.run) else open_origin(cfg, dataset)
+    origin = None
+    if not checkpoint.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
+        origin = open_origin(cfg, dataset)
+        if not cfg.optim.anneal_steps:
+            cost.check_warmup(cfg, steps.of(cfg, dataset.n_rows))
     changed = ledger.check_same_run(cfg, dataset)
 
     everyone = parallel.start(cfg.train, cfg.parallel)
@@ -131,7 +137,7 @@ class Run:
         self.cfg, self.dataset, self.everyone, self.folder = cfg, dataset, everyone, Path(cfg.run)
         self.resumed, self.origin = found[-1] if found else None, origin
         self.chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
-        self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of the schedule, whatever is left out later
+        self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of all the data, whatever is left out later
         self.annealed = checkpoint.read(origin) if origin and cfg.optim.anneal_steps else None
         self.begin_step = (
             self.resumed.state.get("begin", 0) if found else self.annealed.step if self.annealed else 0
@@ -197,8 +203,9 @@ class Run:
                 ledger.say, f"note     {', '.join(missing)}: incomplete or damaged, and passed over"
             )
         everyone.once(
-            ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, accumulation
-        )
+            ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, self.n_steps,
+            accumulation,
+        )  # fmt: skip
         if not self.resumed:
             self.save()
 
@@ -321,9 +328,11 @@ class Run:
         return False
 
     def rate(self) -> float:
+        """The learning rate of the step under way."""
         if self.cfg.optim.anneal_steps:
-            return optim.annealed_rate(self.step, self.begin_step, self.n_steps, self.cfg.optim)
-        return optim.learning_rate(self.step, self.n_steps, self.cfg.optim)
+            begin_rate = scheduled_rate(self.cfg, self.steps, self.n_steps, self.begin_step)
+            return optim.annealed_rate(begin_rate, self.step - self.begin_step, self.cfg.optim)
+        return scheduled_rate(self.cfg, self.steps, self.n_steps, self.step)
 
     # ---- incidents ----------------------------------------------------------------------------------------
 
@@ -410,6 +419,12 @@ class Run:
         return f"the newest checkpoint, {path.name}, is whole"
 
 
+def scheduled_rate(cfg: Config, plan: Steps, n_steps: int, step: int) -> float:
+    """The learning rate after `step` finished steps; n_steps: those that the data have."""
+    at, length = steps.schedule_position(cfg, plan, step), steps.schedule_length(cfg, n_steps)
+    return optim.learning_rate(at, length, cfg.optim)
+
+
 class Batches:
     """This process's rows of each batch; the next step's are read while this one is computed."""
 
@@ -432,6 +447,27 @@ class Batches:
 
 
 # ---- before the loop --------------------------------------------------------------------------------------
+
+
+def check_room(cfg: Config, anyway: bool) -> None:
+    """Asks the plan whether this machine has the memory for a run, before any is touched.
+
+    Raises ConfigError with the smallest change that would fit; with `anyway` only says so.
+    """
+    processes, device = parallel.world_size(), parallel.device(cfg.train.device)
+    cost.accumulation(cfg, processes)  # they must divide
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory * cost.USABLE
+    else:
+        have = cost.usable("cpu", parallel.processes_here())
+    try:
+        cost.check_memory(cfg, processes, device.type, have)
+    except ConfigError as error:
+        said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
+        if not anyway:
+            raise ConfigError(f"{said}. --anyway tries all the same") from None
+        if parallel.is_first():
+            ledger.say(f"note     --anyway: {said}")
 
 
 def open_dataset(cfg: Config) -> Dataset:
@@ -459,6 +495,16 @@ def open_dataset(cfg: Config) -> Dataset:
             f"remove that folder and build it again: {cfg.again('data.py')}; or name another: "
             "--dataset=FOLDER"
         )
+    path = Path(cfg.tokenizer.path)
+    if path.exists():  # elsewhere the dataset's own copy is all there is
+        theirs, ours = tokenizers.load(path, cfg.tokenizer.eot), dataset.manifest["tokenizer"]["sha256"]
+        own = tokenizers.load(dataset.folder, cfg.tokenizer.eot)
+        if theirs.sha256 != ours and not tokenizers.equal(theirs, own):
+            raise ConfigError(
+                f"{cfg.dataset} was built with another tokenizer ({ours[:12]}) than tokenizer.path={path} "
+                f"({theirs.sha256[:12]}); use the dataset's own, --tokenizer.path={cfg.dataset}, or build "
+                f"another dataset with yours: {cfg.again('data.py')} --dataset=FOLDER"
+            )
     if dataset.n_rows < cfg.train.batch_size:
         raise ConfigError(
             f"{cfg.dataset} has {dataset.n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
@@ -493,7 +539,8 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
                 "goes on in the same one. Without optim.anneal_steps its weights begin anew on any data"
             )
         order = steps.of(cfg, dataset.n_rows, state.get("order"))
-        left = min(order.n_steps, steps.of(cfg, dataset.n_rows).n_steps) - state["step"]
+        n_steps = steps.of(cfg, dataset.n_rows).n_steps
+        left = min(order.n_steps, n_steps) - state["step"]
         if order.consumed(state["step"]) != (rows := state.get("rows")):
             raise ConfigError(
                 f"--init_from={cfg.init_from} consumed {rows} rows in {state['step']} steps, and "
@@ -503,7 +550,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
             raise ConfigError(
                 f"train.steps={cfg.train.steps} ends before annealing begins, after step {state['step']}"
             )
-        if not optim.learning_rate(state["step"], order.n_steps, cfg.optim):
+        if not scheduled_rate(cfg, order, n_steps, state["step"]):
             raise ConfigError(
                 f"the rate after step {state['step']} is 0: there is nothing to anneal; use a later one"
             )
@@ -525,6 +572,7 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
             raise ConfigError("--json is for --benchmark N")
         if "--profile" in flags and "--benchmark" in flags:
             raise ConfigError("--profile traces a training and --benchmark is none; give one of them")
+        check_room(cfg, anyway="--anyway" in flags)
         if "--benchmark" in flags:
             benchmark.run(cfg, int(flags["--benchmark"]), flags.get("--json", ""))
         else:

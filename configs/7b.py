@@ -31,7 +31,8 @@ config = Config(
     optim=Optim(lr=3e-4, final_lr_fraction=0.1, schedule="cosine", warmup_steps=2000, decay="all"),
     # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step. Every block is computed again, as
     # published: ten sequences would leave 104 GiB of activations. Eight GPUs of 80 GB will do as well.
-    train=Train(batch_size=2240, micro_batch_size=10, activation_checkpointing=1),
+    # The seed is that of its first process, 11111 + 0; it keys the weights here, and not the order.
+    train=Train(batch_size=2240, micro_batch_size=10, activation_checkpointing=1, seed=11111),
     parallel=Parallel(strategy="fsdp"),
     eval=Eval(rows_per_chunk=1000),  # as Analysis360
 )

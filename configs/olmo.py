@@ -10,15 +10,16 @@ with; the config says 2,048. The linear layer that the config calls 22,016 wide 
 one.
 
 1.7's cosine is laid out over 3 T tokens; the card says that it was left at 2 T, for 50 B more down to 0. Its
-config says a batch of 512, the names of its checkpoints (step1000-tokens4B) 1,024. The way to 0, 11,921 steps
-of 1024 x 4096 tokens, is a run of its own:
+config said a batch of 512 at first, and was corrected to 1,024 (OLMo@809d2f1e). The way to 0, 11,921 steps of
+1024 x 4096 tokens, is a run of its own:
 
     torchrun --nproc_per_node=8 train.py olmo-1.7-7b --run=runs/olmo-1.7-7b-to-0 --train.steps=0 \\
         --optim.anneal_steps=11921 --init_from=runs/olmo-1.7-7b/checkpoints/step-00476837
 
 The released 7B has 1,000 steps to 0 after the end of its data; here they need data that is left.
 
-65B's batch doubles every 100 B tokens from 1,024 to 8,192 sequences, which was done by hand.
+65B's batch doubles every 100 B tokens from 1,024 to 8,192 sequences, which was done by hand. Its cosine and
+warm-up count tokens: over steps, which become longer, the rate would be too low by up to 42 %.
 """
 
 from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
@@ -26,16 +27,17 @@ from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Trai
 # fmt: off
 SIZES = [
     # d_model, layers, heads, d_ff, context, LR, schedule, warm-up, batch, micro-batch, decay, tokens
+    # warm-up in steps: 1.7's 10.486 B tokens are 2500 x 1024 x 4096; 65b has WARMUP_TOKENS
     ("1b",     2048, 16, 16,  8192, 2048, 4e-4,   "cosine", 2000, 2048, 8, "linear", 739_328 * 2048 * 2048),
     ("7b",     4096, 32, 32, 11008, 2048, 3e-4,   "linear", 5000, 2048, 2, "linear", 2_460_000_000_000),
-    # warm-up over 10.486 B tokens = 5000 x 1024 x 2048, and for 1.7 2500 x 1024 x 4096
-    ("65b",    8192, 80, 64, 22016, 2048, 1.5e-4, "cosine", 5000, 1024, 1, "all",    2_000_000_000_000),
+    ("65b",    8192, 80, 64, 22016, 2048, 1.5e-4, "cosine",    0, 1024, 1, "all",    2_000_000_000_000),
     ("1.7-7b", 4096, 32, 32, 11008, 4096, 3e-4,   "cosine", 2500, 1024, 2, "all",    3_000_000_000_000),
 ]
 # fmt: on
-# The limit of the gradient's norm is so many times looser in the first 1000 steps: 65b, for 2.097 B tokens =
-# 1000 x 1024 x 2048
-LOOSER = {"7b": 10, "65b": 5}
+WARMUP_TOKENS = {"65b": 5000 * 1024 * 2048}  # 10.486 B
+# The limit of the gradient's norm is this many times looser in the first steps. 65b and 1.7 count them as
+# 2,097,152,000 tokens: 1000 steps of 1024 x 2048, or 500 of 1024 x 4096.
+LOOSER = {"7b": (10, 1000), "65b": (5, 1000), "1.7-7b": (5, 500)}  # factor, steps
 
 configs = {
     name: Config(
@@ -63,11 +65,13 @@ configs = {
             lr=lr,
             schedule=kind,
             warmup_steps=warm,
+            schedule_tokens=tokens if name in WARMUP_TOKENS else 0,  # 65b: t_max 2e12
+            warmup_tokens=WARMUP_TOKENS.get(name, 0),
             warmup_start_fraction=0.1,
             eps=1e-5,
             decay=decay,
-            grad_clip_start_factor=LOOSER.get(name, 1),
-            grad_clip_start_steps=1000,
+            grad_clip_start_factor=LOOSER.get(name, (1, 1000))[0],
+            grad_clip_start_steps=LOOSER.get(name, (1, 1000))[1],
         ),
         train=Train(
             batch_size=batch,

@@ -51,6 +51,7 @@ configs = {
             micro_batch_size=2,
             steps=tokens // (batch * 4096),
             activation_checkpointing=int(name == "13b"),
+            seed=6198,
         ),
         parallel=Parallel(strategy="ddp" if name == "1b" else "fsdp"),
     )

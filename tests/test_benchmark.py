@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 import cost
@@ -56,6 +59,52 @@ def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, pr
 def test_wrong_flags_are_one_message(recipe, flags, message):
     result = run(recipe, *flags)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_does_not_fit_is_refused_in_a_moment_before_any_memory_is_touched(tmp_path):
+    began = time.perf_counter()
+    result = run("7b", "--train.device=cpu", "--benchmark", "1", f"--run={tmp_path / 'run'}")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "this does not fit" in result.stderr and "--anyway tries all the same" in result.stderr
+    assert time.perf_counter() - began < 15 and not (tmp_path / "run").exists()  # two seconds, if nobody else
+
+
+def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_path, monkeypatch, capsys):
+    cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", "--train.steps=2"])
+    wide = [f"--run={tmp_path / 'wide'}", "--train.batch_size=60", "--train.micro_batch_size=60"]
+    wide = config.load(str(recipe), wide)
+    need = cost.total(cost.memory(cfg, 1, False))
+    monkeypatch.setattr(cost, "machine_memory", lambda: need / cost.USABLE_ON_CPU)
+    train.main(cfg, {"--benchmark": "1"})  # it fits to the byte
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and where two processes share the machine it does not
+    for flags in ({}, {"--benchmark": "1"}):
+        with pytest.raises(SystemExit) as ended:
+            train.main(cfg, flags)
+        assert ended.value.code == 2 and "this does not fit: 0.0 GiB" in capsys.readouterr().err
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(SystemExit):
+        train.main(wide, {})
+    (change,) = cost.smallest_change(wide, 1, "cpu")
+    assert f"it would with {change}. --anyway" in capsys.readouterr().err
+    assert not (tmp_path / "wide").exists()
+    train.main(wide, {"--anyway": "", "--benchmark": "1"})
+    assert "note     --anyway: this does not fit" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
+    about = types.SimpleNamespace(total_memory=cost.GPUS["rtx-4090"].memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    train.check_room(config.load("demo"), anyway=False)
+    with pytest.raises(config.ConfigError) as refused:
+        train.check_room(config.load("7b"), anyway=False)
+    with pytest.raises(config.ConfigError) as planned:
+        cost.check_memory(config.load("7b"), 1, "rtx-4090")
+    assert "--train.micro_batch_size=5 --gpus=8" in str(planned.value)
+    said = str(planned.value).replace(" --gpus=8", " on 8 GPUs") + ". --anyway tries all the same"
+    assert str(refused.value) == said
+    train.check_room(config.load("7b"), anyway=True)
+    assert capsys.readouterr().out.startswith("note     --anyway: this does not fit")
 
 
 def test_a_profile_is_a_trace_of_steps_with_the_matrix_products_in_it(recipe, tmp_path):

@@ -101,6 +101,16 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--run=/etc/passwd/x", "is a file, not a folder"),
         ("optim.lr=1", "give exactly one config"),
         ("--optim.lr", "not an override"),
+        ("--optim.warmup_tokens=9", "optim.schedule_tokens, too"),
+        ("--optim.schedule_tokens=1e6", "counts tokens and optim.warmup_steps=40 counts steps"),
+        ("--optim.muon_momentum=0.9", "would have no effect: it needs optim.optimizer=muon"),
+        ("--optim.decay_fraction=0.2", "it needs optim.schedule=constant"),
+        ("--optim.grad_clip_start_steps=5", "it needs optim.grad_clip_start_factor"),
+        ("--train.rollback_steps=5", "it needs train.on_spike=rollback"),
+        ("--train.max_incidents=5", "it needs train.on_spike=skip, defer or rollback"),
+        ("--train.spike_window=5", "it needs train.spike_z above 0"),
+        ("--parallel.reshard=false", "it needs parallel.strategy=fsdp"),
+        ("--model.rope_scaling_low=2", "it needs model.rope_scaling above 1"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_no_traceback(override, expected):
@@ -200,6 +210,45 @@ def test_a_stage_has_epochs_or_weights_with_tokens():
     ):
         with pytest.raises(ConfigError):
             Stage(**bad)
+
+
+def test_a_schedule_counts_steps_or_tokens_and_its_warm_up_too():
+    with pytest.raises(ConfigError, match="contradict each other"):
+        Optim(schedule_steps=300, schedule_tokens=10**6, warmup_steps=0)
+    with pytest.raises(ConfigError, match="counts steps"):
+        Optim(schedule_tokens=10**6, warmup_tokens=1000, warmup_steps=30)
+    assert Optim(schedule_tokens=10**6, warmup_tokens=1000).warmup == 1000  # the default is no contradiction
+    assert Optim(schedule_tokens=10**6, warmup_steps=0).warmup == 0
+    assert Optim(schedule_steps=300, warmup_steps=30).warmup == 30
+
+
+def test_settings_that_nothing_reads_are_refused_but_not_what_an_override_leaves_behind(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from config import *\nconfig = Config(optim=Optim(schedule='constant', decay_fraction=0.2), "
+        "model=Model(init='small_wang'), parallel=Parallel(strategy='fsdp', reshard=False))"
+    )
+    assert config.load(str(path)).optim.decay_fraction == 0.2
+    # the file's decay_fraction and reshard mean nothing now, and nobody has asked for them here
+    left = config.load(str(path), ["--optim.schedule=cosine", "--parallel.strategy=ddp"])
+    assert left.optim.decay_fraction == 0.2 and not left.parallel.reshard
+    config.load(str(path), ["--model.init_std=0.02", "--optim.muon_momentum=0.95"])  # as by default
+    with pytest.raises(ConfigError, match=r"model\.init_std=0\.3 would have no effect: it needs"):
+        config.load(str(path), ["--model.init_std=0.3"])
+    with pytest.raises(ConfigError, match=r"optim\.decay_fraction=0\.3 would have no effect"):
+        config.load(str(path), ["--optim.schedule=cosine", "--optim.decay_fraction=0.3"])
+    path.write_text("from config import *\nconfig = Config(model=Model(positions='alibi', rope_theta=5e5))")
+    with pytest.raises(ConfigError, match=r"mine\.py: model\.rope_theta=500000\.0 would have no effect"):
+        config.load(str(path))
+
+
+def test_every_setting_named_as_without_effect_exists():
+    nothing = Config(
+        model=Model(positions="none", init="small_wang"),
+        optim=Optim(warmup_steps=0, grad_clip=0, schedule="constant", decay_fraction=0),
+    )
+    named = config.without_effect(nothing) | config.without_effect(Config())
+    assert set(named) <= set(config.SETTINGS) and len(named) > 15
 
 
 def test_accumulation_follows_from_the_global_batch_and_errors_name_sizes_that_work():

@@ -1,6 +1,7 @@
 """configs/: every shipped config loads, builds, and has the figures that were published."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import config_names
 import config
 import cost
 import optim
+import steps as steps_module
 from dataset import settings
 from model import Transformer
 
@@ -176,7 +178,8 @@ def test_warm_ups_stated_in_tokens_are_that_long():
         "olmo2-13b": 8_388_608_000,
     }.items():
         cfg = config.load(name)
-        assert cfg.optim.warmup_steps * cfg.train.batch_size * cfg.model.seq_len == tokens
+        steps_of_first_batch = cfg.optim.warmup_steps * cfg.train.batch_size * cfg.model.seq_len
+        assert (cfg.optim.warmup_tokens or steps_of_first_batch) == tokens
 
 
 def test_olmo_65b_doubles_its_batch_and_begins_with_a_looser_clip():
@@ -195,6 +198,40 @@ def test_olmo_65b_doubles_its_batch_and_begins_with_a_looser_clip():
     assert [optim.clip_limit(step, cfg.optim) for step in (0, 999, 1000)] == [5, 5, 1]
     assert [optim.clip_limit(s, config.load("olmo-7b").optim) for s in (0, 999, 1000)] == [10, 10, 1]
     assert all(config.load(f"olmo2-{size}").optim.z_loss == 1e-5 for size in ("1b", "7b", "13b"))
+
+
+def test_olmo_65b_lays_its_cosine_and_warm_up_out_over_tokens():
+    cfg = config.load("olmo-65b")
+    plan = cost.schedule(cfg).steps
+
+    def published(tokens: float) -> float:  # t_warmup 10.486e9, t_max 2e12; warm-up begins at a tenth
+        if tokens < 10.48576e9:
+            return 1.5e-4 * (0.1 + 0.9 * tokens / 10.48576e9)
+        done = (tokens - 10.48576e9) / (2e12 - 10.48576e9)
+        return 1.5e-5 + (1.5e-4 - 1.5e-5) * (1 + math.cos(math.pi * done)) / 2
+
+    tokens, size, at = 0, 1024, {}
+    for step in range(184_774):  # by brute force: a batch doubles when another 100 B tokens have been seen
+        at[step] = tokens
+        tokens += size * 2048
+        size = min(8192, 1024 << int(tokens // 100e9))
+    for step in (0, 1, 2500, 4999, 5000, 47_684, 83_447, 123_050, 184_773):
+        position, length = steps_module.schedule_position(cfg, plan, step), 2_000_000_000_000
+        assert position == at[step] and length == steps_module.schedule_length(cfg, plan.n_steps)
+        assert optim.learning_rate(position, length, cfg.optim) == pytest.approx(published(at[step]))
+    # the same cosine over steps, as it was here, is 42 % lower two thirds of the way
+    over_steps = dataclasses.replace(cfg.optim, schedule_tokens=0, warmup_tokens=0, warmup_steps=5000)
+    wrong = optim.learning_rate(123_050, plan.n_steps, over_steps)
+    assert 1 - wrong / published(at[123_050]) == pytest.approx(0.417, abs=0.001)
+
+
+def test_olmo_1_7_has_its_looser_clip_and_the_authors_their_seeds():
+    cfg = config.load("olmo-1.7-7b")
+    assert [optim.clip_limit(step, cfg.optim) for step in (0, 499, 500)] == [5, 5, 1]
+    assert 500 * cfg.train.batch_size * cfg.model.seq_len == 2_097_152_000
+    seeds = {name: config.load(name).train.seed for name in NAMES}
+    assert {seed for name, seed in seeds.items() if name.startswith("olmo")} == {6198}
+    assert (seeds["7b"], seeds["tinyllama"], seeds["pythia-1b"]) == (11111, 3407, 1234)
 
 
 def test_a_config_is_sharded_where_a_gpu_of_80_gb_has_no_room_for_the_whole():

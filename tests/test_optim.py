@@ -1,13 +1,17 @@
 """optim.py: schedules at their endpoints, groups as published, clip and Muon by hand."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import config
+import cost
 import optim
-from config import Model, Optim
+import steps
+from config import Config, Model, Optim, Train
 from model import Transformer
 
 SMALL = dict(vocab_size=31, seq_len=8, d_model=12, n_layers=2, n_heads=2, d_ff=20)
@@ -59,8 +63,69 @@ def test_a_constant_rate_falls_linearly_in_the_last_part_of_the_steps():
 def test_an_annealed_run_leaves_the_schedule_where_it_stands_and_falls_to_zero(schedule):
     cfg = Optim(lr=3e-4, warmup_steps=10, schedule=schedule, anneal_steps=40)
     begin = optim.learning_rate(60, 100, cfg)
-    rate = [optim.annealed_rate(step, 60, 100, cfg) for step in (60, 61, 80, 99, 100, 105)]
+    rate = [optim.annealed_rate(begin, step - 60, cfg) for step in (60, 61, 80, 99, 100, 105)]
     assert rate == [pytest.approx(begin * left) for left in (1, 39 / 40, 1 / 2, 1 / 40, 0, 0)]
+
+
+def test_a_schedule_that_counts_tokens_follows_batches_that_double():
+    T, lr = 7, 0.5
+    o = Optim(lr=lr, schedule_tokens=5000, warmup_tokens=1000, warmup_steps=0, final_lr_fraction=0.2)
+    cfg = Config(
+        model=Model(seq_len=T),
+        optim=o,
+        train=Train(batch_size=3, micro_batch_size=1, batch_double_tokens=1400, batch_size_max=12),
+    )
+    plan = steps.of(cfg, n_rows=700)
+    # by brute force: a batch is as large as the rows consumed before it say
+    consumed, expected = 0, []
+    while consumed + (size := 3 if consumed < 200 else 6 if consumed < 400 else 12) <= 700:
+        tokens = consumed * T
+        cosine = (1 + math.cos(math.pi * min(1, (tokens - 1000) / 4000))) / 2
+        expected.append(lr * tokens / 1000 if tokens < 1000 else lr * (0.2 + 0.8 * cosine))
+        consumed += size
+    at = [steps.schedule_position(cfg, plan, step) for step in range(plan.n_steps)]
+    rates = [optim.learning_rate(tokens, steps.schedule_length(cfg, plan.n_steps), o) for tokens in at]
+    assert rates == pytest.approx(expected) and len({round(b - a) for a, b in itertools.pairwise(at)}) == 3
+    assert optim.learning_rate(5001, 5000, o) == pytest.approx(lr * 0.2)
+
+
+def test_the_length_of_a_schedule_is_what_is_asked_for_or_all_the_data():
+    for settings, length, position in (
+        ({}, 40, 4),
+        ({"schedule_steps": 30}, 30, 4),
+        ({"schedule_tokens": 999, "warmup_steps": 0}, 999, 4 * 2 * 5),
+    ):
+        cfg = Config(model=Model(seq_len=5), optim=Optim(**settings), train=Train(batch_size=2))
+        assert steps.schedule_length(cfg, 40) == length
+        assert steps.schedule_position(cfg, steps.of(cfg, 80), 4) == position
+
+
+@pytest.mark.parametrize("at", [0, 5, 50])
+def test_a_schedule_that_nobody_computes_raises_where_it_is_used(at):
+    cfg = Optim(warmup_steps=10)
+    object.__setattr__(cfg, "schedule", "inverse_sqrt")
+    with pytest.raises(ValueError, match="inverse_sqrt"):
+        optim.learning_rate(at, 100, cfg)
+
+
+def test_a_warm_up_as_long_as_the_schedule_or_the_data_is_refused_with_a_number():
+    def check(n_rows=466, **settings):
+        cfg = Config(model=Model(seq_len=5), optim=Optim(**settings), train=Train(batch_size=2))
+        cost.check_warmup(cfg, steps.of(cfg, n_rows))
+
+    with pytest.raises(config.ConfigError, match=r"the data have 233 steps.*--optim\.warmup_steps=23,"):
+        check()  # 2,000 steps, the default
+    with pytest.raises(config.ConfigError, match=r"the schedule has 50 steps.*--optim\.warmup_steps=5,"):
+        check(warmup_steps=50, schedule_steps=50)
+    with pytest.raises(config.ConfigError, match=r"the data have 233 steps"):
+        check(warmup_steps=233, schedule_steps=900)
+    tokens = dict(warmup_steps=0, schedule_tokens=9000)
+    with pytest.raises(config.ConfigError, match=r"the data have 2330 tokens.*--optim\.warmup_tokens=233,"):
+        check(warmup_tokens=2330, **tokens)
+    check(warmup_tokens=2329, **tokens)
+    for fine in (dict(warmup_steps=232), dict(warmup_steps=0), dict(warmup_steps=49, schedule_steps=50)):
+        check(**fine)
+    check(n_rows=2, warmup_steps=0)
 
 
 def test_the_clip_is_looser_at_the_start_where_asked():

@@ -1,11 +1,15 @@
 """cost.py and plan.py: what they say is what the model, the loop and the published runs say."""
 
 import dataclasses
+import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from conftest import config_names
 
@@ -343,6 +347,59 @@ def test_the_smallest_change_is_tried_in_order():
     assert change(config.load("llama-3.1-405b").model, 1, 1, 1, "rtx-4090") == []
 
 
+def test_where_nothing_else_fits_tensor_parallel_is_tried_and_quickly():
+    began = time.perf_counter()
+    refused = run("llama-3.1-405b", "--gpus", "8", "--gpu", "h100-80gb")
+    assert refused.returncode == 2 and time.perf_counter() - began < 5  # under one second, if nobody else
+    flags = refused.stderr.strip().partition("it would with ")[2].split()
+    assert [flag.partition("=")[0] for flag in flags] == ["--parallel.tp", "--gpus"]
+    assert run("llama-3.1-405b", "--gpu", "h100-80gb", *flags).returncode == 0
+    cfg, (tp, gpus) = config.load("llama-3.1-405b"), (int(flag.partition("=")[2]) for flag in flags)
+
+    def with_tp(n: int) -> Config:
+        return cost.variant(cfg, "fsdp", 1, tp=n)
+
+    # fewer GPUs or a narrower split do not do, and no number of GPUs without one
+    assert not any(cost.fits(with_tp(n), gpus // 2, "h100-80gb") for n in (1, 2, 4, 8))
+    assert not cost.fits(with_tp(tp // 2), gpus, "h100-80gb")
+    assert not any(cost.fits(cfg, 8 << more, "h100-80gb") for more in range(9))
+    began = time.perf_counter()
+    assert cost.smallest_change(cfg, 1, "rtx-4090") == [] and time.perf_counter() - began < 1
+
+
+def test_a_split_that_is_not_offered_is_not_advised():
+    for name, offered in (("olmo2-7b", False), ("baichuan-13b", False), ("llama-1-7b", True)):
+        assert cost.can_split(config.load(name), 2) is offered
+    assert cost.can_split(config.load("llama-1-33b"), 4) and not cost.can_split(config.load("llama-1-33b"), 8)
+    cfg = config.load("llama-1-7b", ["--parallel.tp=2", "--train.micro_batch_size=1"])
+    with pytest.raises(ConfigError, match=r"d_model=4096 does not divide by 12 shards"):
+        cost.accumulation(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=24)), 24)
+
+
+def test_sharding_over_a_node_is_widened_where_that_fits():
+    cfg = config.load("llama-1-65b", ["--parallel.shard=8", "--train.micro_batch_size=1"])
+    assert cost.smallest_change(cfg, 32, "a100-80gb") == ["--parallel.shard=0"]
+
+
+def test_the_memory_of_a_machine_is_that_of_its_control_group_if_it_has_fewer(tmp_path):
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert cost.machine_memory(tmp_path) == physical  # not Linux
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group, top = tmp_path / "proc/self/cgroup", tmp_path / "sys/fs/cgroup"
+    (top / "job/step").mkdir(parents=True)
+    group.write_text("0::/job/step\n")
+    (top / "job/step/memory.max").write_text("max\n")
+    assert cost.machine_memory(tmp_path) == physical
+    (top / "job/memory.max").write_text("3000000\n")  # a limit above it in the tree holds as well
+    assert cost.machine_memory(tmp_path) == 3_000_000
+    group.write_text("12:cpu,cpuacct:/\n9:memory:/docker/3f\n")  # version 1, seen from inside a container
+    (top / "memory").mkdir()
+    (top / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert cost.machine_memory(tmp_path) == physical
+    (top / "memory/memory.limit_in_bytes").write_text("2000000\n")
+    assert cost.machine_memory(tmp_path) == 2_000_000
+
+
 # ---- steps, chunks, checkpoints ---------------------------------------------------------------------------
 
 
@@ -380,6 +437,91 @@ def test_a_dataset_that_does_not_suit_is_refused(recipe):
         cost.schedule(config.load(str(recipe), ["--model.seq_len=32"]))
     with pytest.raises(ConfigError, match=r"4 steps .* fewer than data\.n_chunks=5"):
         cost.schedule(config.load(str(recipe)), tokens=24 * 6 * 4)
+
+
+@pytest.mark.parametrize("more", [[], ["--train.on_spike=rollback", "--train.rollback_steps=5"]])
+def test_what_keep_others_leaves_is_planned_as_it_is_left(recipe, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # Ctrl-C stays pytest's
+    asked = ["--train.checkpoint_every=2", "--train.keep_others=3", "--train.steps=33", *more]
+    cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", *asked])
+    when = cost.schedule(cfg)
+    train.train(cfg)
+    on_disk = [c.step for c in checkpoint.checkpoints(cfg.run)]
+    assert when.on_disk == on_disk and len(on_disk) < len(when.checkpoints)
+    shown = run(str(recipe), *asked).stdout
+    size, n = cost.disk(cfg, len(on_disk)), len(on_disk)
+    assert f"all {n} checkpoints" in shown and plan.big(size["all"], "B") in shown
+    assert f"Of {len(when.checkpoints)} that are saved, train.keep_others=3 deletes the rest" in shown
+
+
+def test_annealing_is_planned_from_its_origin(recipe, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)
+    origin = checkpoint.checkpoints(whole)[2]
+    asked = ["--optim.anneal_steps=7", "--train.checkpoint_every=3", f"--init_from={origin.path}"]
+    cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", *asked])
+    when = cost.schedule(cfg)
+    assert (when.begin, when.last_step, when.assumed) == (origin.step, origin.step + 7, "")
+    train.train(cfg)
+    found = checkpoint.checkpoints(cfg.run)
+    assert when.checkpoints == when.on_disk == [c.step for c in found]
+    speed = ["--tokens-per-second-per-gpu=0.1", "--watts=30"]
+    shown = run(str(recipe), *asked, *speed).stdout
+    assert number(shown, "steps") == 7 and number(shown, "tokens") == 7 * 6 * 24
+    assert number(shown, "hours") == pytest.approx(7 * 6 * 24 / 0.1 / 3600, abs=0.1)
+    assert f"Steps {origin.step} to {origin.step + 7}, annealing" in shown and "which has no" not in shown
+    # all of them have moments, that of the origin's step, too
+    size = cost.disk(cfg, len(found), when.begin)
+    assert size["all"] == len(found) * (size["weights"] + size["optimizer"])
+    assert size["all"] == sum(
+        sum(math.prod(t.shape) * 4 for file in ("model", "optimizer") for name, t in tensors(c.path / file))
+        for c in found
+    )
+    # of a run, the newest; of what is not here, by its name, or as late as the data allow
+    n_steps = when.steps.n_steps
+    for init_from, begin, assumed in (
+        (whole, n_steps, ""),
+        ("/nowhere/step-00000009", 9, "is taken from its name"),
+        ("/nowhere/mine", n_steps - 7, "as late as the data allow"),
+    ):
+        other = dataclasses.replace(cfg, init_from=str(init_from))
+        if begin + 7 > n_steps:
+            with pytest.raises(ConfigError, match=f"after the origin's step {n_steps} there are data for 0"):
+                cost.schedule(other)
+            continue
+        found = cost.schedule(other)
+        assert found.begin == begin and found.last_step == begin + 7 and assumed in found.assumed
+
+
+def tensors(stem: Path) -> list[tuple[str, torch.Tensor]]:
+    """Names and tensors of weights or moments: of moments, those as large as their parameter."""
+    with safetensors.safe_open(f"{stem}.safetensors", "pt") as file:
+        found = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118, it is no dict
+    return [(name, tensor) for name, tensor in found if tensor.ndim and tensor.dtype == torch.float32]
+
+
+def test_the_plan_says_how_much_of_a_schedule_is_made_and_refuses_a_warm_up_that_never_ends(recipe):
+    n_steps = cost.schedule(config.load(str(recipe))).steps.n_steps
+    for asked, said in (
+        ([], f"Steps 0 to {n_steps}, the whole schedule."),
+        (["--train.steps=12"], f"Steps 0 to 12 of a schedule of {n_steps} steps (train.steps ends it early;"),
+        (["--train.steps=12", "--optim.schedule_steps=12"], "Steps 0 to 12, the whole schedule."),
+        (["--train.steps=3"], "It ends inside the warm-up of 4 steps, at 50.0% of the peak learning rate."),
+        (["--optim.schedule_steps=99"], f"{n_steps} of a schedule of 99 steps (the data end before it;"),
+    ):
+        shown = run(str(recipe), *asked)
+        assert shown.returncode == 0 and said in shown.stdout, shown
+        assert all(len(line) <= 110 for line in shown.stdout.splitlines())
+    refused = run(str(recipe), "--optim.warmup_steps=2000")
+    assert refused.returncode == 2 and f"--optim.warmup_steps={n_steps // 10}, a tenth" in refused.stderr
+
+
+def test_a_schedule_of_tokens_is_whole_where_less_than_a_batch_of_it_is_left():
+    cfg = config.load("olmo-65b")
+    when = cost.schedule(cfg)
+    assert cost.about_schedule(cfg, when.steps, when.steps.n_steps, when.last_step) == ", the whole schedule"
+    tokens = when.steps.consumed(when.last_step - 1) * 2048
+    early = cost.about_schedule(cfg, when.steps, when.steps.n_steps, when.last_step - 1)
+    assert early.startswith(f", {tokens:,} tokens of a schedule of 2,000,000,000,000 tokens (")
 
 
 def test_a_batch_that_doubles_is_planned_with_its_own_steps():
@@ -511,6 +653,7 @@ def test_a_cpu_has_no_peak_and_needs_a_speed(recipe):
         (["7b", "--mfu=0.4", "--tokens-per-second-per-gpu=9"], "keep one"),
         (["7b", "--gpus=9"], "does not divide"),
         (["7b", "--pue=0.9"], "at least 1"),
+        (["demo", "--mfu=0.4"], "no peak is known for a CPU"),
         (["demo", "--strategy=fsdp"], "did you mean 'parallel.strategy'?"),
         (["7b", "--parallel.tp=3"], "does not divide by parallel.tp=3"),
         (["1b", "--parallel.shard=4"], "parallel.shard=4 needs parallel.strategy='fsdp'"),

@@ -22,7 +22,7 @@ import optim
 import parallel
 import train
 from config import ConfigError
-from dataset import Dataset
+from dataset import Dataset, differences
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -410,6 +410,117 @@ def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_falls_to_zer
         (bare / "state.json").unlink()
         train.train(load(recipe, tmp_path / "other", f"--init_from={bare}", "--optim.anneal_steps=7"))
     assert cfg.optim.anneal_steps == 0
+
+
+def test_a_schedule_of_tokens_is_that_of_the_tokens_in_the_metrics(recipe, tmp_path, capsys):
+    run, end = tmp_path / "run", tmp_path / "end"
+    # 6 rows a step, and 12 after 50 rows; the data have some 290 rows of 24 tokens
+    asked = ("--train.batch_double_tokens=1200", "--train.batch_size_max=12", "--optim.warmup_steps=0")
+    asked += ("--optim.schedule_tokens=6000", "--optim.warmup_tokens=1000")
+    train.train(load(recipe, run, *asked, "--train.steps=24"))
+    sizes = [6] * 9 + [12] * 15
+    seen = [24 * n for n in itertools.accumulate([0, *sizes])]
+
+    def rate(tokens: int) -> float:
+        cosine = (1 + math.cos(math.pi * min(1, (tokens - 1000) / 5000))) / 2
+        return 1e-2 * (tokens / 1000 if tokens < 1000 else 0.1 + 0.9 * cosine)
+
+    records = metrics(run)
+    assert [r["lr"] for r in records] == pytest.approx([rate(tokens) for tokens in seen[:-1]])
+    said = f"steps    0 to 24, {seen[24]:,} tokens of a schedule of 6,000 tokens (train.steps ends it early;"
+    assert said in capsys.readouterr().out
+    # annealing leaves it where it is after 12 steps, and falls in steps
+    origin = [c for c in checkpoint.checkpoints(run) if c.step < 24][-1]
+    anneal = (f"--init_from={origin.path}", "--optim.anneal_steps=4")
+    train.train(load(recipe, end, *asked, *anneal))
+    expected = [rate(seen[origin.step]) * (1 - i / 4) for i in range(4)]
+    assert [r["lr"] for r in metrics(end)] == pytest.approx(expected)
+    assert f"steps    {origin.step} to {origin.step + 4}, annealing: the" in capsys.readouterr().out
+
+
+def test_a_shorter_run_may_have_a_schedule_that_fits_and_the_console_says_which(
+    recipe, whole, tmp_path, capsys
+):
+    n_steps = len(metrics(whole))
+
+    def lrs(name: str, *asked: str) -> tuple[list[float], str]:
+        train.train(load(recipe, tmp_path / name, *asked))
+        out = capsys.readouterr().out
+        said = next(line for line in out.splitlines() if line.startswith("steps "))
+        return [record["lr"] for record in metrics(tmp_path / name)], said + out.partition("note     it")[2]
+
+    def over(length: int) -> list[float]:
+        cosine = [(1 + math.cos(math.pi * min(1, max(0, s - 4) / (length - 4)))) / 2 for s in range(n_steps)]
+        return [1e-2 * (s / 4 if s < 4 else 0.1 + 0.9 * c) for s, c in enumerate(cosine)]
+
+    early, said = lrs("early", "--train.steps=12")
+    assert early == pytest.approx(over(n_steps)[:12])
+    assert f"0 to 12 of a schedule of {n_steps} steps (train.steps ends it early; " in said
+    assert "--optim.schedule_steps=12 would fit the schedule to it)" in said
+    fits, said = lrs("fits", "--train.steps=12", "--optim.schedule_steps=12")
+    assert fits == pytest.approx(over(12)[:12]) and fits != early and "0 to 12, the whole schedule" in said
+    longer, said = lrs("longer", "--train.steps=12", "--optim.schedule_steps=9")
+    assert longer == pytest.approx(over(9)[:12]) and longer[9:] == pytest.approx([1e-3] * 3)
+    assert "0 to 12; the schedule ends after 9 steps, and the learning rate stays at its last value" in said
+    inside, said = lrs("inside", "--train.steps=3")
+    assert inside == pytest.approx([0, 0.0025, 0.005])
+    assert "ends inside the warm-up of 4 steps, at 50.0% of the peak learning rate" in said
+    with pytest.raises(ConfigError, match=r"optim\.schedule_steps: 12 -> 9"):  # neither one run nor the other
+        train.train(load(recipe, tmp_path / "fits", "--optim.schedule_steps=9"))
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused_when_it_begins_and_not_when_it_resumes(
+    recipe, whole, tmp_path, monkeypatch
+):
+    run, n_steps = tmp_path / "run", len(metrics(whole))
+    with pytest.raises(ConfigError, match=f"the data have {n_steps} steps.*warmup_steps={n_steps // 10},"):
+        train.train(load(recipe, run, "--optim.warmup_steps=2000"))
+    assert not run.exists()
+    # a run that an older nano360 has begun
+    with monkeypatch.context() as older:
+        older.setattr(train.cost, "check_warmup", lambda cfg, plan: None)
+        train.train(load(recipe, run, "--optim.warmup_steps=2000", "--train.steps=3"))
+    train.train(load(recipe, run, "--optim.warmup_steps=2000", "--train.steps=5"))
+    assert len(metrics(run)) == 5
+
+
+def test_a_tokenizer_that_is_not_the_datasets_is_refused_and_its_place_does_not_matter(recipe, tmp_path):
+    run, dataset = tmp_path / "run", Dataset(config.load(str(recipe)).dataset)
+    for override, message in (
+        ("--tokenizer.vocab_size=299", "tokenizer.vocab_size=300 .now 299."),
+        ("--tokenizer.kind=sentencepiece", "tokenizer.kind=bpe .now sentencepiece."),
+        ("--tokenizer.split=gpt2", "tokenizer.split=gpt4 .now gpt2."),
+        ("--tokenizer.special_tokens=<a>", "tokenizer.special_tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train.train(load(recipe, run, override))
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(dataset.folder / "tokenizer.json", other)
+    asked = (f"--tokenizer.path={other}", "--train.steps=1")
+    train.train(load(recipe, tmp_path / "same", *asked))
+    one_merge_less(other / "tokenizer.json")
+    with pytest.raises(
+        ConfigError, match=f"another tokenizer .* than tokenizer.path={other}.*{dataset.folder}"
+    ):
+        train.train(load(recipe, run, *asked))
+    assert not run.exists()
+    train.train(load(recipe, tmp_path / "elsewhere", "--tokenizer.path=/nowhere", "--train.steps=1"))
+    # what an older dataset does not say is not compared
+    settings = {k: v for k, v in dataset.manifest["settings"].items() if k != "tokenizer.split"}
+    assert differences({"settings": settings}, load(recipe, run, "--tokenizer.split=gpt2")) == []
+
+
+def test_a_run_that_stands_on_a_contradicting_tokenizer_or_an_unread_setting_still_resumes(recipe, tmp_path):
+    run = tmp_path / "run"
+    train.train(load(recipe, run, "--train.steps=2"))
+    about = json.loads((run / "config.json").read_text())
+    about["config"]["tokenizer"]["vocab_size"] = 77  # as older ones wrote without asking
+    about["config"]["optim"]["muon_momentum"] = 0.5
+    (run / "config.json").write_text(json.dumps(about))
+    train.train(load(recipe, run, "--train.steps=4"))
+    assert len(metrics(run)) == 4
+    assert config.load_run(run).tokenizer.vocab_size == 300
 
 
 def test_a_batch_that_doubles_sees_every_row_once_in_order(recipe, whole, tmp_path, monkeypatch):
