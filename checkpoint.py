@@ -164,6 +164,17 @@ class Saving:
         """Whether this process still writes."""
         return self.thread is not None and self.thread.is_alive()
 
+    def abandon(self, at_once: bool) -> None:
+        """Before a process ends with an error while it writes: waits for that, or ends the process here.
+
+        Python would end with an abort in the middle of safetensors' code. What is written has no state.json
+        yet, so it never counts.
+        """
+        if at_once and self.busy():
+            os._exit(130)
+        if self.thread is not None:
+            self.thread.join()
+
     def finish(self) -> Path | None:
         """Waits for all processes to have written, and renames the folder; None if nothing was being saved.
 

@@ -115,6 +115,8 @@ def train(cfg: Config, profile: bool = False) -> int:
         stopped = run.loop(interrupted, ledger.profiler(cfg.run, everyone) if profile else None)
     except BaseException as error:
         ledger.sign_out(cfg.run, everyone, error)
+        if run.saving:
+            run.saving.abandon(at_once=isinstance(error, KeyboardInterrupt))
         raise
     ledger.sign_out(cfg.run, everyone)
     ledger.LOCKS.clear()
@@ -135,7 +137,7 @@ class Run:
         origin: Path | None,
     ):
         self.cfg, self.dataset, self.everyone, self.folder = cfg, dataset, everyone, Path(cfg.run)
-        self.resumed, self.origin = found[-1] if found else None, origin
+        self.resumed, self.origin, self.saving = found[-1] if found else None, origin, None
         self.chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
         self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of all the data, whatever is left out later
         self.annealed = checkpoint.read(origin) if origin and cfg.optim.anneal_steps else None

@@ -143,7 +143,8 @@ def meshes(key: str, choice: str, get) -> tuple:
 def after_an_incident(key: str, choice: str, get) -> tuple:
     """The first row of every batch that a run learned from, whose fourth is bad once; how the run ended."""
     run, recipe = get("tmp_path") / choice, get("recipe")
-    asked = (f"--{key}={choice}", "--train.rollback_steps=1", "--train.rollback_skip=2", "--train.steps=9")
+    back = ("--train.rollback_steps=1", "--train.rollback_skip=2") if choice == "rollback" else ()
+    asked = (f"--{key}={choice}", *back, "--train.steps=9")
     cfg, end = load(recipe, run, *asked), "finished"
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(patch, Dataset(cfg.dataset), {3 * B: math.nan}, times=1)
