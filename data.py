@@ -44,7 +44,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from pathlib import Path
@@ -189,14 +189,23 @@ def encoded(read: Iterator[documents.Document], inside: float, pool: ProcessPool
         batch.append((document.id, document.text, document.shared))
         characters += len(document.text) + 100  # so that a million tiny documents are not one batch
         if characters >= BATCH_CHARACTERS:
-            pending.append(pool.submit(encode, batch, inside))
+            pending.append(submit(pool, batch, inside))
             batch, characters = [], 0
             if len(pending) > 2 * n:
                 yield pending.popleft().result()
     if batch:
-        pending.append(pool.submit(encode, batch, inside))
+        pending.append(submit(pool, batch, inside))
     while pending:
         yield pending.popleft().result()
+
+
+def submit(pool: ProcessPoolExecutor, batch: list, inside: float) -> Future:
+    """Hands a batch to a worker. Workers start here, and inherit that Ctrl-C waits: the parent answers it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return pool.submit(encode, batch, inside)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def encode_source(
