@@ -244,6 +244,8 @@ class Data:
                     raise ConfigError(f"data.{kind}: the name {name!r} is used {names.count(name)} times")
         known = [source.name for source in self.sources]
         for stage in self.stages:
+            if stage.name.removesuffix(".offsets") in known and stage.name.endswith(".offsets"):
+                raise ConfigError(f"stage {stage.name!r}: this name is a file of a source; use another")
             for name in {**stage.epochs, **stage.weights}:
                 if name not in known:
                     raise ConfigError(

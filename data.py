@@ -20,9 +20,9 @@ A build works in `<dataset>.partial`, which is renamed when all of it is on disk
 finished. Memory is bounded by the sizes below and by the largest document, but for some bytes a document and
 the names of the input files.
 
-Held out: documents, by a hash of their ids. A source of few documents, where this leaves nothing to measure
-or takes too much away, is split inside its documents instead: the end of long ones is held out, after a gap
-of one row that is neither trained on nor held out.
+Which documents are held out follows from a hash of their ids. Where a source has so few documents that this
+holds out less than a row, or more than a fifth, the ends of long documents are held out instead, each after a
+gap of one row that is neither trained on nor held out.
 
 Mixtures: a stage asks each source for a number of tokens. It gets whole passes over the documents, and then
 a last pass that takes documents in a keyed order until the number is reached. The last document is cut.
@@ -79,7 +79,8 @@ SPLIT_DOCUMENTS = 20  # of a source of few documents, whose ends are held out: a
 BLOCK_BYTES = 1 << 25  # of rows fetched at once; the larger, the fewer sweeps over the tokens on disk
 
 # What a build knows of each document of a source, in reading order. offset: its first token in the source's
-# file of training tokens, or -1 where it is held out for validation.
+# file of training tokens, or HELD_OUT.
+HELD_OUT = -1
 ENTRY = np.dtype([("tokens", "<i8"), ("offset", "<i8"), ("hash", "<u8")])
 
 
@@ -127,26 +128,28 @@ def encode_documents(
     parts, hashes, lines = [], [], []  # of texts
     for id, text, shared in batch:
         hash = number(f"{seed}/{id}")
-        end = begin = len(text)
-        if inside == 1 or below(hash, inside):
+        if inside == 0:
+            pieces = [(0, len(text), bool(below(hash, fraction)))]  # characters; whether they are held out
+        elif inside == 1 or below(hash, inside):  # `below` is for shares under 1
             end, begin = split_inside(tok, text, seq_len, fraction)
-        held = not inside and bool(below(hash, fraction))
-        for first, last, held_out in ((0, end, held), (begin, len(text), True)):
-            if first < last:
-                parts.append(text[first:last])
-                hashes.append(hash)
-                line = {"id": id, "tokens": 0, "bytes": len(parts[-1].encode()), "validation": held_out}
-                line |= {"characters": [first, last]} if begin < len(text) else {}
-                lines.append(line | ({"shared": shared} if shared else {}))
-        if begin < len(text):
+            pieces = [(0, end, False), (begin, len(text), True)][: 1 + (begin < len(text))]
+        else:
+            pieces = [(0, len(text), False)]
+        for first, last, held_out in pieces:
+            parts.append(text[first:last])
+            hashes.append(hash)
+            line = {"id": id, "tokens": 0, "bytes": len(parts[-1].encode()), "validation": held_out}
+            line |= {"shared": shared} if shared else {}
+            lines.append(line | ({"characters": [first, last]} if len(pieces) == 2 else {}))
+        if len(pieces) == 2:
             lines[-1] |= {"gap_bytes": len(text[end:begin].encode())}
     ids = [np.concatenate([x, eot]) for x in tok.encode_batch(parts)]
     entries = np.zeros(len(ids), ENTRY)
     entries["tokens"], entries["hash"] = [len(x) for x in ids], hashes
-    entries["offset"] = np.array([-int(line["validation"]) for line in lines], "<i8")
+    entries["offset"] = np.array([HELD_OUT if line["validation"] else 0 for line in lines], "<i8")
     lines = [line | {"tokens": len(x)} for line, x in zip(lines, ids)]
     streams = []
-    for wanted in (0, -1):
+    for wanted in (0, HELD_OUT):
         stream = [x for x, offset in zip(ids, entries["offset"]) if offset == wanted]
         stream = np.concatenate(stream) if stream else np.empty(0, dtype)
         if stream.size and stream.max() >= tok.vocab_size:
@@ -164,7 +167,7 @@ def split_inside(tok: "tokenizer.Tokenizer", text: str, seq_len: int, fraction: 
     n_tokens = len(tok.encode_array(text))
     row = seq_len * len(text) / max(1, n_tokens)  # characters of a row, on average
     held = row * max(1.0, fraction * n_tokens / seq_len)
-    while n_tokens >= 4 * seq_len and held + row < len(text) / 2:
+    while n_tokens >= 4 * seq_len and held + 2 * row <= len(text):
         begin = word_start(text, len(text) - int(held))
         if len(tok.encode_array(text[begin:])) >= seq_len:
             return word_start(text, begin - int(row)), begin
@@ -220,11 +223,13 @@ def encode_source(
     count = encode_all(config, source, names, folder, pool, inside=0.0)
     held_out = count["validation_tokens"] / max(1, count["validation_tokens"] + count["tokens"])
     too_few = count["validation_tokens"] <= T or not count["documents"] or held_out > max(0.2, 2 * fraction)
-    shared = any(os.path.realpath(path) in names for path in documents.files(source))
-    if fraction and too_few and not shared:
+    if fraction and too_few and not count["shared_documents"]:
         n_documents = count["documents"] + count["validation_documents"]
         inside = min(1.0, SPLIT_DOCUMENTS / max(1, n_documents))
+        worked = count["validation_tokens"] > T and count["documents"]
         count = encode_all(config, source, names, folder, pool, inside)
+        if count["validation_tokens"] <= T and worked:  # its documents are too short to be split
+            count = encode_all(config, source, names, folder, pool, inside=0.0)
     if not count["documents"]:
         read = count["validation_documents"] + sum(count["bad"].values())
         raise ConfigError(f"source {source.name!r} has no document to train on; {read:,} were read")
@@ -247,8 +252,8 @@ def encode_all(
     )
     work, table = folder / "work" / source.name, folder / "documents" / source.name
     paths = f"{work}.tokens", f"{work}.validation", f"{work}.entries", f"{work}.offsets", f"{table}.jsonl"
-    files, end = [open(path, "wb") for path in paths], 0  # end: of the table's lines
-    files[3].write(bytes(8))
+    files, end = [open(path, "wb") for path in paths], 0  # end: bytes of the table's lines so far
+    files[paths.index(f"{work}.offsets")].write(bytes(8))  # the first line begins at 0
     read = documents.read(source, bad, names)
     with bar(f"encode {source.name}", "B", text_bytes(source)) as progress:
         for train, held, entries, lines, refused in encoded(read, inside, pool, config.data.workers):
@@ -286,8 +291,9 @@ def encode_all(
 def unique_ids(folder: Path, name: str) -> dict:
     """Renames documents whose id an earlier document of the source has: "x" again is "x#2", then "x#3".
 
-    So every id means one document. Whether it is held out still follows from the id that it came with.
-    Returns {"duplicate_ids": how many were renamed, "duplicate_examples": the first ones}.
+    So every id means one document. Whether it is held out still follows from the id that it came with, which
+    its line keeps as "came_as". Returns {"duplicate_ids": how many were renamed, "duplicate_examples": the
+    first ones}.
     """
     hashes = np.memmap(folder / "work" / f"{name}.entries", ENTRY, "r")["hash"]
     order = np.argsort(hashes, kind="stable")
@@ -298,30 +304,36 @@ def unique_ids(folder: Path, name: str) -> dict:
     suspects = set(hashes[again].tolist())
     with open(table, "rb") as file:
         known = {json.loads(line)["id"] for line, hash in zip(file, hashes) if int(hash) in suspects}
-    # Names that look like ours: only these can collide with a new one.
-    with open(table, "rb") as file:
-        known |= {json.loads(line)["id"] for line in file if b"#" in line}
-    met, renamed, offsets = {}, [], [0]
+    with open(table, "rb") as file:  # ids that a new name could be: "x#2", where "x" is a suspect
+        ids = (json.loads(line)["id"] for line in file if b"#" in line)
+        known |= {id for id in ids if id.rpartition("#")[0] in known}
+    counts, renamed, end = {}, [], 0
+    current = ""  # the name of the document under way
+    offsets = np.lib.format.open_memmap(
+        folder / "documents" / f"{name}.offsets.npy", "w+", "<i8", (len(hashes) + 1,)
+    )
     with open(table, "rb") as file, open(aside, "wb") as out:
-        for line, hash in zip(file, hashes):
+        for n, (line, hash) in enumerate(zip(file, hashes), 1):
             if int(hash) in suspects:
                 about = json.loads(line)
-                id = about["id"]
-                if not about.get("characters", [0])[0]:  # else it is the second part of the document before
-                    met[id] = [id, 1] if id not in met else next_name(id, met[id][1] + 1, known)
-                    renamed += [met[id][0]] if met[id][1] > 1 else []
-                line = json.dumps(about | {"id": met[id][0]}).encode() + b"\n"
-            offsets.append(offsets[-1] + out.write(line))
+                id, second_part = about["id"], about.get("characters", [0])[0] > 0
+                if not second_part:
+                    current, counts[id] = next_name(id, counts[id] + 1, known) if id in counts else (id, 1)
+                    renamed += [current] if current != id else []
+                if current != id:
+                    line = json.dumps({**about, "id": current, "came_as": id}).encode() + b"\n"
+            end += out.write(line)
+            offsets[n] = end
+    offsets.flush()
     os.replace(aside, table)
-    np.save(folder / "documents" / f"{name}.offsets.npy", np.array(offsets, "<i8"))
     return {"duplicate_ids": len(renamed), "duplicate_examples": renamed[:5]}
 
 
-def next_name(id: str, n: int, known: set[str]) -> list:
-    """next_name("x", 2, {"x", "x#2"}) -> ["x#3", 3]"""
+def next_name(id: str, n: int, known: set[str]) -> tuple[str, int]:
+    """next_name("x", 2, {"x", "x#2"}) -> "x#3", 3"""
     while f"{id}#{n}" in known:
         n += 1
-    return [f"{id}#{n}", n]
+    return f"{id}#{n}", n
 
 
 def text_bytes(source: Source) -> int | None:
@@ -649,6 +661,8 @@ def shared_names(sources: tuple[Source, ...]) -> dict[str, tuple[str, str]]:
 
     A document is one document in all of its sources, held out of all or of none, only if its id is the same.
     """
+    if len(sources) < 2:
+        return {}
     first, shared = {}, {}
     for source in sources:
         for path, name in documents.listed(source):
@@ -792,7 +806,8 @@ def summary(folder: Path, manifest: dict) -> str:
         for s in manifest["stages"]
     ]  # fmt: skip
     lines += [f"bad: {example}" for s in manifest["sources"].values() for example in s["bad_examples"][:3]]
-    lines += [note for name, s in manifest["sources"].items() for note in notes(name, s)]
+    fraction = manifest["settings"]["data.validation_fraction"]
+    lines += [note for name, s in manifest["sources"].items() for note in notes(name, s, fraction)]
     return "\n".join(lines) + (
         f"\n\n{folder}: {manifest['rows']:,} rows of {manifest['seq_len']:,} tokens in "
         f"{len(manifest['chunks'])} chunks, {manifest['steps']:,} steps of {manifest['row_multiple']} rows, "
@@ -800,7 +815,7 @@ def summary(folder: Path, manifest: dict) -> str:
     )
 
 
-def notes(name: str, s: dict) -> list[str]:
+def notes(name: str, s: dict, fraction: float) -> list[str]:
     """What a user should know of a source: how its held-out rows were chosen, ids that came twice."""
     out = []
     if s["split_inside"] and s["validation_rows"]:
@@ -812,8 +827,11 @@ def notes(name: str, s: dict) -> list[str]:
         )
     elif not s["validation_rows"]:
         out.append(
-            f"note: source {name!r} holds nothing out, so its loss on unseen text cannot be measured; raise "
-            "data.validation_fraction, or add text"
+            f"note: source {name!r} holds nothing out, so its loss on unseen text cannot be measured: "
+            f"data.validation_fraction={fraction} of its documents is less than a row"
+            + ", and they are too short to be split inside (that takes 4 rows)" * s["split_inside"]
+            + ", and other sources read their files, so they are not split inside"
+            * (s["shared_documents"] > 0)
         )
     if s["duplicate_ids"]:
         out.append(

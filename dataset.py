@@ -137,31 +137,36 @@ class Dataset:
         self.dtype = np.dtype(m["dtype"]).newbyteorder("<")
         self.firsts = np.array([chunk["first"] for chunk in m["chunks"]] + [self.n_rows])
         self.arrays: dict[str, np.ndarray] = {}  # memory-mapped when first asked for
+        self.compared: set[str] = set()  # files whose hashes were right
+        for name in ("tokenizer.json", "tokenizer.model"):  # others open them without asking here
+            if name in m["files"]:
+                self.path(name)
 
     def path(self, name: str) -> Path:
+        """A file of the dataset. It is compared with the manifest the first time: ConfigError if damaged."""
         if name not in self.manifest["files"]:
             raise ConfigError(f"{self.folder} holds no {name}; its manifest does not list it")
-        return inside(self.folder, name)
+        path = inside(self.folder, name)
+        if self.verify and name not in self.compared:
+            if problem := damage(self.folder, self.manifest, name):
+                raise ConfigError(
+                    f"{path} is damaged: {problem}; get it again, or build the dataset again; all of its "
+                    f"files: python data.py verify {self.folder}"
+                )
+            self.compared.add(name)
+        return path
 
     def array(self, name: str, n_rows: int = 0) -> np.ndarray:
         """A file of rows, as (n_rows, T+1), or an .npy table; only what is touched is read."""
         if name not in self.arrays:
             path = self.path(name)
             try:
-                if self.verify and (problem := damage(self.folder, self.manifest, name)):
-                    raise ConfigError(
-                        f"{path} is damaged: {problem}; get it again, or build the dataset again; all of its "
-                        f"files: python data.py verify {self.folder}"
-                    )
                 if name.endswith(".npy"):
                     self.arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
                 else:
-                    data = (
-                        np.memmap(path, self.dtype, "r") if path.stat().st_size else np.empty(0, self.dtype)
-                    )
+                    empty = np.empty(0, self.dtype)
+                    data = np.memmap(path, self.dtype, "r") if path.stat().st_size else empty
                     self.arrays[name] = data.reshape(n_rows, self.row_length)
-            except ConfigError:
-                raise
             except (OSError, ValueError):
                 raise ConfigError(
                     f"{path} is missing or damaged; try: python data.py verify {self.folder}"

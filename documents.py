@@ -60,7 +60,7 @@ class Document:
     source: str  # config.Source.name
     id: str
     text: str  # not empty, always encodable as UTF-8
-    shared: str = ""  # the first source that reads its file, where several do
+    shared: str = ""  # source and name of its file, where several sources read it, as the first has it
 
 
 @dataclass
@@ -220,9 +220,9 @@ def read(
     """
     bad = BadDocuments() if bad is None else bad
     for path, name in listed(source):
-        shared, name = (names or {}).get(os.path.realpath(path), ("", name))
-        for document in read_file(path, name, source, bad):
-            document.shared = shared
+        known = names.get(os.path.realpath(path)) if names else None
+        for document in read_file(path, known[1] if known else name, source, bad):
+            document.shared = "/".join(known) if known else ""
             yield document
 
 
@@ -279,17 +279,17 @@ def read_lines(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
 
 
 def read_json(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
-    """JSON lines, where the first line is an object; else an array or one object, which is read whole."""
-    first = decoded(next((line for line in lines(path) if line.strip()), b""))
-    if isinstance(first, Bad) or isinstance(parsed(first), dict):
-        yield from read_lines(path, name)
-        return
-    whole = parsed(decoded(b"".join(pieces(path))))
-    if not isinstance(whole, list):
+    """JSON lines, where the first line is an object or the whole is no JSON; else an array or one object."""
+    first, whole = parsed(decoded(next((line for line in lines(path) if line.strip()), b""))), None
+    if not isinstance(first, dict):
+        whole = parsed(decoded(b"".join(pieces(path))))
+    if isinstance(whole, dict):
         yield str(path), *document_of(whole, name)
-        return
-    for number, fields in enumerate(whole, 1):
-        yield f"{path}:{number}", *document_of(fields, f"{name}:{number}")
+    elif isinstance(whole, list):
+        for number, fields in enumerate(whole, 1):
+            yield f"{path}:{number}", *document_of(fields, f"{name}:{number}")
+    else:
+        yield from read_lines(path, name)
 
 
 def parsed(text: str | Bad) -> object:

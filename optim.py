@@ -27,7 +27,8 @@ def learning_rate(at: int, length: int, cfg: Optim) -> float:
     begin = cfg.warmup
     if cfg.schedule == "constant":
         begin = max(begin, length - round(cfg.decay_fraction * length))
-    progress = min(1.0, max(0, at - begin) / max(1, length - begin))
+    # A constant schedule without decay has no end to come to: it stays at the peak beyond `length` too.
+    progress = min(1.0, max(0, at - begin) / (length - begin)) if begin < length else 0.0
     if cfg.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * progress))
     elif cfg.schedule in ("linear", "constant"):

@@ -117,9 +117,9 @@ def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> 
     """Which of these documents other sources read too: int64 (3, found), sorted by its first row.
 
     Gives the document's place among those asked for, the other source, and the document's number there. It
-    is the same document where the ids are equal and several sources read its file, which the table of
-    documents says. Other equal ids are chance: two corpora can each have a README.md. Manifests of format 1
-    do not say which files are shared; there equal ids alone decide.
+    is the same document where it came from the same file with the same id, which the table of documents says.
+    Other equal ids are chance: two corpora can each have a README.md. Manifests of format 1 do not say which
+    files are shared; there equal ids alone decide.
     """
     manifest, wanted, found = dataset.manifest, {}, []
     marked = manifest["format"] > 1
@@ -129,14 +129,18 @@ def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> 
         for i in np.flatnonzero(source == s).tolist():
             about = dataset.document(dataset.sources[s], int(number[i]))
             if "shared" in about or not marked:
-                wanted.setdefault((about.get("shared"), about["id"]), []).append(i)
+                wanted.setdefault(identity(about), []).append(i)
     for other in shared if wanted else ():
         name = dataset.sources[other]
         if any(name in stage["mixture"] for stage in manifest["stages"]):
             with open(dataset.path(f"documents/{name}.jsonl"), "rb") as file:
                 for n, line in enumerate(file):
                     if b'"shared"' in line or not marked:
-                        about = json.loads(line)
-                        ours = wanted.get((about.get("shared"), about["id"]), ())
+                        ours = wanted.get(identity(json.loads(line)), ())
                         found += [(i, other, n) for i in ours if source[i] != other]
     return np.array(sorted(found), np.int64).reshape(-1, 3).T
+
+
+def identity(about: dict) -> tuple:
+    """By what a document is the same in all sources: the file that they share, and the id it came with."""
+    return about.get("shared"), about.get("came_as", about["id"])

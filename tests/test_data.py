@@ -362,9 +362,13 @@ def test_a_stage_gives_every_source_the_tokens_that_its_weights_ask_for(tmp_path
     assert len(row) == (tokens - 1) // T
     for rows, r in zip(d.rows(0, d.n_rows), row):
         assert rows.tolist() == stream[r * T : r * T + T + 1]
+    texts_by_id = {
+        f"{name}-{i}": text for name, n in (("a", 97), ("b", 60)) for i, text in enumerate(texts(name, n))
+    }
     for position in range(0, d.n_rows, 7):  # the table of documents says the same as the rows
         for source, id, first, end in d.documents(position):
-            assert d.rows(position, 1)[0, first:end].tolist() != [] and position in d.positions(source, id)
+            own = bytes(x for x in d.rows(position, 1)[0, first:end].tolist() if x < 256)
+            assert own in texts_by_id[id].encode() and position in d.positions(source, id)
 
 
 def test_one_long_document_gets_the_share_that_it_is_asked_for(tmp_path, capsys):
@@ -497,6 +501,26 @@ def test_a_source_of_few_documents_never_loses_half_of_them_to_validation(tmp_pa
     assert stated["duplicate_ids"] == 0  # two parts of one document are not two documents
 
 
+def test_documents_too_short_to_be_split_keep_what_their_hashes_hold_out(tmp_path):
+    texts = [f"{n} is short, so short" for n in range(6)]  # 3 rows each
+    chosen = [False, True, False, False, True, False]  # a third, where a tenth was asked for
+    seed = next(s for s in range(999) if [held_out(f"{n}.txt", 0.1, s) for n in range(6)] == chosen)
+    config = one_source(tmp_path, *texts, validation_fraction=0.1, validation_seed=seed, batch_size=1)
+    d = data.Dataset(data.build(config))
+    assert [d.document("books", n)["validation"] for n in range(6)] == chosen
+    assert (
+        len(d.validation("books")) == (2 * 21 - 1) // T and not d.manifest["sources"]["books"]["split_inside"]
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.45, 0.5, 0.8])
+def test_one_file_holds_out_the_fraction_that_is_asked_for_and_at_least_a_row(tmp_path, fraction):
+    text = "word " * 300
+    d = data.Dataset(data.build(one_source(tmp_path, text, validation_fraction=fraction)))
+    held = d.manifest["sources"]["books"]["validation_bytes"]
+    assert abs(held - max(fraction * len(text), T)) < 12 and len(d.validation("books")) >= 1
+
+
 def test_only_some_documents_of_many_are_split_inside(tmp_path):
     config = one_source(
         tmp_path, *(f"{n} " + "a few words " * 9 for n in range(300)), validation_fraction=1e-9
@@ -511,6 +535,22 @@ def test_documents_too_short_to_be_split_are_all_trained_on_and_a_note_says_so(t
     d = data.Dataset(data.build(one_source(tmp_path, *texts, validation_seed=seed, batch_size=1)))
     assert d.validation("books").shape == (0, T + 1) and d.manifest["sources"]["books"]["documents"] == 9
     assert "source 'books' holds nothing out" in capsys.readouterr().out
+
+
+def test_a_flipped_byte_in_a_list_of_documents_or_the_tokenizer_is_found_when_it_is_read(tmp_path):
+    folder = data.build(make(tmp_path))
+    for name, read in (
+        ("documents/a.jsonl", lambda d: d.validation_documents("a")),
+        ("documents/a.jsonl", lambda d: d.positions("a", "a-1")),
+        ("documents/b.offsets.npy", lambda d: d.document("b", 3)),
+        ("tokenizer.json", lambda d: None),
+    ):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+        with pytest.raises(ConfigError, match=f"{name} is damaged: its content differs"):
+            read(data.Dataset(folder))
+        (folder / name).write_bytes(before)
+        read(data.Dataset(folder))
 
 
 def test_a_file_that_two_sources_read_from_other_roots_is_one_document(tmp_path):

@@ -290,6 +290,16 @@ def test_a_plain_json_is_lines_or_an_array_or_an_object(tmp_path, content, expec
     assert read(path)[0] == read(tmp_path / "*.json")[0] == expected
 
 
+@pytest.mark.parametrize("broken", ['{"text": "cut o', "null", "7", "[1, 2", '{"text": 3}'])
+def test_a_broken_first_line_does_not_lose_the_lines_after_it(tmp_path, broken):
+    lines = [broken, *(json.dumps({"text": f"line {n}"}) for n in range(5))]
+    (tmp_path / "x.json").write_text("\n".join(lines))
+    bad = documents.BadDocuments()
+    found = list(documents.read(Source("s", paths=(str(tmp_path / "x.json"),)), bad))
+    assert [d.text for d in found] == [f"line {n}" for n in range(5)] and bad.count == 1
+    assert [d.id for d in found] == [f"x.json:{n}" for n in range(2, 7)]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [("{", "not JSON"), ('{"a": 1}', "no `text`"), ("[1]", "not a JSON object"), ("3", "not a JSON object")],

@@ -370,3 +370,8 @@ def test_a_shrunk_gradient_changes_no_loss_and_asks_for_no_gradient_where_none_i
     with torch.no_grad():
         assert torch.equal(net(tokens), plain(tokens))
     assert torch.equal(net(tokens, tokens), plain(tokens, tokens))
+
+
+def test_a_constant_rate_without_decay_stays_at_its_peak_beyond_the_schedule():
+    cfg = Optim(lr=0.5, schedule="constant", decay_fraction=0.0, warmup_steps=4)
+    assert [optim.learning_rate(at, 100, cfg) for at in (4, 50, 100, 101, 500)] == [0.5] * 5

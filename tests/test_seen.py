@@ -45,7 +45,9 @@ def build(folder, sources, stages, n_documents=23, n_chunks=3, held_out=0.2):
         model=Model(vocab_size=257, seq_len=T, d_model=16, n_layers=1, n_heads=2, d_ff=24),
         tokenizer=Tokenizer(path=str(byte_tokenizer(folder / "tokenizer")), eot="<|endoftext|>"),
         data=Data(
-            sources=tuple(dataclasses.replace(s, paths=(str(folder / s.paths[0]),)) for s in sources),
+            sources=tuple(
+                dataclasses.replace(s, paths=tuple(str(folder / p) for p in s.paths)) for s in sources
+            ),
             stages=stages, n_chunks=n_chunks, validation_fraction=held_out, workers=1,
         ),
         train=Train(batch_size=3, micro_batch_size=3, device="cpu"),
@@ -184,6 +186,33 @@ def test_equal_ids_are_the_same_document_only_where_two_sources_read_the_file(tm
     assert found == {frozenset({(a, x), (b, y)}) for a, x, b, y in same}  # and not "code" with "docs"
 
 
+def test_a_document_that_was_renamed_is_the_same_in_another_source(tmp_path):
+    """repo/README.md and repo/pkg/README.md are both README.md, and so are lines with one id in two files."""
+    for name in ("repo/README.md", "repo/pkg/README.md"):
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / name).write_text(f"this is {name}, some words")
+    for n in (1, 2):
+        line = json.dumps({"id": "x", "text": f"the only line of the file {n}"})
+        (tmp_path / "text" / f"{n}.jsonl").write_text(line + "\n")
+    paths = {
+        "pkg": ("repo/pkg",),
+        "repo": ("repo",),
+        "A": ("1.jsonl", "2.jsonl"),
+        "B": ("2.jsonl", "1.jsonl"),
+    }
+    sources = tuple(Source(name, paths=tuple(f"text/{p}" for p in some)) for name, some in paths.items())
+    _, d = build(tmp_path, sources, (Stage(),), n_documents=0, n_chunks=1, held_out=0.0)
+    found = set()
+    for s, name in enumerate(d.sources):
+        for n in range(d.manifest["sources"][name]["documents"]):
+            for _, other, m in seen.read_elsewhere(d, np.array([s]), np.array([n])).T.tolist():
+                found.add(
+                    (name, d.document(name, n)["id"], d.sources[other], d.document(d.sources[other], m)["id"])
+                )
+    one_way = {("pkg", "README.md", "repo", "README.md#2"), ("A", "x", "B", "x#2"), ("A", "x#2", "B", "x")}
+    assert found == one_way | {(c, e, a, b) for a, b, c, e in one_way}
+
+
 def test_a_pass_that_ends_inside_a_document_holds_only_its_beginning(tmp_path):
     """Documents 4 and 6 of 30 and 27 tokens, a second pass that ends after 15 tokens, and another source."""
     table = [[0, 30, 57, 72, 112], [0, 0, 0, 1, -1], [4, 6, 4, 0, -1]]
@@ -242,7 +271,7 @@ def test_after_one_of_sixty_repeats_no_row_is_unseen_and_the_page_says_so(repeat
             assert line["seen"] == [c.step > 0 and isinstance(chunk, int)] * line["total"]
     said = memorize.show(table).splitlines()
     assert [line.split()[3] == "-" for line in said[1:4]] == [False, True, True]
-    assert said[4].startswith("Where unseen is -") and len(said) == 5
+    assert said[4].startswith("A - under unseen") and len(said) == 5
 
     page = report.write(cfg.run).read_text(encoding="utf-8")
     assert "could not be shown" not in page and "goes by position only" not in page
