@@ -375,9 +375,15 @@ def compared(folder: Path | str, kind: str, verify: bool = True, everyone: Every
     if not verify or not (folder / "state.json").exists():
         yield
         return
-    c, problems, error = read(folder), [], None
-    small, large = files_of(c, kind)
-    refuse(folder, compare(c, small))
+    problems, error = [], None
+    try:
+        c = read(folder)
+        small, large = files_of(c, kind)
+        found = compare(c, small)
+    except ConfigError as raised:
+        found = [str(raised)]
+    found = [problem for part in everyone.collect(found) for problem in part]
+    refuse(folder, list(dict.fromkeys(found)))  # all processes together
     mine = large if everyone.world_size == 1 or first_on_node() else []
     thread = threading.Thread(target=lambda: problems.extend(compare(c, mine)), daemon=True)
     thread.start()

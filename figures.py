@@ -270,6 +270,7 @@ def draw_chunks(run: Run, steps: list[int], pool: int) -> tuple[Figure, float]:
 
     A point pools `pool` neighbouring chunks, but never across the newest chunk of a checkpoint that is drawn.
     Seen and unseen rows are not pooled: where chunks have both, a curve is solid and, apart from it, dashed.
+    Of the two, one that has fewer than a quarter of a point's rows is left out.
     """
     lines = {step: run.training_lines(step) for step in steps}
     chunks = sorted({chunk for step in steps for chunk in lines[step]})
@@ -288,13 +289,13 @@ def draw_chunks(run: Run, steps: list[int], pool: int) -> tuple[Figure, float]:
                 kind = np.concatenate([line["kind"] for line in found])
                 rows = [score[kind == name] for name in ("seen", "unseen")]
                 errors += [some.std() / len(some) ** 0.5 for some in rows if len(some)]
-                means = [some.mean() if len(some) else np.nan for some in rows]
+                # Of a few rows a mean is noise.
+                means = [some.mean() if 4 * len(some) >= len(score) else np.nan for some in rows]
                 points.append(((first + end - 1) / 2, *means))
         if points:
             x, seen, unseen = np.array(points).T
-            dashed = np.where(
-                np.isnan(unseen), seen, unseen
-            )  # where all rows are seen, the solid line hides it
+            # Where there is no unseen mean, the solid line hides the dashed one.
+            dashed = np.where(np.isnan(unseen), seen, unseen)
             axes.plot(x, dashed, color=colour, linewidth=0.8, dashes=DASHED)
             axes.plot(x, seen, color=colour, linewidth=1.4)  # a gap where no row is seen
             dot = np.flatnonzero(~np.isnan(seen) & (x <= newest.get(step, -1)))[-1:]

@@ -354,7 +354,9 @@ def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
         lines.append(f"{c.path.name:<14} {' '.join(cells)}   {full:,} / {int(seen.sum()):,}")
         all_seen |= bool(seen.any()) and not means[2].size
     if all_seen:
-        lines.append("A - under unseen: the text of all rows has been trained on; compare seen with held out.")
+        lines.append(
+            "A - under unseen: the text of all rows has been trained on; compare seen with held out."
+        )
     return "\n".join(lines)
 
 

@@ -50,16 +50,23 @@ setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files wer
 
 # Each stage is a job with a process group of its own (set -m), for two reasons: a signal to this script alone,
 # not from a terminal, reaches the stage too; and a background job without one would ignore Ctrl-C.
-child=0 stopped=0
+child=0 stopped=0 signal=TERM
 stop() {  # stop CODE SIGNAL
-  stopped=$1
+  stopped=$1 signal=$2
   if [ "$child" = 0 ]; then exit "$1"; fi
-  kill -s "$2" -- "-$child" 2>/dev/null || true
+  if [ "$child" != starting ]; then kill -s "$2" -- "-$child" 2>/dev/null || true; fi
 }
+pause() {  # Ctrl-Z: the stage pauses, then this script; both continue together
+  case $child in 0|starting) ;; *) kill -s TSTP -- "-$child" 2>/dev/null || true ;; esac
+  kill -s STOP $$
+}
+resume() { case $child in 0|starting) ;; *) kill -s CONT -- "-$child" 2>/dev/null || true ;; esac; }
 
 stage() {  # stage SCRIPT [ARGUMENT...]: runs it to its end; a training that is stopped saves first
   local code
+  child=starting
   set -m; "$python" "$@" & child=$!; set +m
+  if [ "$stopped" != 0 ]; then stop "$stopped" "$signal"; fi  # the signal came before its number was known
   while true; do
     code=0; wait "$child" || code=$?  # a signal ends the waiting, and not the stage
     if ! kill -0 "$child" 2>/dev/null; then break; fi
@@ -71,7 +78,8 @@ stage() {  # stage SCRIPT [ARGUMENT...]: runs it to its end; a training that is 
 
 pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
   local config=$1 n_gpus=$2 settings run; shift 2
-  trap 'stop 130 INT' INT; trap 'stop 143 TERM' TERM; trap 'stop 129 HUP' HUP
+  trap 'stop 130 INT' INT; trap 'stop 143 TERM' TERM; trap 'stop 129 TERM' HUP  # training saves at TERM
+  trap pause TSTP; trap resume CONT
   # a mistake in the config ends here, before any work
   settings=$("$python" "$here/config.py" "$config" "$@" --print-config)
   run=$(sed -n "s/^run = ['\"]\(.*\)['\"]$/\1/p" <<< "$settings")
