@@ -246,8 +246,8 @@ def by_chunk(run: Run, some: list[int], which: str) -> str:
         right = f"""Right of the dots, {known:,} of {sum(map(len, later)):,} rows are seen too: their chunk
 was begun, or their text was trained on in another pass or by another source."""
     caption = f"""<b>Score by data chunk.</b> One curve a checkpoint; its dot is the newest chunk that it has
-finished. Solid: rows that it has seen. Dashed: rows that it has not; either is left out where it is less than a
-quarter of the rows. {right}
+finished. Solid: rows that it has seen. Dashed: rows that it has not; either is left out where it is less than
+a quarter of the rows. {right}
 {f"A point pools the rows of up to {pool} neighbouring chunks." * (pool > 1)}
 Each chunk has {sizes[0]:,}{f" to {sizes[-1]:,}" * (len(sizes) > 1)} sampled rows.
 The standard error of a point is about {error:.2g}, so differences of that size between chunks can be chance.

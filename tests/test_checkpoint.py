@@ -656,6 +656,35 @@ def test_two_processes_refuse_a_damaged_checkpoint_together(recipe, cut):
     assert said and all("model.safetensors is damaged" in error for error in said)
 
 
+ONE_SEES_DAMAGE = """
+import sys
+sys.path.insert(0, {root!r})
+import checkpoint, parallel
+from config import ConfigError, Parallel, Train
+everyone = parallel.start(Train(device="cpu"), Parallel(timeout_seconds=30))
+if everyone.rank == 1:
+    checkpoint.compare = lambda c, names: ["config.json is damaged: only this process sees it"]
+try:
+    with checkpoint.compared({folder!r}, "model", everyone=everyone):
+        pass
+except ConfigError as error:
+    print(f"rank {{everyone.rank}}: {{error}}", flush=True)
+everyone.leave()
+"""
+
+
+def test_a_small_file_that_one_process_finds_damaged_is_refused_by_all(whole, tmp_path):
+    """Else the others would wait for this process until the patience of a collective ends."""
+    (tmp_path / "one.py").write_text(
+        ONE_SEES_DAMAGE.format(root=str(ROOT), folder=str(checkpoint.checkpoints(whole)[-1].path))
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, tmp_path / "one.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = sorted(line.partition(": ")[0] for line in done.stdout.splitlines() if "only this process" in line)
+    assert told == ["rank 0", "rank 1"]
+
+
 def test_a_flipped_byte_in_a_chunk_ends_training_with_a_message(recipe, tmp_path, monkeypatch, capsys):
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(conftest.load(recipe, run).dataset, data)
