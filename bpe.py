@@ -15,9 +15,10 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import numpy as np
 import regex
@@ -60,14 +61,10 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     """
     workers, counts, running = workers or os.cpu_count() or 1, Counter(), deque()
     spawn = multiprocessing.get_context("spawn")  # a fork while other threads hold locks can hang
-    pool = ProcessPoolExecutor(workers, spawn)
+    pool = ProcessPoolExecutor(workers, spawn, end_with_parent)
     try:
         for batch in batches(texts, pattern):
-            # Ctrl-C reaches every process, and the parent answers it: the workers, which start here, inherit
-            # that it waits.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            running.append(pool.submit(count_batch, batch, pattern))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            running.append(submit(pool, count_batch, batch, pattern))
             if len(running) == 2 * workers:
                 counts.update(running.popleft().result())
         for future in running:
@@ -116,6 +113,24 @@ def count_batch(texts: list[str], pattern: str) -> Counter:
 
 def skips(pattern: str, text: str) -> str:
     return rf"the split pattern {pattern!r} skips a part of {text[:60]!r}; end it in '|.|\n' for the rest"
+
+
+# ---- worker processes -------------------------------------------------------------------------------------
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable, *arguments) -> Future:
+    """Hands work to a pool. Its workers start here, and inherit that Ctrl-C waits: the parent answers it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return pool.submit(function, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def end_with_parent() -> None:
+    """Runs first in a worker: it ends when its parent does, even by `kill -9`."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---- pieces -> merges -------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ class Saving:
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.room: dict[str, torch.Tensor] = {}  # copies' memory, used again by every save
         self.thread: threading.Thread | None = None
+        self.state_sha256 = ""  # in the first process: of the state.json just written
 
     def begin(self, state: dict, tokenizer_files: dict[str, bytes]) -> None:
         """`state` has step, rows, tokens, chunk and the hashes of the data."""
@@ -204,6 +205,7 @@ class Saving:
             shutil.rmtree(final)
         os.replace(self.aside, final)
         files.sync(self.folder)
+        self.state_sha256 = files.sha256(final / "state.json")
 
 
 def save(
@@ -356,6 +358,33 @@ def compare(c: Checkpoint, names: list[str]) -> list[str]:
     return [found[name] for name in names if name in found]
 
 
+def state_damage(c: Checkpoint) -> list[str]:
+    """A line where state.json, which has the other files' hashes, is not the one that the ledger knows."""
+    run = c.path.resolve().parents[1]
+    said = recorded(run).get(c.path.name) if c.path.resolve().parent.name == "checkpoints" else None
+    path = c.path / "state.json"
+    now = hash_of(path, (about := path.stat()).st_ino, about.st_size, about.st_mtime_ns)
+    if said in (None, now):
+        return []
+    return [f"state.json is damaged: SHA-256 {now[:12]}, and {said[:12]} in the ledger"]
+
+
+def recorded(run: Path) -> dict[str, str]:
+    """SHA-256 of the state.json of each checkpoint, as the ledger has it: {"step-00000640": "9f86..."}.
+
+    A run that resumes or goes back makes later checkpoints again, so what was said of them does not count.
+    """
+    known: dict[str, str] = {}
+    for record in files.read_lines(run / "ledger.jsonl"):
+        if record.get("event") == "checkpoint" and is_text(record.get("state_sha256")):
+            known[str(record.get("checkpoint"))] = record["state_sha256"]
+        back = re.fullmatch(r"step-(\d+)", str(record.get("back_to")))
+        at = int(back[1]) if back else record.get("step") if record.get("event") == "resume" else None
+        if is_count(at):
+            known = {name: digest for name, digest in known.items() if step_number(name) <= at}
+    return known
+
+
 def refuse(folder: Path, problems: list[str], more: str = "") -> None:
     """ConfigError with the first of the problems, if there is one."""
     if problems:
@@ -379,7 +408,7 @@ def compared(folder: Path | str, kind: str, verify: bool = True, everyone: Every
     try:
         c = read(folder)
         small, large = files_of(c, kind)
-        found = compare(c, small)
+        found = state_damage(c) + compare(c, small)
     except ConfigError as raised:
         found = [str(raised)]
     found = [problem for part in everyone.collect(found) for problem in part]
@@ -450,7 +479,7 @@ def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> 
     except ConfigError as error:
         return [str(error)]
     present = {file.name for file in path.iterdir()} - {"state.json"}
-    problems = compare(c, sorted(present | set(c.state.get("files", {}))))
+    problems = state_damage(c) + compare(c, sorted(present | set(c.state.get("files", {}))))
     try:
         if manifest is not None:
             problems += [f"state.json: {said}" for said in contradictions(c, cfg, manifest, sha256)]
@@ -538,7 +567,7 @@ def checked(path: Path, state: dict, step: int | None) -> Checkpoint:
     if state.get("format") != FORMAT or said is None or step not in (None, said):
         raise ConfigError(
             f"{path}/state.json says format {state.get('format')} and step {said}; "
-            f"this version reads format {FORMAT}, and the step must be the folder's"
+            f"this version reads format {FORMAT}, and the step must be the folder's; {REMEDY}"
         )
     for name, (has_type, wanted) in FIELDS.items():
         if name in state and not has_type(state[name]):

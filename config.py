@@ -355,9 +355,8 @@ class Train:
     # checkpoint and leave batches out (PaLM, GLM-130B)
     on_spike: Literal["stop", "skip", "defer", "rollback"] = "stop"
     rollback_steps: int = 100  # the checkpoint is at least so many steps before the spike, else the first
-    rollback_skip: int = (
-        200  # batches left out: half before the spike (not before the checkpoint), then the rest
-    )
+    # batches left out by a rollback: half of them before the spike (not before the checkpoint), then the rest
+    rollback_skip: int = 200
     max_incidents: int = 10  # the one after so many stops the run whatever on_spike says
 
     def __post_init__(self):
@@ -934,8 +933,10 @@ def load_run(run: str | Path) -> Config:
     try:
         about = json.loads(path.read_text())
         if isinstance(about, dict) and "model_type" in about:
-            raise ConfigError(f"{run} is a model folder or a checkpoint, not a run folder")
+            raise ConfigError("this is a model folder or a checkpoint, not a run folder")
         return from_dict(about["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{run} is not a run folder: it has no config.json; train one with train.py"

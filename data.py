@@ -20,9 +20,9 @@ A build works in `<dataset>.partial`, which is renamed when all of it is on disk
 finished. Memory is bounded by the sizes below and by the largest document, but for some bytes a document and
 the names of the input files.
 
-Which documents are held out follows from a hash of their ids. Where a source has so few documents that this
-holds out less than a row, or more than a fifth, the ends of long documents are held out instead, each after a
-gap of one row that is neither trained on nor held out.
+Which documents are held out follows from a hash of their ids. A source can have so few documents that this
+holds out less than a row, less than a quarter of what is asked for, or more than a fifth of all. Then it is
+the ends of long documents that are held out, each after a gap of one row that is in neither part.
 
 Mixtures: a stage asks each source for a number of tokens. It gets whole passes over the documents, and then
 a last pass that takes documents in a keyed order until the number is reached. The last document is cut.
@@ -39,12 +39,10 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +52,7 @@ from tqdm import tqdm
 
 import documents
 import tokenizer
+from bpe import end_with_parent, submit
 from config import Config, ConfigError, Source, Stage, from_command_line, script
 from dataset import (
     BLOCK_DOCUMENTS,
@@ -88,12 +87,10 @@ ENTRY = np.dtype([("tokens", "<i8"), ("offset", "<i8"), ("hash", "<u8")])
 
 
 def start_worker(path: str, eot: str, dtype: str, seq_len: int, seed: int, fraction: float) -> None:
-    """Runs first in every worker process. A worker ends when its parent does, even by `kill -9`."""
+    """Runs first in every worker process."""
     global worker
     worker = tokenizer.load(path, eot), np.dtype(dtype), seq_len, seed, fraction
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
 def encode(batch: list[tuple[str, str, str]], inside: float) -> tuple:
@@ -192,23 +189,14 @@ def encoded(read: Iterator[documents.Document], inside: float, pool: ProcessPool
         batch.append((document.id, document.text, document.shared))
         characters += len(document.text) + 100  # so that a million tiny documents are not one batch
         if characters >= BATCH_CHARACTERS:
-            pending.append(submit(pool, batch, inside))
+            pending.append(submit(pool, encode, batch, inside))
             batch, characters = [], 0
             if len(pending) > 2 * n:
                 yield pending.popleft().result()
     if batch:
-        pending.append(submit(pool, batch, inside))
+        pending.append(submit(pool, encode, batch, inside))
     while pending:
         yield pending.popleft().result()
-
-
-def submit(pool: ProcessPoolExecutor, batch: list, inside: float) -> Future:
-    """Hands a batch to a worker. Workers start here, and inherit that Ctrl-C waits: the parent answers it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        return pool.submit(encode, batch, inside)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def encode_source(
@@ -222,7 +210,8 @@ def encode_source(
     T, fraction = config.model.seq_len, config.data.validation_fraction
     count = encode_all(config, source, names, folder, pool, inside=0.0)
     held_out = count["validation_tokens"] / max(1, count["validation_tokens"] + count["tokens"])
-    too_few = count["validation_tokens"] <= T or not count["documents"] or held_out > max(0.2, 2 * fraction)
+    too_few = count["validation_tokens"] <= T or held_out < fraction / 4
+    too_few = too_few or not count["documents"] or held_out > max(0.2, 2 * fraction)
     if fraction and too_few and not count["shared_documents"]:
         n_documents = count["documents"] + count["validation_documents"]
         inside = min(1.0, SPLIT_DOCUMENTS / max(1, n_documents))
@@ -457,7 +446,8 @@ def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries
     rows = max(0, total - 1) // T
     if not rows:
         raise ConfigError(
-            f"stage {stage.name!r} has {total:,} tokens, not one row of model.seq_len={T} + 1; add text"
+            f"stage {stage.name!r} has {total:,} tokens, not one row of model.seq_len={T} + 1; add "
+            "text, epochs or tokens"
         )
     dropped = total - rows * T - 1  # the stream's end, too short for a row
     last = [*mixture][-1]
@@ -693,9 +683,10 @@ def check_same(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs:
         for name, files in json.loads(record.read_text())["sources"].items():
             changed = sorted({path for path, *_ in set(map(tuple, files)) ^ set(map(tuple, inputs[name]))})
             if changed:
-                differs.append(
-                    f"other files in source {name!r}: {changed[0]} and {len(changed) - 1} more differ"
-                )
+                more = f" and {len(changed) - 1:,} more" * (len(changed) > 1)
+                differs.append(f"other files in source {name!r}: {changed[0]}{more}")
+            if changed and {tuple(f[:2]) for f in files} == {tuple(f[:2]) for f in inputs[name]}:
+                differs[-1] += f" (of the same size, but written since; if the text is the same: rm {record})"
     if differs:
         raise ConfigError(
             f"{folder} was built with {'; '.join(differs)}.\nRemove the folder to build it anew, "
@@ -799,7 +790,7 @@ def summary(folder: Path, manifest: dict) -> str:
     lines = []
     for line in table:
         cells = [f"{cell:,}" if isinstance(cell, int) else cell for cell in line]
-        lines.append("".join(f"{cell:<16}" if i == 0 else f"{cell:>16}" for i, cell in enumerate(cells)))
+        lines.append("".join(f"{cell:<16}" if i == 0 else f"  {cell:>14}" for i, cell in enumerate(cells)))
     lines += [
         f"stage {s['name']}: {s['rows']:,} rows" + f", trained {s['repeats']} times" * (s["repeats"] > 1)
         + f"; {s['dropped_tokens']:,} tokens at its end fill no row and are dropped"

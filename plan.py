@@ -272,6 +272,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     args.mfu_is, args.mfu = ("stated", args.mfu) if args.mfu else ("assumed", 0.4)
     trained_on = {"auto": "a100-80gb", "cpu": "cpu", "cuda": "a100-80gb"}
     args.gpu = args.gpu or config.choose("train.device", cfg.train.device, trained_on)
+    assumed = not args.gpus and args.gpu != "cpu"
     args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
     if args.gpu == "cpu" and args.mfu_is == "stated":
         raise ConfigError("--mfu: no peak is known for a CPU; give --tokens-per-second-per-gpu")
@@ -283,7 +284,11 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             f"--tokens-per-second-per-gpu={speed:,.0f} is more than {peak / 1e12:,.0f} TFLOP/s "
             f"allow: at most {peak / cost.flops_per_token(cfg.model)['6N']:,.0f}"
         )
-    cost.accumulation(cfg, args.gpus)  # they must divide
+    try:
+        cost.accumulation(cfg, args.gpus)  # they must divide
+    except ConfigError as error:
+        here = f". This is for {args.gpus} x {args.gpu}, which no flag asked for: --gpus 1, or --gpu cpu"
+        raise ConfigError(f"{error}{here * assumed}") from None
     return cfg, args
 
 

@@ -100,8 +100,9 @@ what each one learned, and what it kept of the text it has seen."""
     tiles = []
     if len(m["step"]):
         train = run.about["config"].get("train", {})
-        planned = manifest.get("rows", 0) // train.get("batch_size", 2**53)  # one pass over the data
-        planned = show(min(planned, train.get("steps") or planned) or None)
+        whole = manifest.get("rows", 0) // train.get("batch_size", 2**53)  # one pass over the data
+        planned = show(min(whole, train.get("steps") or whole) or None)
+        planned += f", where the data have {whole:,}" * (0 < (train.get("steps") or whole) < whole)
         tail, seconds = m["loss"][-50:], duration(np.nansum(m["seconds"]))
         what = f"nats per token, training loss: median of the last {len(tail)} steps; the last {tail[-1]:.3f}"
         tiles.append((f"{np.nanmedian(tail):.3f}", what))
@@ -141,7 +142,7 @@ all.</dd></div>
 as a count out of the rows that were asked for.</dd></div>
 <div><dt>Seen, unseen</dt><dd>A checkpoint has seen a training row when it was trained on text of that row: on
 the row itself, in any repeat of its stage, on the same tokens in another pass over their source, or on the
-same document read by another source. All other training rows, and held-out rows, whose documents were set
+same document read by another source. All other training rows, and held-out rows, whose text was set
 aside before training, are unseen: a match there is prediction, not memory, unless another document has the
 same words, which is not looked for.</dd></div></dl>"""
 
@@ -181,7 +182,7 @@ def part_heldout(run: Run) -> str:
         n_bytes = round(last["bytes"]) if fits(last.get("bytes"), float) else None
         sizes.append(f"{source}: {show(last.get('rows'))} rows, {show(n_bytes)} bytes")
     caption = f"""<b>Bits per byte on held-out text</b>, by source, at every checkpoint; the number is the
-newest one's. Measured on documents that training never sees ({escape("; ".join(sizes))}).
+newest one's. Measured on text that training never sees ({escape("; ".join(sizes))}).
 {escape(f"Nothing is held out of {', '.join(none)}." * bool(none))}"""
     return captioned(run, {"bits_per_byte": figures.draw_lines(run, lines, "bits per byte")}, caption)
 

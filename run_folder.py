@@ -186,6 +186,9 @@ def load_losses(run: Run) -> None:
         if line["kind"] == "loss" and good:
             run.losses.setdefault(line["source"], {})[line["step"]] = line
     run.losses = dict(sorted(run.losses.items()))
+    note_unverified(
+        run, "held-out loss", [line for lines in run.losses.values() for line in lines.values()], "loss"
+    )
     for source, lines in run.losses.items():
         sizes = sorted({show(line.get("tokens")) for line in lines.values()})
         if len(sizes) > 1:
@@ -195,6 +198,18 @@ def load_losses(run: Run) -> None:
         if len(protocols := sorted({show(i.get("protocol")) for i in inputs})) > 1:
             what = f"{source} is measured by {' and '.join(protocols)}: its checkpoints do not compare."
             run.note(what, "loss")
+
+
+def note_unverified(run: Run, what: str, lines: list[dict], command: str) -> None:
+    """A note where results were made with --no-verify: they may be of other weights than those saved."""
+    unverified = [
+        x for x in lines if isinstance(x.get("inputs"), dict) and x["inputs"].get("verified") is False
+    ]
+    if unverified:
+        steps = ", ".join(sorted({show(line.get("step")) for line in unverified})[:5])
+        run.note(
+            f"The {what} of step {steps} is of files whose hashes were not compared (--no-verify).", command
+        )
 
 
 def load_scores(run: Run) -> None:
@@ -223,6 +238,8 @@ def load_scores(run: Run) -> None:
     if found:
         run.k, run.l = max(found, key=lambda pair: sum(map(len, found[pair].values())))
         run.scores = dict(sorted(found[run.k, run.l].items()))
+        lines = [line for by_chunk in run.scores.values() for line in by_chunk.values()]
+        note_unverified(run, "memorization", lines, "memorization")
     shown = [line.get("inputs") for lines in run.scores.values() for line in lines.values()]
     old = [inputs for inputs in shown if isinstance(inputs, dict) and inputs.get("protocol") == BY_POSITION]
     if old:

@@ -230,6 +230,7 @@ def sample(args: argparse.Namespace) -> None:
         names = dict(zip(("temperature", "top_k", "top_p"), how))
         record = {"format": 1, "checkpoint": folder.resolve().name, "prompt": prompt, "text": text, **names}
         record |= {"seed": args.seed} | ({"bos": start} if begins else {})
+        record |= {} if args.verify else {"verified": False}
         files.append(folder.resolve().parents[1] / "samples.jsonl", record)
 
 

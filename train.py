@@ -56,7 +56,9 @@ from steps import Steps
 
 
 class Interrupted:
-    """`came` is the number of the signal, Ctrl-C's or SIGTERM, or 0; the loop then saves and leaves.
+    """`came` is the number of the signal (Ctrl-C's, SIGTERM, or SIGHUP of a closed terminal), or 0.
+
+    The loop then saves and leaves.
 
     A second signal ends at once; but not in the same second, because whoever stops a machine may signal every
     process and torchrun, which signals its processes again.
@@ -64,8 +66,9 @@ class Interrupted:
 
     def __init__(self):
         self.came, self.at = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
         if self.came and time.monotonic() - self.at > 1:
@@ -246,7 +249,8 @@ class Run:
         if path is None:
             return
         state = self.saving.state
-        self.log("checkpoint", step=state["step"], chunk=state["chunk"], checkpoint=path.name)
+        about = {"chunk": state["chunk"], "checkpoint": path.name, "state_sha256": self.saving.state_sha256}
+        self.log("checkpoint", step=state["step"], **about)
         if self.cfg.train.keep_others:
             kept = set(self.kept)
             if self.cfg.train.on_spike == "rollback":  # and one to go back to

@@ -508,6 +508,7 @@ def test_files_that_state_json_does_not_know_are_not_read(cut, monkeypatch, caps
     stray.unlink()
     del newest.state["files"]["model.safetensors"]
     files.write_json(newest.path / "state.json", newest.state)
+    (cut / "ledger.jsonl").unlink()  # which would notice first that state.json is another
     with pytest.raises(ConfigError, match=r"model\.safetensors is not listed in state\.json"):
         checkpoint.load_weights(newest.path, Transformer(LLAMA))
 
@@ -517,11 +518,40 @@ def test_a_process_hashes_a_file_once_and_again_when_it_has_changed(cut, monkeyp
     monkeypatch.setattr(files, "sha256", lambda path: (hashed.append(Path(path).name), plain(path))[1])
     for _ in range(2):
         checkpoint.load_model(newest)
-    assert sorted(hashed) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    names = ["config.json", "model.safetensors", "state.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(hashed) == names
     flip(newest / "model.safetensors")
     with pytest.raises(ConfigError, match="damaged"):
         checkpoint.load_model(newest)
-    assert hashed[4:] == ["model.safetensors"]
+    assert hashed[5:] == ["model.safetensors"]
+
+
+def test_a_state_json_that_the_ledger_does_not_know_is_refused_even_if_it_makes_sense(
+    recipe, cut, monkeypatch, capsys
+):
+    """An order without its first rows is one that a rollback could have left."""
+    newest = checkpoint.checkpoints(cut)[-1]
+    n_rows = json.loads((cut / "dataset.json").read_text())["rows"]
+    for change in ({"begin": 1}, {"incidents": 9}, {"skipped": [[0, 6]]}, {"order": [[6, n_rows]]}):
+        files.write_json(newest.path / "state.json", {**newest.state, **change})
+        for script in (evaluation, sample):
+            code, _, errors = run_main(monkeypatch, capsys, script, cut)
+            assert code == 2 and "state.json is damaged" in errors and "in the ledger" in errors, change
+    process = conftest.start(recipe, cut)
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "state.json is damaged" in errors and errors.count("\n") == 1
+    assert not checkpoint.verify(cut)
+
+
+def test_what_a_resumed_run_makes_again_is_not_compared_with_what_the_ledger_said_before(cut):
+    known = checkpoint.recorded(cut)
+    last = max(known)
+    assert len(known) >= 2 and checkpoint.state_damage(checkpoint.checkpoints(cut)[-1]) == []
+    files.append(cut / "ledger.jsonl", {"event": "resume", "step": checkpoint.step_number(last) - 1})
+    assert checkpoint.recorded(cut) == {name: digest for name, digest in known.items() if name != last}
+    first = min(known)
+    files.append(cut / "ledger.jsonl", {"event": "spike", "back_to": first})
+    assert checkpoint.recorded(cut) == {first: known[first]}
 
 
 @pytest.mark.parametrize(
@@ -681,8 +711,7 @@ def test_a_small_file_that_one_process_finds_damaged_is_refused_by_all(whole, tm
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, tmp_path / "one.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = sorted(line.partition(": ")[0] for line in done.stdout.splitlines() if "only this process" in line)
-    assert told == ["rank 0", "rank 1"]
+    assert sorted(re.findall(r"rank (\d): \S+config\.json is damaged: only this", done.stdout)) == ["0", "1"]
 
 
 def test_a_flipped_byte_in_a_chunk_ends_training_with_a_message(recipe, tmp_path, monkeypatch, capsys):

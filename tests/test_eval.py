@@ -276,6 +276,7 @@ def test_a_table_of_other_documents_than_the_rows_is_an_error(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     for text in ("", "".join(lines[:50]), path.read_text().replace('"tokens"', '"token"')):
         path.write_text(text)
+        dataset.verify = False  # else the changed hash of the table is noticed first
         with pytest.raises(ConfigError, match=r"all.*try: python data\.py verify"):
             bytes_of_targets(dataset)
 
