@@ -26,6 +26,7 @@ import incidents
 import ledger
 import memorize
 import optim
+import run_folder
 import sample
 import train
 from config import ConfigError, Model, Optim, load_run
@@ -524,6 +525,17 @@ def test_a_process_hashes_a_file_once_and_again_when_it_has_changed(cut, monkeyp
     with pytest.raises(ConfigError, match="damaged"):
         checkpoint.load_model(newest)
     assert hashed[5:] == ["model.safetensors"]
+
+
+def test_the_page_says_which_results_are_of_files_that_nobody_compared(cut, monkeypatch, capsys):
+    for _ in range(2):  # then with hashes compared, which measures again
+        code, _, errors = run_main(monkeypatch, capsys, evaluation, cut, "--no-verify")
+        assert not code, errors
+    notes = " ".join(text for text, _ in run_folder.load(cut).notes)
+    assert "held-out loss of step 0" in notes and "memorization of step 0" in notes and "--no-verify" in notes
+    code, _, errors = run_main(monkeypatch, capsys, evaluation, cut)
+    assert not code, errors
+    assert "--no-verify" not in " ".join(text for text, _ in run_folder.load(cut).notes)
 
 
 def test_a_state_json_that_the_ledger_does_not_know_is_refused_even_if_it_makes_sense(

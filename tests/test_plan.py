@@ -698,3 +698,10 @@ def test_a_gpu_that_is_not_known_or_two_counts_are_errors():
 )  # fmt: skip
 def test_a_peak_is_not_guessed_from_a_part_of_a_name(device):
     assert cost.peak_flops(device) is None
+
+
+def test_a_plan_for_gpus_that_nobody_asked_for_says_so(capsys):
+    with pytest.raises(SystemExit) as end:
+        plan.main(["demo", "--train.device=auto"])  # a batch of 16 rows, in micro-batches of 8, on 8 GPUs
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "8 x a100-80gb, which no flag asked for: --gpus 1, or --gpu cpu" in said

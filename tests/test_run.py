@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,28 @@ def test_standard_output_on_a_full_disk_is_one_line():
             [sys.executable, ROOT / "plan.py", "demo"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1 and done.stderr == "error: standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_tokenizer_training_that_is_killed(tmp_path, number):
+    line = json.dumps({"text": "words and more words, " * 50}) + "\n"
+    (tmp_path / "text.jsonl").write_text(line * 60_000)  # 66 MB: the workers are at work for a second
+    command = [
+        sys.executable,
+        ROOT / "tokenizer.py",
+        "train",
+        tmp_path / "text.jsonl",
+        "--out",
+        tmp_path / "out",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers, end = [], time.monotonic() + 60
+    while len(workers) < 2 and process.poll() is None and time.monotonic() < end:
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = [int(pid) for task in tasks for pid in task.read_text().split()]
+    process.send_signal(number)
+    assert process.wait() == -number and workers and not (tmp_path / "out").exists()
+    while any(Path(f"/proc/{pid}/task").exists() for pid in workers):
+        assert time.monotonic() < end, "a worker is still there"
+        time.sleep(0.05)

@@ -118,7 +118,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(recipe, whole, tm
     assert "resume" in {record["event"] for record in files.read_lines(run / "ledger.jsonl")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(recipe, whole, tmp_path, number):
     run = tmp_path / "run"
     process = start(recipe, run)
