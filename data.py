@@ -8,8 +8,11 @@ Reads the config's sources and its tokenizer. Writes
     manifest.json                settings; counts by source, stage and chunk; SHA-256 of every file
     tokenizer files              so that the folder is complete
     chunks/000.bin ...           rows of seq_len + 1 token ids in training order; see dataset.py for the order
-    validation/<source>.bin      rows of documents that no chunk holds
+    validation/<source>.bin      rows of text that no chunk holds
     documents/<source>.jsonl     {"id", "tokens", "bytes", "validation"} of every document, in reading order;
+                                 where they apply, "shared": source and name of a file that several sources
+                                 read, as the first of them has it; "came_as": the document's own id, if an
+                                 earlier one has it; "characters": of a part of a document that is split
     documents/<source>.offsets.npy    first byte of each of its lines, and its end
     documents/<stage>.npy        the stream of a stage, int64 (3, documents + 1): first token there, number of
                                  the source, number of the document; the last column is the stream's end
