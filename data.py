@@ -77,7 +77,7 @@ from files import sha256, sync
 __all__ = ["Dataset", "build", "shuffle", "unshuffle", "verify"]
 
 BATCH_CHARACTERS = 1 << 21  # of text to a worker at once: 0.2 s of encoding, against 5 ms of handing over
-SPLIT_DOCUMENTS = 20  # of a source of few documents, whose ends are held out: about so many, by their hash
+SPLIT_ROWS = 8  # held out, about, at the least, where documents are long enough to be split
 BLOCK_BYTES = 1 << 25  # of rows fetched at once; the larger, the fewer sweeps over the tokens on disk
 
 # What a build knows of each document of a source, in reading order. offset: its first token in the source's
@@ -217,7 +217,8 @@ def encode_source(
     too_few = too_few or not count["documents"] or held_out > max(0.2, 2 * fraction)
     if fraction and too_few and not count["shared_documents"]:
         n_documents = count["documents"] + count["validation_documents"]
-        inside = min(1.0, SPLIT_DOCUMENTS / max(1, n_documents))
+        rows = max(SPLIT_ROWS, fraction * (count["tokens"] + count["validation_tokens"]) / T)
+        inside = min(1.0, rows / max(1, n_documents))  # each document that is split gives at least a row
         worked = count["validation_tokens"] > T and count["documents"]
         count = encode_all(config, source, names, folder, pool, inside)
         if count["validation_tokens"] <= T and worked:  # its documents are too short to be split
