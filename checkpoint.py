@@ -369,6 +369,12 @@ def state_damage(c: Checkpoint) -> list[str]:
     return [f"state.json is damaged: SHA-256 {now[:12]}, and {said[:12]} in the ledger"]
 
 
+def first_look(c: Checkpoint, kind: str) -> tuple[list[str], list[str]]:
+    """(what is wrong with state.json and the small files, the large files, which come next)."""
+    small, large = files_of(c, kind)
+    return state_damage(c) + compare(c, small), large
+
+
 def recorded(run: Path) -> dict[str, str]:
     """SHA-256 of the state.json of each checkpoint, as the ledger has it: {"step-00000640": "9f86..."}.
 
@@ -407,8 +413,7 @@ def compared(folder: Path | str, kind: str, verify: bool = True, everyone: Every
     problems, error = [], None
     try:
         c = read(folder)
-        small, large = files_of(c, kind)
-        found = state_damage(c) + compare(c, small)
+        found, large = first_look(c, kind)
     except ConfigError as raised:
         found = [str(raised)]
     found = [problem for part in everyone.collect(found) for problem in part]
@@ -776,8 +781,7 @@ def model_folder(path: Path | str, step: int | None = None, verify: bool = True)
     elif step is not None:
         raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
     if verify and (path / "state.json").exists():
-        c = read(path)
-        refuse(path, compare(c, files_of(c, "model")[0]))
+        refuse(path, first_look(read(path), "model")[0])
     read_config(path)
     return path
 
@@ -795,18 +799,6 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu", verify: b
 
 
 # ---- the command line -------------------------------------------------------------------------------------
-
-
-def add_no_verify(parser: argparse.ArgumentParser) -> None:
-    """Gives a script that reads checkpoints the flag --no-verify. Where it is used, that is said."""
-
-    class Skip(argparse.Action):
-        def __call__(self, parser, args, values, option=None):
-            args.verify = False
-            print(f"note: {option}: no hash is compared, so damaged files go unnoticed", file=sys.stderr)
-
-    what = "do not compare the files' hashes with those that were written down when they were saved"
-    parser.add_argument("--no-verify", dest="verify", action=Skip, nargs=0, default=True, help=what)
 
 
 @config.script

@@ -1132,6 +1132,19 @@ def take_flags(argv: list[str], known: dict[str, str]) -> dict[str, str]:
     return given
 
 
+def add_no_verify(parser) -> None:
+    """Gives a script's argparse parser the flag --no-verify. Where it is used, that is said."""
+    import argparse  # those who call this have it already; the others need not wait for it
+
+    class Skip(argparse.Action):
+        def __call__(self, parser, args, values, option=None):
+            args.verify = False
+            print(f"note: {option}: no hash is compared, so damaged files go unnoticed", file=sys.stderr)
+
+    what = "do not compare the files' hashes with those that were written down when they were saved"
+    parser.add_argument("--no-verify", dest="verify", action=Skip, nargs=0, default=True, help=what)
+
+
 def fail(error: object, code: int = 2) -> typing.NoReturn:
     """Prints what went wrong once, also where torchrun started many processes, and ends this one."""
     if int(os.environ.get("RANK", 0)):

@@ -403,7 +403,7 @@ def main() -> None:
     parser.add_argument(
         "--shard_gb", type=float, default=5.0, help="1e9 bytes, at most, in a file of weights (5)"
     )
-    checkpoint.add_no_verify(parser)
+    config.add_no_verify(parser)
     try:
         convert(parser.parse_args())
     except BrokenPipeError:

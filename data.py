@@ -63,6 +63,7 @@ from dataset import (
     Dataset,
     below,
     differences,
+    line_of,
     locate,
     number,
     read_manifest,
@@ -412,14 +413,6 @@ def last_pass(entries: np.ndarray, key: np.uint64, wanted: int) -> tuple[np.uint
     return np.uint64(low), left
 
 
-def document_id(table: Path, n: int) -> str:
-    """The id in the n-th line of a source's table of documents."""
-    offsets = np.load(table.with_name(f"{table.stem}.offsets.npy"), mmap_mode="r")
-    with open(table, "rb") as file:
-        file.seek(int(offsets[n]))
-        return json.loads(file.readline())["id"]
-
-
 def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries: dict) -> dict:
     """Writes the table of a stage's stream; returns what the manifest says of the stage."""
     asked, key = stage_tokens(stage, sources), number(f"{config.data.seed}/{stage.name}")
@@ -440,7 +433,8 @@ def write_stage(path: Path, config: Config, stage: Stage, sources: dict, entries
         for i in np.flatnonzero(tokens < entries[name]["tokens"][numbers]):
             # its last token in the stream is an end-of-text token, which `fetch` puts there
             used, of = int(tokens[i]), int(entries[name]["tokens"][numbers[i]])
-            id = document_id(path.with_name(f"{name}.jsonl"), int(numbers[i]))
+            offsets = np.load(path.with_name(f"{name}.offsets.npy"), mmap_mode="r")
+            id = line_of(path.with_name(f"{name}.jsonl"), offsets, int(numbers[i]))["id"]
             cut = {"id": id, "tokens": used, "of_tokens": of, "first_token": int(table[0, n + i])}
             mixture[name]["cut"] = cut
         n, total = n + len(numbers), total + int(tokens.sum())

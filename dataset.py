@@ -253,9 +253,7 @@ class Dataset:
     def document(self, source: str, n: int) -> dict:
         """The n-th document of a source in reading order: {"id", "tokens", "bytes", "validation"}."""
         offsets = self.array(f"documents/{source}.offsets.npy")
-        with open(self.path(f"documents/{source}.jsonl"), "rb") as file:
-            file.seek(int(offsets[n]))
-            return json.loads(file.read(int(offsets[n + 1] - offsets[n])))
+        return line_of(self.path(f"documents/{source}.jsonl"), offsets, n)
 
     def positions(self, source: str, id: str) -> np.ndarray:
         """Every position, sorted, whose row holds a token of the document; none where it is held out.
@@ -283,6 +281,13 @@ class Dataset:
                     rows = np.arange(first, last + 1)
                     found += [self.position_of(i, epoch, rows) for epoch in range(stage["repeats"])]
         return np.unique(np.concatenate(found))
+
+
+def line_of(table: Path, offsets: np.ndarray, n: int) -> dict:
+    """The n-th line of a source's table of documents; offsets: the first byte of each line, and the end."""
+    with open(table, "rb") as file:
+        file.seek(int(offsets[n]))
+        return json.loads(file.read(int(offsets[n + 1] - offsets[n])))
 
 
 def read_manifest(folder: Path) -> tuple[dict, str]:

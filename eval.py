@@ -285,9 +285,11 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
     chunks, ended = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)], set()
     for c in of:
         plan = steps.of(cfg, dataset.n_rows, c.state.get("order"))
+        at = {
+            chunk: min(plan.step_after(row), plan.n_steps) for chunk, row in plan.chunk_ends(chunks).items()
+        }
         step = min(plan.step_after(c.state["rows"]), plan.n_steps)
-        ends = plan.chunk_ends(chunks).items()
-        ended |= {chunk for chunk, row in ends if min(plan.step_after(row), plan.n_steps) == step}
+        ended |= {chunk for chunk in at if at[chunk] == step}
     problems += [
         f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ended
     ]
@@ -393,7 +395,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough"
     )
-    checkpoint.add_no_verify(parser)
+    config.add_no_verify(parser)
     args = parser.parse_args()
     problems = run_eval(args)  # after Ctrl-C, every result that was finished stands in the run folder
     for problem in problems:

@@ -143,9 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=int, metavar="STEP", help="on these weights; default: the newest before"
     )
-    parser.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="do not compare hashes with state.json"
-    )
+    config.add_no_verify(parser)
     args = parser.parse_args()
     config.load_run(args.run)
     if args.replay is None:
@@ -161,8 +159,6 @@ def main() -> None:
                 print(f"  largest gradients: {shown}")
         print(f"{len(found)} incident(s)" if found else "no incident")
         sys.exit(0)
-    if not args.verify:
-        print("note: --no-verify: no hash is compared", file=sys.stderr)
     rows, norms, at = replay(args.run, args.replay, args.checkpoint, args.verify)
     print(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
     for position, loss, names in sorted(

@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument(
         "--chunks", type=int, nargs="+", metavar="N", help="only these, and held-out rows; default: all"
     )
-    checkpoint.add_no_verify(parser)
+    config.add_no_verify(parser)
     args = parser.parse_args()
     of = chosen(args.run, args.checkpoint)
     cfg = config.load_run(args.run)

@@ -34,7 +34,7 @@ def learning_rate(at: int, length: int, cfg: Optim) -> float:
     elif cfg.schedule in ("linear", "constant"):
         left = 1 - progress
     else:
-        raise ValueError(f"optim.schedule={cfg.schedule!r} is not a schedule that optim.py computes")
+        raise unknown("optim.schedule", cfg.schedule)
     if at < cfg.warmup:
         start = cfg.warmup_start_fraction
         return cfg.lr * (start + (1 - start) * at / cfg.warmup)

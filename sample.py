@@ -259,7 +259,7 @@ def main() -> None:
         "--checkpoint", type=checkpoint.step_number, metavar="STEP", help="default: the newest complete one"
     )
     parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
-    checkpoint.add_no_verify(parser)
+    config.add_no_verify(parser)
     sample(parser.parse_args())
 
 

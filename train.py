@@ -58,10 +58,8 @@ from steps import Steps
 class Interrupted:
     """`came` is the number of the signal (Ctrl-C's, SIGTERM, or SIGHUP of a closed terminal), or 0.
 
-    The loop then saves and leaves.
-
-    A second signal ends at once; but not in the same second, because whoever stops a machine may signal every
-    process and torchrun, which signals its processes again.
+    The loop then saves and leaves. A second signal ends at once; but not in the same second, because whoever
+    stops a machine may signal every process and torchrun, which signals its processes again.
     """
 
     def __init__(self):
