@@ -31,25 +31,25 @@ def run(cfg: Config, n_steps: int, file: str = "") -> dict:
     cost.accumulation(cfg, parallel.world_size())  # they must divide
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
-    everyone = parallel.start(cfg.train, cfg.parallel)
-    learner = Learner(cfg, everyone, eot=0)
+    world = parallel.start(cfg.train, cfg.parallel)
+    learner = Learner(cfg, world, eot=0)
     with torch.no_grad():
         for parameter in learner.model.parameters():
             parameter.normal_(std=0.02)
-    meter, T = ledger.Meter(cfg, everyone), cfg.model.seq_len
-    n_tokens, n_rows = cfg.train.batch_size * T, cfg.train.batch_size // everyone.copies
-    generator = torch.Generator().manual_seed(cfg.train.seed + everyone.share(everyone.copies).start)
+    meter, T = ledger.Meter(cfg, world), cfg.model.seq_len
+    n_tokens, n_rows = cfg.train.batch_size * T, cfg.train.batch_size // world.dp_size
+    generator = torch.Generator().manual_seed(cfg.train.seed + world.share(world.dp_size).start)
     times = {"data_seconds": [], "forward_backward_seconds": [], "optimizer_seconds": [], "seconds": []}
     joules = []
     for step in range(WARM_UP + n_steps):
         t0 = time.perf_counter()
-        batch = torch.randint(cfg.model.vocab_size, (n_rows, T + 1), generator=generator).to(everyone.device)
+        batch = torch.randint(cfg.model.vocab_size, (n_rows, T + 1), generator=generator).to(world.device)
         t1 = time.perf_counter()
         nats = learner.gradients(batch, n_tokens)
-        _, norm, spent = everyone.sum(nats, learner.norm(), meter.joules())
+        _, norm, spent = world.sum(nats, learner.norm(), meter.joules())
         t2 = time.perf_counter()
-        learner.update(cfg.optim.lr, norm / everyone.world_size, optim.clip_limit(step, cfg.optim))
-        if everyone.device.type == "cuda":
+        learner.update(cfg.optim.lr, norm / world.size, optim.clip_limit(step, cfg.optim))
+        if world.device.type == "cuda":
             torch.cuda.synchronize()
         t3 = time.perf_counter()
         if step >= WARM_UP:
@@ -61,13 +61,13 @@ def run(cfg: Config, n_steps: int, file: str = "") -> dict:
     figures |= {
         "tokens_per_second": speed,
         **meter.about(speed, sum(joules)),
-        "processes": everyone.world_size,
+        "processes": world.size,
     }
-    machine = ledger.about_machine(everyone)
-    everyone.once(show, cfg, figures, machine, n_steps, everyone.device.type == "cuda")
+    machine = ledger.about_machine(world)
+    world.once(show, cfg, figures, machine, n_steps, world.device.type == "cuda")
     if file:
-        everyone.once(files.write_json, Path(file), {**figures, **machine, "config": config.to_dict(cfg)})
-    everyone.leave()
+        world.once(files.write_json, Path(file), {**figures, **machine, "config": config.to_dict(cfg)})
+    world.leave()
     return figures
 
 

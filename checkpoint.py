@@ -22,7 +22,6 @@ stranger's. Whoever reads a checkpoint through this file compares the hashes in 
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -30,20 +29,18 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import config
+import configurator
 import files
 import steps
 from config import Config, ConfigError, load_run
-from families import (
+from formats.families import (
     NOT_WEIGHTS,
     end_of_text,
     family_of,
@@ -55,18 +52,22 @@ from families import (
     to_family,
     unpack,
 )
+from formats.shards import open_weights
 from model import Transformer
-from parallel import Everyone, alone, first_on_node, put, whole
+from parallel import World, alone, first_on_node, put, whole
+from run_folder import (
+    FORMAT,
+    NEEDED,
+    Checkpoint,
+    chosen,
+    read,
+    recorded,
+    refuse,
+    step_number,
+)
 
-FORMAT = 1  # of state.json; a reader refuses what it does not know
 UMASK = os.umask(0)  # which permissions new files are not given; it can only be read by setting it
 os.umask(UMASK)
-
-
-class Checkpoint(NamedTuple):
-    path: Path
-    step: int  # finished updates
-    state: dict  # state.json
 
 
 def bare(model: nn.Module) -> Transformer:
@@ -88,8 +89,8 @@ class Saving:
     that is all the time that training waits. It waits for the save before this one if that is not done yet.
     """
 
-    def __init__(self, run: Path | str, model: nn.Module, optimizers, everyone: Everyone | None = None):
-        self.folder, self.model, self.everyone = Path(run) / "checkpoints", bare(model), everyone or alone()
+    def __init__(self, run: Path | str, model: nn.Module, optimizers, world: World | None = None):
+        self.folder, self.model, self.world = Path(run) / "checkpoints", bare(model), world or alone()
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.room: dict[str, torch.Tensor] = {}  # copies' memory, used again by every save
         self.thread: threading.Thread | None = None
@@ -99,8 +100,8 @@ class Saving:
         """`state` has step, rows, tokens, chunk and the hashes of the data."""
         self.finish()
         self.state, self.aside = state, self.folder / f".step-{state['step']:08d}"
-        self.everyone.once(self.make_room)
-        cfg, family, rank = self.model.cfg, family_of(self.model.cfg), self.everyone.rank
+        self.world.once(self.make_room)
+        cfg, family, rank = self.model.cfg, family_of(self.model.cfg), self.world.rank
         weights = dict(self.model.state_dict())
         stored = {}  # a family's name for a tensor -> our names for its parts
         for name in weights:
@@ -112,13 +113,13 @@ class Saving:
         moments_of = layout("optimizer", {name: size(tensor) for name, tensor in moments.items()})
         self.mine, n = {}, len(files_of) + len(moments_of)
         for i, (file, names) in enumerate([*files_of.items(), *moments_of.items()]):
-            owner = i * self.everyone.world_size // n
+            owner = i * self.world.size // n
             parts = [part for name in names for part in stored[name]] if file in files_of else names
             for part in parts:
                 tensor = whole((weights if file in files_of else moments)[part])  # all processes together
                 if owner == rank:
                     self.mine.setdefault(file, {})[part] = self.copy(part, tensor)
-        if self.everyone.device.type == "cuda":
+        if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         self.small = {}
         if rank == 0:
@@ -159,7 +160,7 @@ class Saving:
                 files.sync(self.aside / name)
                 self.hashes[name] = files.sha256(self.aside / name)
         except Exception as error:
-            self.error = f"process {self.everyone.rank}: {type(error).__name__}: {error}"
+            self.error = f"process {self.world.rank}: {type(error).__name__}: {error}"
 
     def busy(self) -> bool:
         """Whether this process still writes."""
@@ -183,18 +184,18 @@ class Saving:
         """
         if self.thread is None:
             return None
-        while self.everyone.sum(self.busy())[0]:  # a slow disk may take longer than a collective may wait
+        while self.world.sum(self.busy())[0]:  # a slow disk may take longer than a collective may wait
             time.sleep(0.01)
         self.thread.join()
         self.thread = None
-        told = self.everyone.collect((self.error, self.hashes))
+        told = self.world.collect((self.error, self.hashes))
         errors = [error for error, _ in told if error]
         if errors:
-            self.everyone.once(shutil.rmtree, self.aside, True)
+            self.world.once(shutil.rmtree, self.aside, True)
             raise OSError(f"checkpoint of step {self.state['step']} is not saved: {'; '.join(errors)}")
         hashes = {name: digest for _, part in told for name, digest in sorted(part.items())}
         final = self.folder / self.aside.name.removeprefix(".")
-        self.everyone.once(self.commit, final, hashes)
+        self.world.once(self.commit, final, hashes)
         return final
 
     def commit(self, final: Path, hashes: dict[str, str]) -> None:
@@ -247,74 +248,11 @@ def optimizer_tensors(model: Transformer, optimizers: list) -> dict[str, torch.T
     return tensors
 
 
-def delete_others(run: Path | str, kept: set[int], newest: int) -> list[int]:
-    """Deletes all but the `newest` of the checkpoints whose step is not in `kept`; returns those steps."""
-    others = [c for c in checkpoints(run) if c.step not in kept]
-    gone = others[: max(0, len(others) - newest)]
-    for c in gone:  # out of sight at once: half a folder must not look like a checkpoint
-        aside = c.path.with_name(f".{c.path.name}")
-        os.replace(c.path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    return [c.step for c in gone]
-
-
-def set_aside(run: Path | str, after: int, incident: int) -> None:
-    """Renames what a rollback leaves, checkpoints beyond step `after`: incident-3-step-... can be studied."""
-    for c in checkpoints(run):
-        if c.step > after:
-            target = c.path.with_name(f"incident-{incident}-{c.path.name}")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(c.path, target)
-
-
 # ---- is it what was saved? --------------------------------------------------------------------------------
 
-REMEDY = (
-    "get it again, or take this folder away, and train.py resumes from the checkpoint before it (a copy that "
-    "you changed yourself is a model like any other once its state.json is deleted)"
-)
 HASHERS = 4  # files hashed at a time: SHA-256 of one is 0.4 to 1.5 GB/s, less than a good disk reads
 # What is read of a checkpoint when it is opened. Other files that someone puts there are not looked at.
 READ = re.compile(r"config\.json|(model|optimizer|tokenizer).*\.(safetensors|json|model)")
-
-
-def is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_pairs(value: object, of: Callable[[object], bool] = is_count) -> bool:
-    pairs = value if isinstance(value, list) else [None]
-    return all(isinstance(pair, list) and len(pair) == 2 and all(map(of, pair)) for pair in pairs)
-
-
-def is_hashes(value: object) -> bool:
-    """{"model.safetensors": "9f86d0..."}; a stranger's "../../.ssh/id" is no name of a file beside it."""
-    return isinstance(value, dict) and all(
-        Path(name).name == name and isinstance(digest, str) for name, digest in value.items()
-    )
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
-COUNT, PAIRS = (is_count, "a count"), "pairs [first, end] of positions"
-FIELDS = {  # of state.json: what each must be, if it is there
-    **dict.fromkeys(("step", "rows", "tokens", "begin", "incidents", "world_size"), COUNT),
-    "chunk": (lambda value: value == -1 or is_count(value), "a chunk's number, or -1"),
-    "eot": (lambda value: value is None or is_count(value), "a token's id"),
-    "order": (lambda value: value is None or is_pairs(value), PAIRS),
-    "skipped": (is_pairs, PAIRS),
-    "recent": (lambda value: is_pairs(value, is_number), "pairs of loss and gradient norm"),
-    "dataset_sha256": (is_text, "a hash"),
-    "tokenizer_sha256": (is_text, "a hash"),
-    "files": (is_hashes, "the hash of each file in the folder"),
-}
-NEEDED = ("step", "rows", "tokens", "chunk", "dataset_sha256", "tokenizer_sha256", "files")
 
 
 @functools.cache
@@ -375,38 +313,15 @@ def first_look(c: Checkpoint, kind: str) -> tuple[list[str], list[str]]:
     return state_damage(c) + compare(c, small), large
 
 
-def recorded(run: Path) -> dict[str, str]:
-    """SHA-256 of the state.json of each checkpoint, as the ledger has it: {"step-00000640": "9f86..."}.
-
-    A run that resumes or goes back makes later checkpoints again, so what was said of them does not count.
-    """
-    known: dict[str, str] = {}
-    for record in files.read_lines(run / "ledger.jsonl"):
-        if record.get("event") == "checkpoint" and is_text(record.get("state_sha256")):
-            known[str(record.get("checkpoint"))] = record["state_sha256"]
-        back = re.fullmatch(r"step-(\d+)", str(record.get("back_to")))
-        at = int(back[1]) if back else record.get("step") if record.get("event") == "resume" else None
-        if is_count(at):
-            known = {name: digest for name, digest in known.items() if step_number(name) <= at}
-    return known
-
-
-def refuse(folder: Path, problems: list[str], more: str = "") -> None:
-    """ConfigError with the first of the problems, if there is one."""
-    if problems:
-        others = f" ({len(problems) - 1} more like this)" if problems[1:] else ""
-        raise ConfigError(f"{folder}/{problems[0]}{others}; {REMEDY}{more}")
-
-
 @contextlib.contextmanager
-def compared(folder: Path | str, kind: str, verify: bool = True, everyone: Everyone | None = None):
+def compared(folder: Path | str, kind: str, verify: bool = True, world: World | None = None):
     """Around the reading of a folder: its files are hashed beside it, and must be those of its state.json.
 
     Leaves only when the hashes are known. ConfigError in all processes where one differs, also in place of
     an error which that has caused in the reading. Large files are hashed by one process of each node. A
     folder without state.json is someone else's, and there is nothing to compare it with.
     """
-    folder, everyone = Path(folder), everyone or alone()
+    folder, world = Path(folder), world or alone()
     if not verify or not (folder / "state.json").exists():
         yield
         return
@@ -416,18 +331,18 @@ def compared(folder: Path | str, kind: str, verify: bool = True, everyone: Every
         found, large = first_look(c, kind)
     except ConfigError as raised:
         found = [str(raised)]
-    found = [problem for part in everyone.collect(found) for problem in part]
+    found = [problem for part in world.collect(found) for problem in part]
     refuse(folder, list(dict.fromkeys(found)))  # all processes together
-    mine = large if everyone.world_size == 1 or first_on_node() else []
+    mine = large if world.size == 1 or first_on_node() else []
     thread = threading.Thread(target=lambda: problems.extend(compare(c, mine)), daemon=True)
     thread.start()
     try:
         yield
     except Exception as raised:
         error = raised
-    while everyone.sum(thread.is_alive())[0]:  # hashing may take longer than a collective may wait
+    while world.sum(thread.is_alive())[0]:  # hashing may take longer than a collective may wait
         thread.join(0.01)
-    told = everyone.collect((problems, str(error) if error else None))
+    told = world.collect((problems, str(error) if error else None))
     failed = [text for _, text in told if text is not None]
     damaged = list(dict.fromkeys(problem for part, _ in told for problem in part))
     refuse(folder, damaged, f" (it was noticed as: {failed[0]})" if failed else "")
@@ -525,7 +440,7 @@ def verify(run: Path | str) -> bool:
         manifest, sha256 = json.loads((run / "dataset.json").read_bytes()), files.sha256(run / "dataset.json")
     except (OSError, ValueError) as error:
         bad = 1
-        config.show(f"dataset.json cannot be read ({error}), so no state.json is compared with it")
+        configurator.show(f"dataset.json cannot be read ({error}), so no state.json is compared with it")
     folders = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"(incident-\d+-)?step-\d+", p.name)]
     for path in sorted(folders, key=lambda p: (step_number(p.name[p.name.index("step-") :]), p.name)):
         problems = problems_of(path, cfg, manifest, sha256)
@@ -535,73 +450,22 @@ def verify(run: Path | str) -> bool:
         elif path.name.startswith("step-"):
             good.append(path.name)
         for said in problems or [f"whole, {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"]:
-            config.show(f"{path.name}  {'DAMAGED: ' * bool(problems)}{said}")
-    config.show(f"the newest whole checkpoint is {good[-1]}" if good else "no checkpoint is whole")
+            configurator.show(f"{path.name}  {'DAMAGED: ' * bool(problems)}{said}")
+    configurator.show(f"the newest whole checkpoint is {good[-1]}" if good else "no checkpoint is whole")
     return bool(good) and not bad
 
 
 # ---- loading ----------------------------------------------------------------------------------------------
 
 
-def checkpoints(run: Path | str) -> list[Checkpoint]:
-    """The complete checkpoints of a run, by ascending step, a number: 1,000,000 comes after 999,999."""
-    found = []
-    for path in (Path(run) / "checkpoints").glob("step-*"):
-        if not (match := re.fullmatch(r"step-(\d+)", path.name)):
-            continue
-        try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(state, dict):
-            found.append(checked(path, state, int(match[1])))
-    return sorted(found, key=lambda c: c.step)
-
-
-def incomplete(run: Path | str, after: int) -> list[str]:
-    """Names of checkpoint folders beyond a step that do not count: their state.json is missing or damaged."""
-    whole = {c.path for c in checkpoints(run)}
-    folders = (path for path in (Path(run) / "checkpoints").glob("step-*") if path not in whole)
-    return sorted(
-        p.name for p in folders if re.fullmatch(r"step-\d+", p.name) and step_number(p.name) > after
-    )
-
-
-def checked(path: Path, state: dict, step: int | None) -> Checkpoint:
-    said = state.get("step")
-    if state.get("format") != FORMAT or said is None or step not in (None, said):
-        raise ConfigError(
-            f"{path}/state.json says format {state.get('format')} and step {said}; "
-            f"this version reads format {FORMAT}, and the step must be the folder's; {REMEDY}"
-        )
-    for name, (has_type, wanted) in FIELDS.items():
-        if name in state and not has_type(state[name]):
-            value = json.dumps(state[name])
-            raise ConfigError(
-                f"{path}/state.json is damaged: {name} is {value[:60]}, and must be {wanted}; {REMEDY}"
-            )
-    return Checkpoint(path, state["step"], state)
-
-
-def read(folder: Path | str, step: int | None = None) -> Checkpoint:
-    """A checkpoint by its folder, of any name. ConfigError where it has no state.json, or not this step's."""
-    try:
-        state = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder} is no checkpoint of train.py: its state.json cannot be read ({error})"
-        ) from None
-    return checked(Path(folder), state if isinstance(state, dict) else {}, step)
-
-
 def load_weights(
-    folder: Path | str, model: nn.Module, verify: bool = True, everyone: Everyone | None = None
+    folder: Path | str, model: nn.Module, verify: bool = True, world: World | None = None
 ) -> None:
     """The weights of a model folder into a model, in place. ConfigError unless names and shapes agree.
 
     With `verify` the hashes too must be those of state.json, here and in all functions below.
     """
-    with compared(folder, "model", verify, everyone):
+    with compared(folder, "model", verify, world):
         read = reader(folder, model)
         for name, value in bare(model).state_dict().items():
             put(value, read(name))
@@ -657,46 +521,15 @@ def reader(folder: Path | str, model: nn.Module) -> Callable[[str], torch.Tensor
     return read
 
 
-def open_weights(folder: Path | str, stem: str = "model") -> dict:
-    """Tensor name -> the open safetensors file that holds it, of a folder with one file or many shards."""
-    folder = Path(folder)
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        path = folder / f"{stem}.safetensors"
-        pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(kind))]
-        if pickled and not path.exists():
-            raise ConfigError(
-                f"{folder} has its weights only as pickle ({pickled[0]}), and opening a pickle can run any "
-                "code; where you trust it, load it with transformers and call save_pretrained, which writes "
-                "safetensors"
-            )
-        file = open_tensors(path)
-        return dict.fromkeys(file.keys(), file)
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = dict.fromkeys(places.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} is damaged: {type(error).__name__}: {error}") from None
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ConfigError(f"{index} names {shard!r}, which is no file of its own folder")
-        shards[shard] = open_tensors(folder / shard)
-    held = {shard: set(file.keys()) for shard, file in shards.items()}
-    for name, shard in places.items():
-        if name not in held[shard]:
-            raise ConfigError(f"{index} says that {name} is in {shard}, and it is not")
-    return {name: shards[shard] for name, shard in places.items()}
-
-
 # What each optimizer keeps of a parameter.
 STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def load_optimizer(
-    folder: Path | str, model: nn.Module, optimizers, verify: bool = True, everyone: Everyone | None = None
+    folder: Path | str, model: nn.Module, optimizers, verify: bool = True, world: World | None = None
 ) -> None:
     """The optimizers as they were saved, and the random generators, in place."""
-    with compared(folder, "optimizer", verify, everyone):
+    with compared(folder, "optimizer", verify, world):
         read_optimizer(folder, model, optimizers)
 
 
@@ -728,44 +561,6 @@ def read_optimizer(folder: Path | str, model: nn.Module, optimizers) -> None:
     torch.set_rng_state(tensors["random.cpu"].get_tensor("random.cpu"))
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"].get_tensor("random.cuda"))
-
-
-def open_tensors(path: Path):
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error}; if it is damaged, get it again, or take its folder away"
-        ) from None
-
-
-def weights_hash(state: dict) -> str:
-    """One hash of a checkpoint's weights, of one file or of many."""
-    hashes = [
-        state["files"][name] for name in sorted(state["files"]) if re.fullmatch(r"model.*\.safetensors", name)
-    ]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def step_number(name: str) -> int:
-    """640 and step-00000640 both name a checkpoint on a command line."""
-    return int(name.removeprefix("step-"))
-
-
-def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
-    """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
-    found = {c.step: c for c in checkpoints(run)}
-    if not found:
-        load_run(run)  # which says so where this is no run at all
-        raise ConfigError(f"{run} has no complete checkpoint yet; train.py writes the first one at step 0")
-    for step in steps:
-        if step not in found:
-            raise ConfigError(
-                f"{run} has no complete checkpoint of step {step}; it has {', '.join(map(str, found))}"
-            )
-    return [found[step] for step in sorted(set(steps) or found)]
 
 
 def model_folder(path: Path | str, step: int | None = None, verify: bool = True) -> Path:
@@ -801,7 +596,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu", verify: b
 # ---- the command line -------------------------------------------------------------------------------------
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -18,9 +18,9 @@ the one before: it is the end-of-text token of the folder, and the BOS that samp
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import contextlib
@@ -39,12 +39,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoint
-import config
-import families
+import configurator
 import files
 import tokenizer as tokenizers
 from config import ConfigError, Model
-from families import place
+from formats import families
+from formats.families import place
 from model import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -388,7 +388,7 @@ def check_arguments(args: argparse.Namespace, given: Path, target: Path, from_bi
         raise ConfigError(f"--tokenizer {args.tokenizer} is for a folder made of a .bin; leave it out")
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -403,13 +403,13 @@ def main() -> None:
     parser.add_argument(
         "--shard_gb", type=float, default=5.0, help="1e9 bytes, at most, in a file of weights (5)"
     )
-    config.add_no_verify(parser)
+    configurator.add_no_verify(parser)
     try:
         convert(parser.parse_args())
     except BrokenPipeError:
         raise
     except (OSError, SafetensorError) as error:
-        config.fail(f"nothing was written: {error}")
+        configurator.fail(f"nothing was written: {error}")
 
 
 if __name__ == "__main__":

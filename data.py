@@ -32,9 +32,9 @@ a last pass that takes documents in a keyed order until the number is reached. T
 """
 
 if __name__ == "__main__":  # before packages that take a second to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import fcntl
 import hashlib
@@ -53,7 +53,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import documents
 import tokenizer
 from bpe import end_with_parent, submit
 from config import Config, ConfigError, Source, Stage, from_command_line, script
@@ -74,6 +73,7 @@ from dataset import (
     verify,
 )  # fmt: skip
 from files import sha256, sync
+from formats import documents
 
 __all__ = ["Dataset", "build", "shuffle", "unshuffle", "verify"]
 

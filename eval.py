@@ -27,9 +27,9 @@ is not computed again.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import math
@@ -42,15 +42,17 @@ import torch
 
 import checkpoint
 import config
+import configurator
 import files
 import memorize
 import parallel
+import run_folder
 import steps
 import tokenizer as tokenizers
-from checkpoint import chosen, step_number
 from config import Config, ConfigError
 from dataset import Dataset
 from model import Transformer
+from run_folder import chosen, step_number
 
 PROTOCOL = "nats-over-bytes-2"  # of the numbers in a line; a change of their meaning gives it a new name
 LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
@@ -129,7 +131,7 @@ def measures(nats: float, n_targets: int, n_bytes: float) -> dict:
 def inputs_of(
     cfg: Config,
     dataset: Dataset,
-    c: checkpoint.Checkpoint,
+    c: run_folder.Checkpoint,
     max_rows: int,
     precision: torch.dtype,
     verify: bool = True,
@@ -137,7 +139,7 @@ def inputs_of(
     """Everything, but for the source, that determines a line: the same inputs give the same result."""
     return {
         "protocol": PROTOCOL,
-        "weights_sha256": checkpoint.weights_hash(c.state),
+        "weights_sha256": run_folder.weights_hash(c.state),
         "dataset_sha256": dataset.sha256,  # its manifest holds the hashes of the rows and of the tokenizer
         "max_rows": max_rows,
         "precision": str(precision).removeprefix("torch."),
@@ -351,7 +353,7 @@ def eval_folder(args: argparse.Namespace) -> None:
                 nats = nats_of(model, rows, cfg.eval.batch_size, progress.update)
         lines[source] = measures(nats, rows[:, 1:].size, n_bytes)
     if lines:
-        print(show([(checkpoint.Checkpoint(folder, 0, {}), lines)]))
+        print(show([(run_folder.Checkpoint(folder, 0, {}), lines)]))
 
 
 def run_eval(args: argparse.Namespace) -> list[str]:
@@ -377,7 +379,7 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     return check(args.run, cfg, dataset, max_rows) if args.check else []
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -395,7 +397,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough"
     )
-    config.add_no_verify(parser)
+    configurator.add_no_verify(parser)
     args = parser.parse_args()
     problems = run_eval(args)  # after Ctrl-C, every result that was finished stands in the run folder
     for problem in problems:

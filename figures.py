@@ -1,6 +1,6 @@
 """What a run recorded -> SVG figures, in the colours of the page and of paper. report.py captions them.
 
-    figure = figures.draw_loss(run_folder.load("runs/demo"))
+    figure = figures.draw_loss(results.load("runs/demo"))
     file, inline = figures.svg(figure, "loss", "Training loss")      # for figures/loss.svg; for the page
 
 Figures are made within matplotlib.rc_context(figures.STYLE). The memorization figures are figures 7, 8 and 9
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from run_folder import NONE, Run, fits
+from results import NONE, Run, fits
 
 # ---- colours and axes -------------------------------------------------------------------------------------
 

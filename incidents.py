@@ -13,9 +13,9 @@ Dataset.positions(source, id) lists every position of a document.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import math
@@ -25,7 +25,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import config
+import configurator
 import files
+import run_folder
 import steps
 from config import Config, ConfigError, Train
 from dataset import Dataset
@@ -105,7 +107,7 @@ def replay(
     cfg: Config = config.load_run(run)
     dataset = Dataset(cfg.dataset, verify)
     known = [
-        c for c in checkpoint.chosen(run, [] if at is None else [at]) if at is not None or c.step <= step
+        c for c in run_folder.chosen(run, [] if at is None else [at]) if at is not None or c.step <= step
     ]
     if not known:
         raise ConfigError(f"{run} has no checkpoint up to step {step}")
@@ -114,7 +116,7 @@ def replay(
     if incident and at is None:  # the weights before the last incident there; a rollback has moved them aside
         folder = Path(run) / "checkpoints"
         aside = folder / f"incident-{incident[-1]['number']}-{incident[-1]['checkpoint']}"
-        c = checkpoint.read(aside if aside.exists() else folder / incident[-1]["checkpoint"])
+        c = run_folder.read(aside if aside.exists() else folder / incident[-1]["checkpoint"])
     if incident:
         pieces = [(first, last + 1) for first, last in incident[-1]["rows"]]
     else:
@@ -133,7 +135,7 @@ def replay(
     return rows, optim.norms_by_layer(model), c.step
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,7 +145,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=int, metavar="STEP", help="on these weights; default: the newest before"
     )
-    config.add_no_verify(parser)
+    configurator.add_no_verify(parser)
     args = parser.parse_args()
     config.load_run(args.run)
     if args.replay is None:

@@ -17,20 +17,20 @@ from model import Transformer
 class Learner:
     """A model and its optimizers, spread over the processes of a run, with weights to be filled in."""
 
-    def __init__(self, cfg: Config, everyone: parallel.Everyone, eot: int | None):
-        self.cfg, self.everyone = cfg, everyone
+    def __init__(self, cfg: Config, world: parallel.World, eot: int | None):
+        self.cfg, self.world = cfg, world
         with torch.device("meta"):
             self.model = Transformer(cfg.model, eot)
         self.model.loss.z_loss = cfg.optim.z_loss
         optim.shrink_embedding_gradient(self.model, cfg.optim.embedding_gradient)
-        self.wrapped = everyone.spread(self.model, cfg)
+        self.wrapped = world.spread(self.model, cfg)
         self.optimizers = optim.optimizers(self.model, cfg.optim, cfg.model.mup_scale)
 
     def fill(self, values: Iterable[Tensor]) -> None:
         """Gives every parameter its value, whole ones in the order of the model's parameters."""
         for parameter, value in zip(self.model.parameters(), values, strict=True):
             parallel.put(parameter, value)
-        self.everyone.alike(self.model)
+        self.world.alike(self.model)
 
     def gradients(self, batch: Tensor, n_tokens: int) -> Tensor:
         """Takes the gradient of the mean loss over the global batch, which has n_tokens targets.
@@ -41,11 +41,11 @@ class Learner:
         nats = torch.zeros((), device=batch.device)
         micro_batches = batch.split(self.cfg.train.micro_batch_size)
         for i, rows in enumerate(micro_batches):
-            with self.everyone.accumulate(self.wrapped, last=i == len(micro_batches) - 1):
-                with parallel.autocast(self.everyone.device, self.everyone.dtype):
+            with self.world.accumulate(self.wrapped, last=i == len(micro_batches) - 1):
+                with parallel.autocast(self.world.device, self.world.dtype):
                     loss = self.wrapped(rows[:, :-1], rows[:, 1:])  # a sum over this micro-batch
                 # Gradients are averaged over the copies: undo that.
-                (loss * (self.everyone.copies / n_tokens)).backward()
+                (loss * (self.world.dp_size / n_tokens)).backward()
             nats += loss.detach()
         return nats
 

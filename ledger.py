@@ -24,11 +24,11 @@ import numpy as np
 import safetensors
 import torch
 
-import checkpoint
 import config
 import cost
 import files
 import parallel
+import run_folder
 from config import Config, ConfigError
 from dataset import Dataset
 from model import Transformer
@@ -89,16 +89,16 @@ def lock(run: Path) -> None:
     LOCKS.append(file)
 
 
-def sign_in(run: Path | str, everyone: parallel.Everyone) -> None:
+def sign_in(run: Path | str, world: parallel.World) -> None:
     """Leaves this process's name in the run folder; the ledger gets those who never signed out before."""
-    everyone.once(note_faults, Path(run))
-    who = {"rank": everyone.rank, "host": platform.node(), "pid": os.getpid()}
-    files.write_json(Path(run) / ".processes" / f"{everyone.rank}.json", who)
+    world.once(note_faults, Path(run))
+    who = {"rank": world.rank, "host": platform.node(), "pid": os.getpid()}
+    files.write_json(Path(run) / ".processes" / f"{world.rank}.json", who)
 
 
-def sign_out(run: Path | str, everyone: parallel.Everyone, error: BaseException | None = None) -> None:
+def sign_out(run: Path | str, world: parallel.World, error: BaseException | None = None) -> None:
     """Takes the name away; or, where the process fails, adds its error for whoever comes next."""
-    path = Path(run) / ".processes" / f"{everyone.rank}.json"
+    path = Path(run) / ".processes" / f"{world.rank}.json"
     try:
         if error is None:
             path.unlink()
@@ -147,29 +147,29 @@ def close(cfg: Config, step: int, changed: list[str]) -> None:
         )
 
 
-def about_machine(everyone: parallel.Everyone) -> dict:
+def about_machine(world: parallel.World) -> dict:
     """Code, versions and hardware: what may differ between the parts of a run that was resumed."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    cuda = everyone.device.type == "cuda"
+    cuda = world.device.type == "cuda"
     packages = {"torch": torch, "numpy": np, "safetensors": safetensors}
     return {
         "git": git.stdout.strip() or None,
         "versions": {"python": platform.python_version(), **{n: p.__version__ for n, p in packages.items()}},
-        "device": torch.cuda.get_device_name(everyone.device) if cuda else processor(),
+        "device": torch.cuda.get_device_name(world.device) if cuda else processor(),
         "platform": platform.platform(),
-        "processes": everyone.world_size,
+        "processes": world.size,
         "threads": torch.get_num_threads(),
-        "precision": str(everyone.dtype).removeprefix("torch."),
+        "precision": str(world.dtype).removeprefix("torch."),
     }
 
 
 def write_run(cfg: Config, dataset: Dataset, machine: dict, model: Transformer) -> None:
     """config.json and dataset.json of the run folder."""
     run, parameters = Path(cfg.run), sum(p.numel() for p in model.parameters())
-    settings = {"format": checkpoint.FORMAT, "config": config.to_dict(cfg)}
+    settings = {"format": run_folder.FORMAT, "config": config.to_dict(cfg)}
     files.write_json(run / "config.json", {**settings, **machine, "parameters": parameters})
     copy = run / ".dataset.json"
     shutil.copyfile(dataset.folder / "manifest.json", copy)
@@ -205,7 +205,7 @@ def log_step(run: Path, record: dict) -> None:
     files.append(run / "metrics.jsonl", record, durable=False)  # a line that is lost is trained again
 
 
-def greet(cfg, dataset, everyone, model, step, last_step, steps, n_steps, accumulation) -> None:
+def greet(cfg, dataset, world, model, step, last_step, steps, n_steps, accumulation) -> None:
     """What is about to run, in a few lines; n_steps: those that all the data have."""
     parameters, size = sum(p.numel() for p in model.parameters()), steps.size(step)
     left = steps.n_rows - steps.consumed(steps.n_steps)
@@ -214,17 +214,17 @@ def greet(cfg, dataset, everyone, model, step, last_step, steps, n_steps, accumu
     print(f"data     {rows} from {cfg.dataset}")
     micro = f"{accumulation * size // cfg.train.batch_size} micro-batch(es) of {cfg.train.micro_batch_size}"
     tokens = f"{size} rows = {size * cfg.model.seq_len:,} tokens"
-    print(f"step     {tokens}: {everyone.copies} share(s) x {micro}")
-    replicate, shard, tp = everyone.shape
-    how = f"{replicate} x " * (replicate > 1) + f"FSDP over {shard}" if everyone.sharded and shard > 1 else ""
+    print(f"step     {tokens}: {world.dp_size} share(s) x {micro}")
+    replicate, shard, tp = world.shape
+    how = f"{replicate} x " * (replicate > 1) + f"FSDP over {shard}" if world.sharded and shard > 1 else ""
     how = " x ".join(filter(None, [how, f"tensor parallel over {tp}" * (tp > 1)])) or "DDP"
-    spread = f", {how}" if everyone.world_size > 1 else ""
-    print(f"device   {everyone.device}, {str(everyone.dtype).removeprefix('torch.')}{spread}")
-    if everyone.device.type == "cpu" and everyone.dtype == torch.bfloat16 and not has_bf16():
+    spread = f", {how}" if world.size > 1 else ""
+    print(f"device   {world.device}, {str(world.dtype).removeprefix('torch.')}{spread}")
+    if world.device.type == "cpu" and world.dtype == torch.bfloat16 and not has_bf16():
         print(
             "note     this processor has no BF16 instructions: it computes the same, some thirty times slower"
         )
-    if cfg.train.deterministic and everyone.device.type == "cuda":
+    if cfg.train.deterministic and world.device.type == "cuda":
         print("note     deterministic: every sum in a fixed order; benchmarks/gpu.py measures what it costs")
     if left:
         print(
@@ -267,9 +267,9 @@ class Meter:
     times time, summed over the GPUs of all processes.
     """
 
-    def __init__(self, cfg: Config, everyone: parallel.Everyone):
-        self.cfg, self.everyone, self.cuda = cfg, everyone, everyone.device.type == "cuda"
-        self.peak = cost.peak_flops(torch.cuda.get_device_name(everyone.device)) if self.cuda else None
+    def __init__(self, cfg: Config, world: parallel.World):
+        self.cfg, self.world, self.cuda = cfg, world, world.device.type == "cuda"
+        self.peak = cost.peak_flops(torch.cuda.get_device_name(world.device)) if self.cuda else None
         self.nvml = self.cuda and importlib.util.find_spec("pynvml") is not None
         self.read_at, self.watts, self.use, self.kwh = time.perf_counter(), 0.0, 0, 0.0
         self.last = self.read_at
@@ -289,7 +289,7 @@ class Meter:
         """What is known of the step just made, of `joules` on all GPUs together."""
         record = {"memory_bytes": self.memory()}
         if self.peak:  # cost.mfu: 6N, and 6N + 12 L H Dh T, over the board's dense BF16 peak
-            shares = cost.mfu(self.cfg.model, tokens_per_second / self.everyone.world_size, self.peak)
+            shares = cost.mfu(self.cfg.model, tokens_per_second / self.world.size, self.peak)
             record |= {"mfu_6n": shares[0], "mfu": shares[1], "peak_flops": self.peak}
         if self.nvml:
             self.kwh += joules / 3.6e6
@@ -313,12 +313,12 @@ class Meter:
         }
 
 
-def profiler(run: Path | str, everyone: parallel.Everyone):
+def profiler(run: Path | str, world: parallel.World):
     """To be called with the number of finished steps: writes trace.json of steps 4 to 6; True when done."""
     from torch.profiler import ProfilerActivity, profile
 
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (everyone.device.type == "cuda")
-    tracer = profile(activities=kinds, record_shapes=True) if everyone.rank == 0 else None
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
+    tracer = profile(activities=kinds, record_shapes=True) if world.rank == 0 else None
 
     def step(n: int) -> bool:
         if tracer and n == 3:

@@ -38,9 +38,9 @@ and machines, so counts may differ where two logits are equal but for rounding.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import sys
@@ -55,12 +55,14 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+import configurator
 import files
 import parallel
-from checkpoint import chosen, step_number
+import run_folder
 from config import Config, ConfigError
 from dataset import Dataset, unshuffle
 from model import Transformer
+from run_folder import chosen, step_number
 from sample import generate
 from seen import SameText, same_text
 from steps import trained_ranges
@@ -173,12 +175,12 @@ def count_matches(
 
 
 def inputs_of(
-    cfg: Config, dataset: Dataset, c: checkpoint.Checkpoint, precision: torch.dtype, verify: bool = True
+    cfg: Config, dataset: Dataset, c: run_folder.Checkpoint, precision: torch.dtype, verify: bool = True
 ) -> dict:
     """Everything that determines the lines of a checkpoint: the same inputs give the same result."""
     return {
         "protocol": PROTOCOL,
-        "weights_sha256": checkpoint.weights_hash(c.state),
+        "weights_sha256": run_folder.weights_hash(c.state),
         "dataset_sha256": dataset.sha256,
         "trained": [list(pair) for pair in trained_ranges(c.state)],  # which rows are seen follows from it
         "prompt_tokens": cfg.eval.prompt_tokens,
@@ -190,12 +192,12 @@ def inputs_of(
     }
 
 
-def log_of(c: checkpoint.Checkpoint) -> Path:
+def log_of(c: run_folder.Checkpoint) -> Path:
     """RUN/memorization/step-....jsonl of a checkpoint of RUN."""
     return c.path.parents[1] / "memorization" / f"{c.path.name}.jsonl"
 
 
-def results(c: checkpoint.Checkpoint, inputs: dict) -> dict[int | str, dict]:
+def results(c: run_folder.Checkpoint, inputs: dict) -> dict[int | str, dict]:
     """The lines that stand in the run folder for these inputs, by chunk."""
     return {line["chunk"]: line for line in files.read_lines(log_of(c)) if line.get("inputs") == inputs}
 
@@ -203,7 +205,7 @@ def results(c: checkpoint.Checkpoint, inputs: dict) -> dict[int | str, dict]:
 def memorize(
     cfg: Config,
     dataset: Dataset,
-    of: list[checkpoint.Checkpoint],
+    of: list[run_folder.Checkpoint],
     chunks: list[int] | None = None,
     verify: bool = True,
 ) -> list:
@@ -244,7 +246,7 @@ def groups(pending: list[Part]) -> list[list[Part]]:
 def score(
     cfg: config.Eval,
     dataset: Dataset,
-    c: checkpoint.Checkpoint,
+    c: run_folder.Checkpoint,
     model: Transformer,
     group: list[Part],
     seen: dict[int | str, np.ndarray],
@@ -308,7 +310,7 @@ def bar(what: str, unit: str, total: int) -> tqdm:
     return tqdm(total=total, desc=what, unit=unit, mininterval=1, disable=not sys.stderr.isatty())
 
 
-def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint], verify: bool = True) -> Dataset:
+def dataset_of(run: Path | str, cfg: Config, of: list[run_folder.Checkpoint], verify: bool = True) -> Dataset:
     """The dataset that a run was trained on. Raises ConfigError where it is gone, or is another one now."""
     # as train.py saw it, else beside this file
     places = [Path(cfg.dataset), Path(__file__).parent / cfg.dataset]
@@ -319,8 +321,8 @@ def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint], ve
         )
     dataset = Dataset(found[0], verify)
     for c in of:
-        lacks = [name for name in checkpoint.NEEDED if name not in c.state]
-        checkpoint.refuse(c.path, [f"state.json lacks {name}" for name in lacks])
+        lacks = [name for name in run_folder.NEEDED if name not in c.state]
+        run_folder.refuse(c.path, [f"state.json lacks {name}" for name in lacks])
         for name, now in (
             ("dataset", dataset.sha256),
             ("tokenizer", dataset.manifest["tokenizer"]["sha256"]),
@@ -333,7 +335,7 @@ def dataset_of(run: Path | str, cfg: Config, of: list[checkpoint.Checkpoint], ve
     return dataset
 
 
-def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
+def show(table: list[tuple[run_folder.Checkpoint, dict]]) -> str:
     """Mean scores, one line a checkpoint: seen rows, those of the newest chunk, unseen and held-out rows."""
     lines = [f"{'checkpoint':<14} {'seen':>8} {'newest':>8} {'unseen':>8} {'held out':>8}   recited in full"]
     all_seen = False
@@ -360,7 +362,7 @@ def show(table: list[tuple[checkpoint.Checkpoint, dict]]) -> str:
     return "\n".join(lines)
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -372,7 +374,7 @@ def main() -> None:
     parser.add_argument(
         "--chunks", type=int, nargs="+", metavar="N", help="only these, and held-out rows; default: all"
     )
-    config.add_no_verify(parser)
+    configurator.add_no_verify(parser)
     args = parser.parse_args()
     of = chosen(args.run, args.checkpoint)
     cfg = config.load_run(args.run)

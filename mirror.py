@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import config
+import configurator
 import files
 from config import ConfigError
 
@@ -153,7 +154,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
     return sent
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,6 +1,6 @@
 """One process or many: who am I, on which device, in which precision; and the few things that need all of us.
 
-The only file that knows ranks. Everything else says `everyone.sum(...)` or `everyone.once(...)` and is the
+The only file that knows ranks. Everything else says `world.sum(...)` or `world.once(...)` and is the
 same program on a laptop and on a hundred nodes. torchrun starts the processes and sets RANK, LOCAL_RANK,
 WORLD_SIZE:
 
@@ -102,11 +102,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 @dataclass(frozen=True)
-class Everyone:
+class World:
     """All processes of a run, seen from one of them."""
 
     rank: int
-    world_size: int
+    size: int
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, int, int] = (1, 1, 1)  # (replicate, shard, tp)
@@ -116,11 +116,11 @@ class Everyone:
     @property
     def copies(self) -> int:
         """Replicas x shards: processes that see different rows, each with tp - 1 others that see the same."""
-        return self.world_size // self.shape[2]
+        return self.size // self.shape[2]
 
     def share(self, n: int) -> slice:
         """This process's contiguous share of n items that divide by the number of copies."""
-        each, mine = n // self.copies, self.rank // self.shape[2]
+        each, mine = n // self.dp_size, self.rank // self.shape[2]
         return slice(mine * each, (mine + 1) * each)
 
     # ---- what is done to a model --------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Everyone:
         if self.sharded:
             self.shard_weights(model, cfg.parallel.reshard)
         model.to_empty(device=self.device)
-        if self.sharded or self.world_size == 1:
+        if self.sharded or self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         # A gradient is then a view into the buffer that is reduced: one copy less of all gradients. There is
@@ -194,7 +194,7 @@ class Everyone:
             if self.shape[0] > 1:
                 model.set_requires_all_reduce(last)
             yield
-        elif last or self.world_size == 1:
+        elif last or self.size == 1:
             yield
         else:
             with model.no_sync():
@@ -207,15 +207,15 @@ class Everyone:
         total = torch.stack(
             [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in values]
         )
-        if self.world_size > 1:
+        if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def collect(self, value: object) -> list:
         """What each process has to say, by rank."""
-        if self.world_size == 1:
+        if self.size == 1:
             return [value]
-        values = [None] * self.world_size
+        values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -227,7 +227,7 @@ class Everyone:
                 action(*arguments)
             except Exception as error:
                 problem = error
-        if self.world_size > 1:
+        if self.size > 1:
             failed = torch.tensor(float(problem is not None), device=self.device)
             dist.broadcast(failed, src=0)
             if failed.item() and problem is None:
@@ -243,7 +243,7 @@ class Everyone:
             told[0] = function(*arguments)
 
         self.once(ask)
-        if self.world_size > 1:
+        if self.size > 1:
             dist.broadcast_object_list(told, src=0)
         return told[0]
 
@@ -254,13 +254,13 @@ class Everyone:
 
     def alike(self, model: nn.Module) -> None:
         """Gives all copies of a model that is not sharded the first one's parameters, to the last bit."""
-        if self.world_size > 1 and not self.sharded:
+        if self.size > 1 and not self.sharded:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
 
     def leave(self) -> None:
         """Parts from the others, when all are done."""
-        if self.world_size > 1:
+        if self.size > 1:
             # gloo's threads need the interpreter's lock to let go of the tensors they were given, and whoever
             # destroys the group waits for them with the lock in hand, for ever. Barriers hold no tensor, and
             # free the lock while they wait.
@@ -270,12 +270,12 @@ class Everyone:
             dist.destroy_process_group()
 
 
-def alone() -> Everyone:
+def alone() -> World:
     """One process on the CPU, for what has no need of a config."""
-    return Everyone(0, 1, torch.device("cpu"), torch.float32)
+    return World(0, 1, torch.device("cpu"), torch.float32)
 
 
-def start(train: Train, settings: Parallel) -> Everyone:
+def start(train: Train, settings: Parallel) -> World:
     """Meets the other processes. Raises ConfigError before any of that where the device is not to be had."""
     here, n = device(train.device), world_size()
     dtype, shape = precision(train.precision, here), mesh_shape(settings, n)
@@ -300,7 +300,7 @@ def start(train: Train, settings: Parallel) -> Everyone:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
             for group in mesh.get_all_groups():  # which would wait as long as PyTorch thinks right
                 dist.distributed_c10d._set_pg_timeout(patience, group)
-    return Everyone(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
+    return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
 
 
 def meet(backend: str, patience: datetime.timedelta) -> None:

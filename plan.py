@@ -15,6 +15,7 @@ import re
 import textwrap
 
 import config
+import configurator
 import cost
 from config import Config, ConfigError
 
@@ -292,7 +293,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     return cfg, args
 
 
-@config.script
+@configurator.script
 def main(argv: list[str] | None = None) -> None:
     try:
         cfg, args = command_line(argv)
@@ -315,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         for section in (about_steps(cfg, args, when), about_disk(cfg, when), about_time(cfg, args, when)):
             print("\n" + "\n".join(section))
     except ConfigError as error:
-        config.fail(error)
+        configurator.fail(error)
 
 
 if __name__ == "__main__":

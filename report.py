@@ -5,13 +5,13 @@
 
 The page is one file: figures are inline SVG, report.css is copied into it, nothing is fetched, no script
 runs. Where a part of the run is missing, the page says so, and which command makes it. All text is escaped,
-because a run may come from a stranger. run_folder.py says what a run folder holds.
+because a run may come from a stranger. results.py says what a run folder holds.
 """
 
 if __name__ == "__main__":  # before packages that take a second to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import hashlib
@@ -28,10 +28,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import config
+import configurator
 import figures
 import files
 from figures import DASHED, INK, MUTED, SOLID, count_full, short
-from run_folder import NONE, Run, duration, fits, load, moment, plural, show
+from results import NONE, Run, duration, fits, load, moment, plural, show
 
 MOST_ROWS = 20  # of the table of rows that are reproduced in full
 
@@ -505,7 +506,7 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
     return out
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

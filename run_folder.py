@@ -1,287 +1,187 @@
-"""A run folder -> what is recorded in it, as plain dicts and arrays. Nothing here believes a file.
+"""A run folder: its checkpoints, listed, chosen, deleted; and what state.json must be. No torch."""
 
-    run = run_folder.load("runs/demo")
-    run.metrics["loss"], run.losses["code"][640], run.scores[640][3]["matches"], run.notes
-
-It reads config.json, dataset.json, ledger.jsonl, metrics.jsonl, evals.jsonl, memorization/, samples.jsonl and
-every checkpoint's state.json, and writes nothing. Only config.json has to be there. A run may come from a
-stranger: what is not as it should be is left out, counted and named in `notes`.
-"""
-
+import hashlib
 import json
+import os
 import re
-import time
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
-import config
 import files
+from config import ConfigError, load_run
 
-BY_POSITION = "first-k+l-greedy-1"  # memorize.py's first protocol, in which a position was seen, not a text
-
-
-@dataclass
-class Run:
-    """What a run folder holds, as far as it can be read."""
-
-    folder: Path
-    about: dict  # config.json
-    manifest: dict  # dataset.json
-    ledger: list = field(default_factory=list)
-    metrics: dict = field(default_factory=dict)  # column -> float array by ascending step, each step once
-    checkpoints: list = field(default_factory=list)  # state.json of the complete ones, by ascending step
-    losses: dict = field(default_factory=dict)  # source -> {step: line of evals.jsonl}
-    scores: dict = field(default_factory=dict)  # step -> {chunk: line of memorization/}, all with one k and l
-    k: int = 0
-    l: int = 0
-    samples: list = field(default_factory=list)
-    notes: list = field(default_factory=list)  # (what is missing or odd, which command makes it or "")
-    figures: dict = field(default_factory=dict)  # name -> SVG file, filled while the page is made
-
-    def note(self, text: str, command: str = "") -> None:
-        self.notes.append((text, command))
-
-    def training_lines(self, step: int) -> dict[int, dict]:
-        """A checkpoint's lines of memorization/ by ascending chunk, without the held-out rows."""
-        lines = self.scores[step]
-        return {chunk: lines[chunk] for chunk in sorted(chunk for chunk in lines if isinstance(chunk, int))}
-
-    def controls(self) -> list[str]:
-        """The kinds of held-out rows that checkpoints are also asked for: ["validation:code", ...]."""
-        return sorted({chunk for lines in self.scores.values() for chunk in lines if isinstance(chunk, str)})
-
-    def without_held_out(self) -> list[str]:
-        """The sources of which the dataset holds no row out, so that there is no loss to measure."""
-        sources = self.manifest.get("sources")
-        found = sources.items() if isinstance(sources, dict) else []
-        return [name for name, s in found if isinstance(s, dict) and s.get("validation_rows") == 0]
-
-    def matches(self, step: int, *kinds: str) -> np.ndarray:
-        """Matching tokens, row by row, of the rows of some kinds: "seen", "unseen", "validation:code"."""
-        found = [line["matches"][np.isin(line["kind"], kinds)] for line in self.scores[step].values()]
-        return np.concatenate(found)
-
-    def common_rows(self, steps: list[int]) -> np.ndarray:
-        """Matches of the training rows that all checkpoints were asked for: (checkpoints, rows)."""
-        found = []  # of each checkpoint: position in training order -> matches
-        for step in steps:
-            lines = self.training_lines(step).values()
-            found.append({row: n for x in lines for row, n in zip(x["rows"].tolist(), x["matches"].tolist())})
-        shared = sorted(set.intersection(*map(set, found)))
-        return np.array([[by_row[row] for row in shared] for by_row in found])
+FORMAT = 1  # of state.json; a reader refuses what it does not know
 
 
-def fits(value: object, kind: type | list) -> bool:
-    """Whether a JSON value is of a kind: float any number, int a count, str, bool; [int] a list of counts."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < 2**53
-    return type(value) is kind and (kind is not int or 0 <= value < 2**53)
+class Checkpoint(NamedTuple):
+    path: Path
+    step: int  # finished updates
+    state: dict  # state.json
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no such file or it holds no object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_lines(run: Run, name: str, fields: dict) -> list[dict]:
-    """The objects in a .jsonl file whose `fields` are of their kinds; a note counts the lines left out."""
-    path = run.folder / name
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    good, bad = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line) if line else None
-        except (ValueError, RecursionError):
-            value = False
-        if isinstance(value, dict) and all(fits(value.get(key), kind) for key, kind in fields.items()):
-            good.append(value)
-        elif line:
-            bad.append(number)
-    if bad and bad[-1] == len(lines):  # no newline behind it
-        run.note(f"{name}: the last line is cut off, as a kill leaves it; it is ignored.")
-        bad.pop()
-    if bad:
-        where = ", ".join(map(str, bad[:5])) + ", ..." * (len(bad) > 5)
-        run.note(f"{name}: {plural(len(bad), 'unreadable line')} left out (line {where}).")
-    return good
-
-
-def load(folder: str | Path) -> Run:
-    """Reads a run folder. Raises ConfigError where it is none."""
-    folder = Path(folder)
-    about = read_json(folder / "config.json")
-    if not isinstance(about.get("config"), dict) or about.get("format") != 1:
-        what = "is damaged, or a model's" if (folder / "config.json").exists() else "is not there"
-        raise config.ConfigError(
-            f"{folder} is not a run folder: its config.json {what}; give one that train.py wrote"
-        )
-    run = Run(folder, about, read_json(folder / "dataset.json"))
-    if not run.manifest:
-        run.note("dataset.json, the copy of the dataset's manifest, is missing or damaged.", "train")
-    run.ledger = read_lines(run, "ledger.jsonl", {"event": str})
-    events = ["none", *(event["event"] for event in run.ledger if event["event"] != "checkpoint")]
-    if events[-1] != "finish":
-        run.note(f"The run is not finished; its last event: {events[-1]}.", "train")
-    load_metrics(run)
-    load_checkpoints(run)
-    load_losses(run)
-    load_scores(run)
-    lines = read_lines(run, "samples.jsonl", {"checkpoint": str, "prompt": str, "text": str})
-    run.samples = list({show(line): line for line in lines}.values())  # drawn again with the same seed: once
-    measured = {step for lines in run.losses.values() for step in lines}
-    for what, command, steps in (
-        ("held-out loss", "loss", measured),
-        ("memorization", "memorization", set(run.scores)),
-    ):
-        lacking = sum(state["step"] not in steps for state in run.checkpoints)
-        if lacking and steps:
-            of = f"{lacking} of {plural(len(run.checkpoints), 'checkpoint')}"
-            run.note(f"The {what} of {of} is not measured.", command)
-    return run
-
-
-def load_metrics(run: Run) -> None:
-    """Fills run.metrics; nan where a step does not hold a number."""
-    lines = read_lines(run, "metrics.jsonl", {"step": int})
-    by_step = {line["step"]: line for line in files.latest(lines)}
-    if len(by_step) < len(lines):
-        again = plural(len(lines) - len(by_step), "step")
-        run.note(f"metrics.jsonl: {again} recorded twice, as after a resume; the later line counts.")
-    for column in ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds"):
-        values = [by_step[step].get(column) for step in sorted(by_step)]
-        run.metrics[column] = np.array([v if fits(v, float) else np.nan for v in values], dtype=float)
-
-
-def load_checkpoints(run: Run) -> None:
-    """Fills run.checkpoints: each state.json, and its `name`, `step` and `weights`, their hashes."""
-    for path in run.folder.glob("checkpoints/step-*"):
-        state, digits = read_json(path / "state.json"), re.fullmatch(r"step-(\d{1,15})", path.name)
-        if not (digits and type(state.get("chunk")) is int and isinstance(state.get("files"), dict)):
-            run.note(f"checkpoints/{path.name} has no usable state.json: incomplete, ignored.")
+def checkpoints(run: Path | str) -> list[Checkpoint]:
+    """The complete checkpoints of a run, by ascending step, a number: 1,000,000 comes after 999,999."""
+    found = []
+    for path in (Path(run) / "checkpoints").glob("step-*"):
+        if not (match := re.fullmatch(r"step-(\d+)", path.name)):
             continue
-        files = sorted(state["files"].items())
-        weights = [str(value) for name, value in files if re.fullmatch(r"model.*\.safetensors", name)]
-        run.checkpoints.append({**state, "name": path.name, "step": int(digits[1]), "weights": weights})
-    run.checkpoints.sort(key=lambda state: state["step"])
-    same: dict[tuple, list[int]] = {}
-    for state in run.checkpoints:
-        same.setdefault(tuple(state["weights"]), []).append(state["step"])
-    for weights, steps in same.items():
-        if weights and len(steps) > 1:
-            run.note(f"The checkpoints of steps {', '.join(map(str, steps))} have the same weights.")
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(state, dict):
+            found.append(checked(path, state, int(match[1])))
+    return sorted(found, key=lambda c: c.step)
 
 
-def load_losses(run: Run) -> None:
-    """Fills run.losses: the last line of every (source, checkpoint)."""
-    for line in read_lines(run, "evals.jsonl", {"kind": str, "step": int}):
-        good = fits(line.get("source"), str) and fits(line.get("bits_per_byte"), float)
-        if line["kind"] == "loss" and good:
-            run.losses.setdefault(line["source"], {})[line["step"]] = line
-    run.losses = dict(sorted(run.losses.items()))
-    note_unverified(
-        run, "held-out loss", [line for lines in run.losses.values() for line in lines.values()], "loss"
+def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
+    """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
+    found = {c.step: c for c in checkpoints(run)}
+    if not found:
+        load_run(run)  # which says so where this is no run at all
+        raise ConfigError(f"{run} has no complete checkpoint yet; train.py writes the first one at step 0")
+    for step in steps:
+        if step not in found:
+            raise ConfigError(
+                f"{run} has no complete checkpoint of step {step}; it has {', '.join(map(str, found))}"
+            )
+    return [found[step] for step in sorted(set(steps) or found)]
+
+
+def read(folder: Path | str, step: int | None = None) -> Checkpoint:
+    """A checkpoint by its folder, of any name. ConfigError where it has no state.json, or not this step's."""
+    try:
+        state = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is no checkpoint of train.py: its state.json cannot be read ({error})"
+        ) from None
+    return checked(Path(folder), state if isinstance(state, dict) else {}, step)
+
+
+def checked(path: Path, state: dict, step: int | None) -> Checkpoint:
+    said = state.get("step")
+    if state.get("format") != FORMAT or said is None or step not in (None, said):
+        raise ConfigError(
+            f"{path}/state.json says format {state.get('format')} and step {said}; "
+            f"this version reads format {FORMAT}, and the step must be the folder's; {REMEDY}"
+        )
+    for name, (has_type, wanted) in FIELDS.items():
+        if name in state and not has_type(state[name]):
+            value = json.dumps(state[name])
+            raise ConfigError(
+                f"{path}/state.json is damaged: {name} is {value[:60]}, and must be {wanted}; {REMEDY}"
+            )
+    return Checkpoint(path, state["step"], state)
+
+
+def incomplete(run: Path | str, after: int) -> list[str]:
+    """Names of checkpoint folders beyond a step that do not count: their state.json is missing or damaged."""
+    whole = {c.path for c in checkpoints(run)}
+    folders = (path for path in (Path(run) / "checkpoints").glob("step-*") if path not in whole)
+    return sorted(
+        p.name for p in folders if re.fullmatch(r"step-\d+", p.name) and step_number(p.name) > after
     )
-    for source, lines in run.losses.items():
-        sizes = sorted({show(line.get("tokens")) for line in lines.values()})
-        if len(sizes) > 1:
-            what = f"{source} is measured over {' and '.join(sizes)} tokens: its checkpoints do not compare."
-            run.note(what, "loss")
-        inputs = [line["inputs"] for line in lines.values() if isinstance(line.get("inputs"), dict)]
-        if len(protocols := sorted({show(i.get("protocol")) for i in inputs})) > 1:
-            what = f"{source} is measured by {' and '.join(protocols)}: its checkpoints do not compare."
-            run.note(what, "loss")
 
 
-def note_unverified(run: Run, what: str, lines: list[dict], command: str) -> None:
-    """A note where results were made with --no-verify: they may be of other weights than those saved."""
-    unverified = [
-        x for x in lines if isinstance(x.get("inputs"), dict) and x["inputs"].get("verified") is False
+def step_number(name: str) -> int:
+    """640 and step-00000640 both name a checkpoint on a command line."""
+    return int(name.removeprefix("step-"))
+
+
+def weights_hash(state: dict) -> str:
+    """One hash of a checkpoint's weights, of one file or of many."""
+    hashes = [
+        state["files"][name] for name in sorted(state["files"]) if re.fullmatch(r"model.*\.safetensors", name)
     ]
-    if unverified:
-        steps = ", ".join(sorted({show(line.get("step")) for line in unverified})[:5])
-        run.note(
-            f"The {what} of step {steps} is of files whose hashes were not compared (--no-verify).", command
-        )
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def load_scores(run: Run) -> None:
-    """Fills run.scores: the last line of every (checkpoint, chunk), for the k and l that most lines have.
+REMEDY = (
+    "get it again, or take this folder away, and train.py resumes from the checkpoint before it (a copy that "
+    "you changed yourself is a model like any other once its state.json is deleted)"
+)
 
-    In a line, rows, matches and kind ("seen", "unseen", or "validation:code") become arrays, one item a row.
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_pairs(value: object, of: Callable[[object], bool] = is_count) -> bool:
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(map(of, pair)) for pair in pairs)
+
+
+def is_hashes(value: object) -> bool:
+    """{"model.safetensors": "9f86d0..."}; a stranger's "../../.ssh/id" is no name of a file beside it."""
+    return isinstance(value, dict) and all(
+        Path(name).name == name and isinstance(digest, str) for name, digest in value.items()
+    )
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+COUNT, PAIRS = (is_count, "a count"), "pairs [first, end] of positions"
+FIELDS = {  # of state.json: what each must be, if it is there
+    **dict.fromkeys(("step", "rows", "tokens", "begin", "incidents", "world_size"), COUNT),
+    "chunk": (lambda value: value == -1 or is_count(value), "a chunk's number, or -1"),
+    "eot": (lambda value: value is None or is_count(value), "a token's id"),
+    "order": (lambda value: value is None or is_pairs(value), PAIRS),
+    "skipped": (is_pairs, PAIRS),
+    "recent": (lambda value: is_pairs(value, is_number), "pairs of loss and gradient norm"),
+    "dataset_sha256": (is_text, "a hash"),
+    "tokenizer_sha256": (is_text, "a hash"),
+    "files": (is_hashes, "the hash of each file in the folder"),
+}
+NEEDED = ("step", "rows", "tokens", "chunk", "dataset_sha256", "tokenizer_sha256", "files")
+
+
+def recorded(run: Path) -> dict[str, str]:
+    """SHA-256 of the state.json of each checkpoint, as the ledger has it: {"step-00000640": "9f86..."}.
+
+    A run that resumes or goes back makes later checkpoints again, so what was said of them does not count.
     """
-    fields = {"step": int, "prompt_tokens": int, "continuation_tokens": int}
-    fields |= {"rows": [int], "matches": [int], "seen": [bool]}
-    found: dict[tuple[int, int], dict] = {}
-    for path in sorted(run.folder.glob("memorization/*.jsonl")):
-        for line in read_lines(run, f"memorization/{path.name}", fields):
-            k, l, n = line["prompt_tokens"], line["continuation_tokens"], len(line["rows"])
-            chunk, documents = line.get("chunk"), line.setdefault("documents", [[]] * n)
-            held_out = isinstance(chunk, str) and chunk.startswith("validation:")
-            same = 0 < n == len(line["matches"]) == len(line["seen"]) and 0 < l < 2**16
-            same = same and max(line["matches"]) <= l and (held_out or fits(chunk, int))
-            named = fits(documents, [[[str]]]) and len(documents) == n  # of each row: [[source, id], ...]
-            named = named and all(len(pair) == 2 for pairs in documents for pair in pairs)
-            if not (same and named):
-                run.note(f"memorization/{path.name}: a line contradicts itself and is left out.")
-                continue
-            line["rows"], line["matches"] = np.array(line["rows"]), np.array(line["matches"])
-            line["kind"] = np.array([chunk] * n if held_out else np.where(line["seen"], "seen", "unseen"))
-            found.setdefault((k, l), {}).setdefault(line["step"], {})[chunk] = line
-    if found:
-        run.k, run.l = max(found, key=lambda pair: sum(map(len, found[pair].values())))
-        run.scores = dict(sorted(found[run.k, run.l].items()))
-        lines = [line for by_chunk in run.scores.values() for line in by_chunk.values()]
-        note_unverified(run, "memorization", lines, "memorization")
-    shown = [line.get("inputs") for lines in run.scores.values() for line in lines.values()]
-    old = [inputs for inputs in shown if isinstance(inputs, dict) and inputs.get("protocol") == BY_POSITION]
-    if old:
-        run.note(
-            f'Memorization: in {len(old):,} of {plural(len(shown), "line")} "unseen" goes by position only, '
-            "as an earlier version of memorize.py wrote it. A row whose text was trained on in an earlier "
-            "pass, or by another source, can be called unseen. To measure again:",
-            "memorization",
-        )
-    if len(found) > 1:
-        run.note(f"memorization/ holds {len(found)} pairs of k and l; shown is k = {run.k}, l = {run.l}.")
+    known: dict[str, str] = {}
+    for record in files.read_lines(run / "ledger.jsonl"):
+        if record.get("event") == "checkpoint" and is_text(record.get("state_sha256")):
+            known[str(record.get("checkpoint"))] = record["state_sha256"]
+        back = re.fullmatch(r"step-(\d+)", str(record.get("back_to")))
+        at = int(back[1]) if back else record.get("step") if record.get("event") == "resume" else None
+        if is_count(at):
+            known = {name: digest for name, digest in known.items() if step_number(name) <= at}
+    return known
 
 
-# ---- values as text ---------------------------------------------------------------------------------------
-
-NONE = "\N{EN DASH}"  # where there is no value
-
-
-def show(value: object) -> str:
-    """A value as a reader wants it: show(9830400) -> "9,830,400"; show(0.0019999) -> "0.002"."""
-    if value is None or value != value:
-        return NONE
-    if isinstance(value, (bool, dict, list)):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def refuse(folder: Path, problems: list[str], more: str = "") -> None:
+    """ConfigError with the first of the problems, if there is one."""
+    if problems:
+        others = f" ({len(problems) - 1} more like this)" if problems[1:] else ""
+        raise ConfigError(f"{folder}/{problems[0]}{others}; {REMEDY}{more}")
 
 
-def plural(n: int, word: str) -> str:
-    return f"{n:,} {word}{'s' * (n != 1)}"
+def delete_others(run: Path | str, kept: set[int], newest: int) -> list[int]:
+    """Deletes all but the `newest` of the checkpoints whose step is not in `kept`; returns those steps."""
+    others = [c for c in checkpoints(run) if c.step not in kept]
+    gone = others[: max(0, len(others) - newest)]
+    for c in gone:  # out of sight at once: half a folder must not look like a checkpoint
+        aside = c.path.with_name(f".{c.path.name}")
+        os.replace(c.path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return [c.step for c in gone]
 
 
-def duration(seconds: float) -> str:
-    """duration(3725) -> "1 h 2 min"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = (f"{hours:,} h" * bool(hours), f"{minutes} min" * bool(minutes), f"{seconds} s" * (not hours))
-    return " ".join(part for part in parts if part)
-
-
-def moment(value: object) -> str:
-    """Unix seconds -> "2025-01-31 12:00:00", UTC."""
-    good = fits(value, float) and 0 <= value < 2**35
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(value)) if good else NONE
+def set_aside(run: Path | str, after: int, incident: int) -> None:
+    """Renames what a rollback leaves, checkpoints beyond step `after`: incident-3-step-... can be studied."""
+    for c in checkpoints(run):
+        if c.step > after:
+            target = c.path.with_name(f"incident-{incident}-{c.path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(c.path, target)

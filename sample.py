@@ -12,9 +12,9 @@ Shapes: B sequences, P tokens of prompt, V vocabulary.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import codecs
@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
-import config
+import configurator
 import files
 import parallel
+import run_folder
 import tokenizer as tokenizers
 from config import ConfigError
 from model import Cache, Transformer
@@ -234,7 +235,7 @@ def sample(args: argparse.Namespace) -> None:
         files.append(folder.resolve().parents[1] / "samples.jsonl", record)
 
 
-@config.script
+@configurator.script
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -256,10 +257,10 @@ def main() -> None:
         "--seed", type=int, default=1234, help="the same seed, device and version give the same text"
     )
     parser.add_argument(
-        "--checkpoint", type=checkpoint.step_number, metavar="STEP", help="default: the newest complete one"
+        "--checkpoint", type=run_folder.step_number, metavar="STEP", help="default: the newest complete one"
     )
     parser.add_argument("--save", action="store_true", help="append to RUN/samples.jsonl")
-    config.add_no_verify(parser)
+    configurator.add_no_verify(parser)
     sample(parser.parse_args())
 
 

@@ -13,9 +13,9 @@ of BYTES; the merges. The trainer of the `tokenizers` library has the same rules
 """
 
 if __name__ == "__main__":  # before packages that take a second to import
-    import config
+    import configurator
 
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import argparse
 import ast
@@ -38,10 +38,11 @@ import tiktoken
 from tqdm import tqdm
 
 import config
-import documents
+import configurator
 import files
 from bpe import ASCII_SPLITS, BYTES, SPLITS, WORDS, count_pieces, learn_merges, skips
 from config import ConfigError
+from formats import documents
 
 # tokenizer.json spells a byte as a character that can be printed: itself, or the next one from U+0100 on.
 SPELLED = {byte: chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(BYTES)}
@@ -746,7 +747,7 @@ def compare(names: list[str], paths: list[str]) -> None:
         total = total + sums
 
 
-@config.script
+@configurator.script
 def main() -> None:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)

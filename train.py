@@ -16,11 +16,12 @@ number of processes; on CUDA with --train.deterministic=true).
 
 if __name__ == "__main__":  # before torch, which takes seconds to import: help and mistakes answer at once
     import config
+    import configurator
 
     CONFIG, FLAGS = config.from_command_line(
         __doc__, flags={"--benchmark": "N", "--json": "FILE", "--profile": "", "--anyway": ""}
     )
-    config.quiet_imports()
+    configurator.quiet_imports()
 
 import dataclasses
 import math
@@ -39,19 +40,21 @@ import torch
 import benchmark
 import checkpoint
 import config
+import configurator
 import cost
 import files
 import incidents
 import ledger
 import optim
 import parallel
+import run_folder
 import steps
 import tokenizer as tokenizers
-from checkpoint import Checkpoint
 from config import Config, ConfigError
 from dataset import Dataset, differences
-from families import model_config
+from formats.families import model_config
 from learner import Learner
+from run_folder import Checkpoint
 from steps import Steps
 
 
@@ -91,37 +94,37 @@ def train(cfg: Config, profile: bool = False) -> int:
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
     origin = None
-    if not checkpoint.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
+    if not run_folder.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
         origin = open_origin(cfg, dataset)
         if not cfg.optim.anneal_steps:
             cost.check_warmup(cfg, steps.of(cfg, dataset.n_rows))
     changed = ledger.check_same_run(cfg, dataset)
 
-    everyone = parallel.start(cfg.train, cfg.parallel)
-    everyone.once(ledger.lock, Path(cfg.run))
-    found = everyone.first(checkpoint.checkpoints, cfg.run)
-    run = Run(cfg, dataset, everyone, found, origin)
+    world = parallel.start(cfg.train, cfg.parallel)
+    world.once(ledger.lock, Path(cfg.run))
+    found = world.first(run_folder.checkpoints, cfg.run)
+    run = Run(cfg, dataset, world, found, origin)
     if found and found[-1].step >= run.last_step:
-        everyone.once(
+        world.once(
             ledger.say, f"{cfg.run} is trained: {found[-1].path.name} is its last checkpoint; nothing to do"
         )
-        everyone.once(ledger.close, cfg, found[-1].step, changed)
+        world.once(ledger.close, cfg, found[-1].step, changed)
         ledger.LOCKS.clear()
-        everyone.leave()
+        world.leave()
         return 0
     interrupted = Interrupted()
-    ledger.sign_in(cfg.run, everyone)
+    ledger.sign_in(cfg.run, world)
     try:
         run.begin(accumulation, changed)
-        stopped = run.loop(interrupted, ledger.profiler(cfg.run, everyone) if profile else None)
+        stopped = run.loop(interrupted, ledger.profiler(cfg.run, world) if profile else None)
     except BaseException as error:
-        ledger.sign_out(cfg.run, everyone, error)
+        ledger.sign_out(cfg.run, world, error)
         if run.saving:
             run.saving.abandon(at_once=isinstance(error, KeyboardInterrupt))
         raise
-    ledger.sign_out(cfg.run, everyone)
+    ledger.sign_out(cfg.run, world)
     ledger.LOCKS.clear()
-    everyone.leave()
+    world.leave()
     # a process that another one's signal stopped had none of its own
     return (interrupted.came or signal.SIGTERM) if stopped else 0
 
@@ -133,15 +136,15 @@ class Run:
         self,
         cfg: Config,
         dataset: Dataset,
-        everyone: parallel.Everyone,
+        world: parallel.World,
         found: list[Checkpoint],
         origin: Path | None,
     ):
-        self.cfg, self.dataset, self.everyone, self.folder = cfg, dataset, everyone, Path(cfg.run)
+        self.cfg, self.dataset, self.world, self.folder = cfg, dataset, world, Path(cfg.run)
         self.resumed, self.origin, self.saving = found[-1] if found else None, origin, None
         self.chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
         self.n_steps = steps.of(cfg, dataset.n_rows).n_steps  # of all the data, whatever is left out later
-        self.annealed = checkpoint.read(origin) if origin and cfg.optim.anneal_steps else None
+        self.annealed = run_folder.read(origin) if origin and cfg.optim.anneal_steps else None
         self.begin_step = (
             self.resumed.state.get("begin", 0) if found else self.annealed.step if self.annealed else 0
         )
@@ -167,29 +170,29 @@ class Run:
 
     def begin(self, accumulation: int, changed: list[str]) -> None:
         """Builds the model, fills in its weights and says what is about to run."""
-        cfg, everyone, dataset = self.cfg, self.everyone, self.dataset
-        self.learner = Learner(cfg, everyone, dataset.manifest["eot"])
+        cfg, world, dataset = self.cfg, self.world, self.dataset
+        self.learner = Learner(cfg, world, dataset.manifest["eot"])
         model, optimizers = self.learner.model, self.learner.optimizers
         whole = self.resumed or self.annealed  # a checkpoint that has the optimizer too
         if whole or self.origin:
-            checkpoint.load_weights(whole.path if whole else self.origin, model, cfg.train.verify, everyone)
+            checkpoint.load_weights(whole.path if whole else self.origin, model, cfg.train.verify, world)
         else:
             self.learner.fill(model.initial_weights(cfg.train.seed))
         if whole:
-            checkpoint.load_optimizer(whole.path, model, optimizers, cfg.train.verify, everyone)
+            checkpoint.load_optimizer(whole.path, model, optimizers, cfg.train.verify, world)
         else:
             torch.manual_seed(cfg.train.seed)
-        self.saving = checkpoint.Saving(self.folder, model, optimizers, everyone)
-        self.batches = Batches(dataset, everyone)
+        self.saving = checkpoint.Saving(self.folder, model, optimizers, world)
+        self.batches = Batches(dataset, world)
         self.n_incidents = whole.state.get("incidents", 0) if whole else 0
 
-        machine = ledger.about_machine(everyone)
-        everyone.once(ledger.write_run, cfg, dataset, machine, model)
+        machine = ledger.about_machine(world)
+        world.once(ledger.write_run, cfg, dataset, machine, model)
         self.log(
             "resume" if self.resumed else "start",
             step=self.step,
             steps=self.last_step,
-            world_size=everyone.world_size,
+            world_size=world.size,
             accumulation=accumulation,
             init_from=str(self.origin) if self.origin else None,
             rows_after_last_step=self.steps.n_rows - self.steps.consumed(self.steps.n_steps),
@@ -197,16 +200,12 @@ class Run:
             **machine,
         )
         if not cfg.train.verify:
-            everyone.once(
-                ledger.say, "note     train.verify=false: no hash is compared, damage goes unnoticed"
-            )
-        missing = everyone.first(checkpoint.incomplete, self.folder, self.step)
+            world.once(ledger.say, "note     train.verify=false: no hash is compared, damage goes unnoticed")
+        missing = world.first(run_folder.incomplete, self.folder, self.step)
         if missing:
-            everyone.once(
-                ledger.say, f"note     {', '.join(missing)}: incomplete or damaged, and passed over"
-            )
-        everyone.once(
-            ledger.greet, cfg, dataset, everyone, model, self.step, self.last_step, self.steps, self.n_steps,
+            world.once(ledger.say, f"note     {', '.join(missing)}: incomplete or damaged, and passed over")
+        world.once(
+            ledger.greet, cfg, dataset, world, model, self.step, self.last_step, self.steps, self.n_steps,
             accumulation,
         )  # fmt: skip
         if not self.resumed:
@@ -214,7 +213,7 @@ class Run:
 
     def log(self, event: str, **record) -> None:
         record = {"event": event, "time": time.time(), **record}
-        self.everyone.once(files.append, self.folder / "ledger.jsonl", record)
+        self.world.once(files.append, self.folder / "ledger.jsonl", record)
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
@@ -232,7 +231,7 @@ class Run:
             "eot": self.dataset.manifest["eot"],
             "dataset_sha256": self.dataset.sha256,
             "tokenizer_sha256": self.dataset.manifest["tokenizer"]["sha256"],
-            "world_size": self.everyone.world_size,
+            "world_size": self.world.size,
             "order": self.steps.order,
             "incidents": self.n_incidents,
             "recent": list(self.recent) if self.cfg.train.spike_z else [],
@@ -254,17 +253,17 @@ class Run:
             if self.cfg.train.on_spike == "rollback":  # and one to go back to
                 old = [s for s in self.steps_saved() if s <= state["step"] - self.cfg.train.rollback_steps]
                 kept |= set(old[-1:])
-            self.everyone.once(checkpoint.delete_others, self.folder, kept, self.cfg.train.keep_others)
+            self.world.once(run_folder.delete_others, self.folder, kept, self.cfg.train.keep_others)
 
     def steps_saved(self) -> list[int]:
-        return [c.step for c in self.everyone.first(checkpoint.checkpoints, self.folder)]
+        return [c.step for c in self.world.first(run_folder.checkpoints, self.folder)]
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
     def loop(self, interrupted: Interrupted, profiler=None) -> bool:
         """Trains to the last step; True where a signal ended it before."""
-        cfg, everyone, learner, T = self.cfg, self.everyone, self.learner, self.cfg.model.seq_len
-        meter = ledger.Meter(cfg, everyone)
+        cfg, world, learner, T = self.cfg, self.world, self.learner, self.cfg.model.seq_len
+        meter = ledger.Meter(cfg, world)
         began, done = time.perf_counter(), 0
         while self.step < self.last_step:
             t0 = time.perf_counter()
@@ -273,10 +272,10 @@ class Run:
             n_tokens = self.steps.size(self.step) * T
             nats = learner.gradients(batch, n_tokens)
             # The one moment of a step at which the host waits for the device: before weights are touched.
-            loss, norm, stop, writing, joules = everyone.sum(
+            loss, norm, stop, writing, joules = world.sum(
                 nats, learner.norm(), bool(interrupted.came), self.saving.busy(), meter.joules()
             )
-            loss, norm = loss / n_tokens, norm / everyone.world_size  # every process has the same norm
+            loss, norm = loss / n_tokens, norm / world.size  # every process has the same norm
             t2 = time.perf_counter()
 
             lr, limit = self.rate(), optim.clip_limit(self.step, cfg.optim)
@@ -307,10 +306,10 @@ class Run:
                 "time": time.time(),
                 **({"skipped": True} if incident else {}),
             }
-            everyone.aside(ledger.log_step, self.folder, record)
+            world.aside(ledger.log_step, self.folder, record)
             if self.step % cfg.train.log_every == 0 or self.step in (1, self.last_step):
                 left = (self.last_step - self.step) * (time.perf_counter() - began) / done
-                everyone.aside(ledger.say, ledger.step_line(record, self.last_step, left))
+                world.aside(ledger.say, ledger.step_line(record, self.last_step, left))
             if not writing:  # every process has written its part of the checkpoint
                 self.saved()
             if self.step in self.save_at or stop:
@@ -318,14 +317,12 @@ class Run:
             if profiler and profiler(done):
                 profiler = None
             elif profiler and self.step == self.last_step:
-                everyone.aside(
-                    ledger.say, "note     --profile traces steps 4 to 6, and there were not so many"
-                )
+                world.aside(ledger.say, "note     --profile traces steps 4 to 6, and there were not so many")
             if stop and self.step < self.last_step:
                 self.saved()
                 self.log("interrupted", step=self.step)
                 said = f"interrupted and saved at step {self.step}; the same command goes on from there"
-                everyone.once(ledger.say, said)
+                world.once(ledger.say, said)
                 return True
         self.saved()
         self.log("finish", step=self.step, seconds=time.perf_counter() - began, **meter.totals())
@@ -346,14 +343,14 @@ class Run:
         True: the step counts, without an update. False: the step or the order is another now, and the loop
         goes on from there. All processes come here together, with the same numbers. Stopped: the run ends.
         """
-        cfg, everyone, step = self.cfg, self.everyone, self.step
+        cfg, world, step = self.cfg, self.world, self.step
         norms = optim.norms_by_layer(self.learner.model)  # all processes together
         self.learner.forget()
         self.saved()  # so that the newest checkpoint is known, and whole
         self.n_incidents += 1
         pieces = self.steps.pieces(step)
         chunk = self.dataset.chunk_of(pieces[0][0])
-        earlier = [c for c in everyone.first(checkpoint.checkpoints, self.folder) if c.step <= step]
+        earlier = [c for c in world.first(run_folder.checkpoints, self.folder) if c.step <= step]
         action, order, back = cfg.train.on_spike, None, None
         if action == "defer":
             # a batch may begin in one chunk and end in the next
@@ -379,7 +376,7 @@ class Run:
             "norms": {name: n if math.isfinite(n) else str(n) for name, n in norms.items()},
             "chunk": chunk,
             "rows": [[first, end - 1] for first, end in pieces],
-            "documents": incidents.documents(self.dataset, pieces) if everyone.rank == 0 else [],
+            "documents": incidents.documents(self.dataset, pieces) if world.rank == 0 else [],
             "checkpoint": earlier[-1].path.name if earlier else None,
             **({"back_to": back.path.name} if back and order else {}),
             **({"order": order.order} if order else {}),
@@ -396,16 +393,16 @@ class Run:
                 "remedy; with train.on_spike=skip, defer or rollback a run goes on by itself"
             )
         where = f" to {back.path.name}, without the rows from {self.steps.consumed(first)} on" if back else ""
-        everyone.once(ledger.say, f"{action}{where}: {told}")
+        world.once(ledger.say, f"{action}{where}: {told}")
         if action == "skip":
             self.skipped = [*self.skipped, *pieces]
             return True
         if action == "rollback":
-            model, how = self.learner.model, (cfg.train.verify, everyone)
+            model, how = self.learner.model, (cfg.train.verify, world)
             checkpoint.load_weights(back.path, model, *how)
             checkpoint.load_optimizer(back.path, model, self.learner.optimizers, *how)
             self.stand(back)  # where it is damaged, this ended here, and the later ones are still there
-            everyone.once(checkpoint.set_aside, self.folder, back.step, self.n_incidents)
+            world.once(run_folder.set_aside, self.folder, back.step, self.n_incidents)
         self.change_order(order)
         return False
 
@@ -416,7 +413,7 @@ class Run:
         path = found[-1].path
         try:
             for kind in ("model", "optimizer"):
-                with checkpoint.compared(path, kind, everyone=self.everyone):
+                with checkpoint.compared(path, kind, world=self.world):
                     pass
         except ConfigError as error:
             return f"the newest checkpoint is not good: {error}"
@@ -432,8 +429,8 @@ def scheduled_rate(cfg: Config, plan: Steps, n_steps: int, step: int) -> float:
 class Batches:
     """This process's rows of each batch; the next step's are read while this one is computed."""
 
-    def __init__(self, dataset: Dataset, everyone: parallel.Everyone):
-        self.dataset, self.everyone = dataset, everyone
+    def __init__(self, dataset: Dataset, world: parallel.World):
+        self.dataset, self.world = dataset, world
         self.pool, self.ahead = ThreadPoolExecutor(1), (None, None)
 
     def get(self, order: Steps, step: int) -> torch.Tensor:
@@ -441,13 +438,13 @@ class Batches:
         batch = read.result() if asked == (order, step) else self.read(order, step)
         if step + 1 < order.n_steps:
             self.ahead = (order, step + 1), self.pool.submit(self.read, order, step + 1)
-        return batch.to(self.everyone.device, non_blocking=True)
+        return batch.to(self.world.device, non_blocking=True)
 
     def read(self, order: Steps, step: int) -> torch.Tensor:
-        pieces = order.pieces(step, self.everyone.share(order.size(step)))
+        pieces = order.pieces(step, self.world.share(order.size(step)))
         rows = [self.dataset.rows(first, end - first) for first, end in pieces]
         batch = torch.from_numpy(np.concatenate(rows))
-        return batch.pin_memory() if self.everyone.device.type == "cuda" else batch
+        return batch.pin_memory() if self.world.device.type == "cuda" else batch
 
 
 # ---- before the loop --------------------------------------------------------------------------------------
@@ -536,7 +533,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
         raise ConfigError(f"--init_from={cfg.init_from} is a model with other settings; add {settings}")
     tokenizers.check_same(folder, dataset.folder)
     if cfg.optim.anneal_steps:
-        state = checkpoint.read(folder).state
+        state = run_folder.read(folder).state
         if state.get("dataset_sha256") != dataset.sha256:
             raise ConfigError(
                 f"--init_from={cfg.init_from} was trained on another dataset than {cfg.dataset}; annealing "
@@ -569,7 +566,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
 # ---- the command line -------------------------------------------------------------------------------------
 
 
-@config.script
+@configurator.script
 def main(cfg: Config, flags: dict[str, str]) -> None:
     try:
         if "--json" in flags and "--benchmark" not in flags:
@@ -584,15 +581,15 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
             if number:
                 sys.exit(128 + number)  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
     except Stopped as error:
-        config.fail(error, code=1)
+        configurator.fail(error, code=1)
     except BrokenPipeError:
         raise
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
-        config.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
+        configurator.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
     except RuntimeError as error:
         if not parallel.is_lost(error):
             raise
-        config.fail(
+        configurator.fail(
             f"{cfg.run}: another process is gone, or did not answer within parallel.timeout_seconds="
             f"{cfg.parallel.timeout_seconds}; the same command goes on from the newest checkpoint ({error})",
             code=1,

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiktoken
 
 import data
-import documents
 import tokenizer
 from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train, fail
+from formats import documents
 
 
 def main() -> None:

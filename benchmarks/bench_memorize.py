@@ -40,7 +40,7 @@ def rows_of(model, n: int, rng: np.random.Generator) -> np.ndarray:
 def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from families import hf_config, to_family
+    from formats.families import hf_config, to_family
     from memorize import count_matches
     from model import Transformer
 

@@ -80,37 +80,37 @@ def free_at_once() -> None:
     mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
-def begin(cfg: Config, everyone):
+def begin(cfg: Config, world):
     """A learner with weights, and what takes one step of it on random tokens."""
     import torch
 
     from learner import Learner
 
-    learner, T, n = Learner(cfg, everyone, 0), cfg.model.seq_len, cfg.train.batch_size
+    learner, T, n = Learner(cfg, world, 0), cfg.model.seq_len, cfg.train.batch_size
     learner.fill(learner.model.initial_weights(0))
 
     def step() -> None:
-        tokens = torch.randint(cfg.model.vocab_size, (n // everyone.copies, T + 1), device=everyone.device)
+        tokens = torch.randint(cfg.model.vocab_size, (n // world.dp_size, T + 1), device=world.device)
         learner.gradients(tokens, n * T)
         learner.update(cfg.optim.lr, learner.norm().item(), 1.0)
 
     return learner, step
 
 
-def take_steps(cfg: Config, everyone, n_steps: int) -> None:
-    _, step = begin(cfg, everyone)
+def take_steps(cfg: Config, world, n_steps: int) -> None:
+    _, step = begin(cfg, world)
     for _ in range(n_steps):
         step()
 
 
-def tensors_at_the_peak(cfg: Config, everyone, steps: int = 3) -> int:
+def tensors_at_the_peak(cfg: Config, world, steps: int = 3) -> int:
     """Bytes of this process's tensors at the peak of a step, by PyTorch's profiler.
 
     The least of a few steps: it does not see what gloo's own threads free, which can only add.
     """
     import torch
 
-    learner, step = begin(cfg, everyone)
+    learner, step = begin(cfg, world)
     step()
     state = [value for o in learner.optimizers for values in o.state.values() for value in values.values()]
     standing = [getattr(t, "_local_tensor", t) for t in (*learner.model.parameters(), *state)]
@@ -143,10 +143,10 @@ def one_of_two(name: str, device: str, path: str) -> None:
 
     torch.set_num_threads(1)
     cfg = settings(name, device)
-    everyone = parallel.start(cfg.train, cfg.parallel)
-    most = max(everyone.collect(tensors_at_the_peak(cfg, everyone)))
-    everyone.once(Path(path).write_text, str(most))
-    everyone.leave()
+    world = parallel.start(cfg.train, cfg.parallel)
+    most = max(world.collect(tensors_at_the_peak(cfg, world)))
+    world.once(Path(path).write_text, str(most))
+    world.leave()
 
 
 def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) -> None:
@@ -157,14 +157,14 @@ def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) 
 
     torch.set_num_threads(threads)
     cfg = settings(name, device)
-    everyone = parallel.start(cfg.train, cfg.parallel)
-    cuda = everyone.device.type == "cuda"
+    world = parallel.start(cfg.train, cfg.parallel)
+    cuda = world.device.type == "cuda"
     if not (keep or cuda):
         free_at_once()
     tiny = Model(vocab_size=8, seq_len=4, d_model=8, n_layers=1, n_heads=1, d_ff=8)
-    take_steps(Config(model=tiny.resolved(), train=Train(batch_size=1, micro_batch_size=1)), everyone, 1)
+    take_steps(Config(model=tiny.resolved(), train=Train(batch_size=1, micro_batch_size=1)), world, 1)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    take_steps(cfg, everyone, steps)
+    take_steps(cfg, world, steps)
     if cuda:
         pipe.send(torch.cuda.max_memory_allocated())
     else:

@@ -35,6 +35,7 @@ def measure(args, folder: str) -> dict:
     import checkpoint
     import optim
     import parallel
+    import run_folder
     from config import Config, Model, Train
     from learner import Learner
 
@@ -43,18 +44,18 @@ def measure(args, folder: str) -> dict:
     layers, width, heads, ff, vocab_size, length, rows = args.size or SIZES[device]
     m = Model(vocab_size=vocab_size, seq_len=length, d_model=width, n_layers=layers, n_heads=heads, d_ff=ff)
     cfg = Config(model=m, train=Train(batch_size=rows, micro_batch_size=rows, device=device)).resolved()
-    everyone = parallel.start(cfg.train, cfg.parallel)
-    learner = Learner(cfg, everyone, None)
+    world = parallel.start(cfg.train, cfg.parallel)
+    learner = Learner(cfg, world, None)
     learner.fill(learner.model.initial_weights(0))
-    saving = checkpoint.Saving(folder, learner.model, learner.optimizers, everyone)
-    tokens = torch.randint(vocab_size, (rows, length + 1)).to(everyone.device)
+    saving = checkpoint.Saving(folder, learner.model, learner.optimizers, world)
+    tokens = torch.randint(vocab_size, (rows, length + 1)).to(world.device)
     n_tokens, made = rows * length, 0
 
     def step() -> float:
         nonlocal made
         start = time.perf_counter()
         nats = learner.gradients(tokens, n_tokens)
-        _, norm = everyone.sum(nats, learner.norm())
+        _, norm = world.sum(nats, learner.norm())
         learner.update(1e-4, norm, optim.clip_limit(made, cfg.optim))
         if device == "cuda":
             torch.cuda.synchronize()
@@ -91,7 +92,7 @@ def measure(args, folder: str) -> dict:
         without += plain
         pace = statistics.mean(plain)
         rounds.append((pace * len(times), begins[-1] + ends[-1] + sum(times)))
-        checkpoint.delete_others(folder, set(), 1)
+        run_folder.delete_others(folder, set(), 1)
     median = statistics.median(without)
     slower = (sum(beside) - median * len(beside)) / args.rounds
     stall, wait = statistics.median(begins), statistics.median(ends)

@@ -24,8 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
-import documents
+import configurator
 import tokenizer
+from formats import documents
 
 
 def corpus(files: list[str], megabytes: float) -> list[str]:
@@ -157,7 +158,7 @@ def main() -> None:
         else:
             sys.exit(compare_encoders(arguments) if arguments.encode else compare_trainers(arguments))
     except config.ConfigError as error:
-        config.fail(error)
+        configurator.fail(error)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def other(name: str, m, weights: dict):
     if name == "transformers":
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from families import hf_config, to_family
+        from formats.families import hf_config, to_family
 
         net = LlamaForCausalLM(LlamaConfig(**{**hf_config(m), "use_cache": False}))
         net.load_state_dict(to_family(weights, m))
@@ -168,17 +168,17 @@ def stepper(name: str, m, args):
     )
     cfg = Config(model=m, optim=Optim(lr=LR, grad_clip=CLIP), train=train)
     if name == "nano360":
-        everyone = parallel.start(cfg.train, Parallel())
-        learner = Learner(cfg, everyone, None)
+        world = parallel.start(cfg.train, Parallel())
+        learner = Learner(cfg, world, None)
         learner.fill(learner.model.initial_weights(0))
 
         def ours(tokens):
             nats = learner.gradients(tokens, tokens[:, 1:].numel())
-            loss, norm = everyone.sum(nats / tokens[:, 1:].numel(), learner.norm())
+            loss, norm = world.sum(nats / tokens[:, 1:].numel(), learner.norm())
             learner.update(LR, norm, CLIP)
             return loss
 
-        return ours, everyone.device
+        return ours, world.device
     device = parallel.device(args.device)
     dtype = parallel.precision("auto", device)
     if dtype == torch.bfloat16:

@@ -32,9 +32,10 @@ def write_model(folder: Path, gb: float) -> int:
     from safetensors.torch import save_file
 
     import checkpoint
-    import families
     import files
+    import run_folder
     from config import Model
+    from formats import families
     from model import Transformer
 
     sizes = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "d_model": WIDTH, "n_heads": HEADS, "d_ff": FF}
@@ -51,7 +52,7 @@ def write_model(folder: Path, gb: float) -> int:
     if len(layout) > 1:
         files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
     hashes = {path.name: files.sha256(path) for path in folder.iterdir()}
-    files.write_json(folder / "state.json", {"format": checkpoint.FORMAT, "step": 0, "files": hashes})
+    files.write_json(folder / "state.json", {"format": run_folder.FORMAT, "step": 0, "files": hashes})
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import config
+import configurator
 import optim
 import parallel
 from config import Config, Model, Train
@@ -113,7 +113,7 @@ def learner(smoke: bool, model: dict, train: dict, seed: int = 0):
 def learn(made, batch, step: int, n_steps: int) -> float:
     """One step as train.py makes it; returns the loss."""
     n_tokens = batch[:, 1:].numel()
-    loss, norm = made.everyone.sum(made.gradients(batch, n_tokens) / n_tokens, made.norm())
+    loss, norm = made.world.sum(made.gradients(batch, n_tokens) / n_tokens, made.norm())
     settings = dataclasses.replace(made.cfg.optim, lr=1e-3, warmup_steps=n_steps // 10)
     made.update(optim.learning_rate(step, n_steps, settings), norm, optim.clip_limit(step, settings))
     return loss
@@ -134,7 +134,7 @@ def precision(smoke: bool) -> dict:
         curve = []
         for step in range(n_steps):
             starts = torch.randint(len(text) - shape["seq_len"], (32, 1), generator=generator)
-            batch = text[starts + torch.arange(shape["seq_len"] + 1)].long().to(made.everyone.device)
+            batch = text[starts + torch.arange(shape["seq_len"] + 1)].long().to(made.world.device)
             curve.append(learn(made, batch, step, n_steps))
         curves[name] = torch.tensor(curve)
         torch._dynamo.reset()
@@ -164,7 +164,7 @@ def attention(smoke: bool) -> dict:
             made = []
             for train in ({"precision": dtype}, {"device": "cpu", "compile": "off", "precision": "fp32"}):
                 made.append(learner(smoke, {**shape, "n_layers": 2, **kind}, train))
-                made[-1].nats = made[-1].gradients(batch.to(made[-1].everyone.device), 3 * T).item()
+                made[-1].nats = made[-1].gradients(batch.to(made[-1].world.device), 3 * T).item()
             apart = {"loss": abs(made[0].nats / made[1].nats - 1)}
             for (key, ours), theirs in zip(made[0].model.named_parameters(), made[1].model.parameters()):
                 apart[key] = ((ours.grad.cpu() - theirs.grad).norm() / theirs.grad.norm()).item()
@@ -196,7 +196,7 @@ def trained_hash(smoke: bool, kind: dict) -> str:
     made = learner(smoke, {**shape, **kind}, {"deterministic": True})
     generator = torch.Generator().manual_seed(0)
     for step in range(n_steps):
-        batch = torch.randint(1000, (8, T + 1), generator=generator).to(made.everyone.device)
+        batch = torch.randint(1000, (8, T + 1), generator=generator).to(made.world.device)
         learn(made, batch, step, n_steps)
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in made.model.parameters())
     return hashlib.sha256(weights).hexdigest()
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--cpu-smoke", action="store_true", help="in miniature; its numbers mean nothing")
     args = parser.parse_args()
     if not (args.cpu_smoke or torch.cuda.is_available()):
-        config.fail("PyTorch sees no CUDA device here; --cpu-smoke runs the script without one")
+        configurator.fail("PyTorch sees no CUDA device here; --cpu-smoke runs the script without one")
     report = about(args.cpu_smoke)
     folder = Path(tempfile.gettempdir()) if args.cpu_smoke else Path(__file__).parent
     path = folder / f"gpu-{report['device'].lower().replace(' ', '-')}-{report['date']}.json"

@@ -81,15 +81,16 @@ def main() -> None:
         from lm_eval.tasks import TaskManager
     except ImportError:
         sys.exit("error: lm-evaluation-harness is not installed; pip install 'lm-eval[hf]'")
-    import checkpoint
     import config
+    import configurator
+    import run_folder
     import tokenizer as tokenizers
     from dataset import Dataset
 
     try:
-        found, dataset = checkpoint.chosen(args.run), Dataset(config.load_run(args.run).dataset)
+        found, dataset = run_folder.chosen(args.run), Dataset(config.load_run(args.run).dataset)
     except config.ConfigError as error:
-        config.fail(error)
+        configurator.fail(error)
     asked = questions(dataset, tokenizers.load(dataset.folder), args.questions)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "test.jsonl"

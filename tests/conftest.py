@@ -11,10 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint
 import config
 import data
 import files
+import run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ def weights(run: Path) -> dict[str, str]:
     """Hash of the weights and of the optimizer of every checkpoint."""
     return {
         c.path.name: (c.state["files"]["model.safetensors"], c.state["files"]["optimizer.safetensors"])
-        for c in checkpoint.checkpoints(run)
+        for c in run_folder.checkpoints(run)
     }
 
 

@@ -20,17 +20,18 @@ from test_incidents import Faults
 import checkpoint
 import convert
 import eval as evaluation
-import families
 import files
 import incidents
 import ledger
 import memorize
 import optim
+import results
 import run_folder
 import sample
 import train
 from config import ConfigError, Model, Optim, load_run
 from dataset import Dataset
+from formats import families, shards
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,7 @@ def test_weights_of_another_model_and_damaged_files_are_refused(tmp_path):
 def test_hashes_in_the_state_are_those_of_the_files(tmp_path):
     net, adamw = trained(LLAMA)
     folder = checkpoint.save(tmp_path, net, adamw, state(3), {"tokenizer.json": b"{}"})
-    (found,) = checkpoint.checkpoints(tmp_path)
+    (found,) = run_folder.checkpoints(tmp_path)
     assert found.step == 3 and found.path == folder
     names = {path.name for path in folder.iterdir()} - {"state.json"}
     assert set(found.state["files"]) == names == {
@@ -166,8 +167,8 @@ def test_steps_are_numbers_and_incomplete_folders_are_ignored(tmp_path):
     (tmp_path / "checkpoints" / "step-00000007").mkdir()
     (tmp_path / "checkpoints" / "step-notes").mkdir()
     (tmp_path / "checkpoints" / "step-00000005" / "state.json").write_text("{")
-    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [999_999, 1_000_000, 100_000_000]
-    assert checkpoint.checkpoints(tmp_path / "nowhere") == []
+    assert [c.step for c in run_folder.checkpoints(tmp_path)] == [999_999, 1_000_000, 100_000_000]
+    assert run_folder.checkpoints(tmp_path / "nowhere") == []
 
 
 def test_a_step_that_is_saved_again_replaces_the_folder(tmp_path):
@@ -198,7 +199,7 @@ def test_a_kill_during_a_save_leaves_whole_checkpoints_only(tmp_path):
         time.sleep(0.011 * attempt)  # somewhere inside the next save
         process.send_signal(signal.SIGKILL)
         last = int(([2] + [int(line) for line in process.stdout.read().split()])[-1])
-        found = checkpoint.checkpoints(tmp_path / str(attempt))
+        found = run_folder.checkpoints(tmp_path / str(attempt))
         assert [c.step for c in found][:last] == list(range(1, last + 1))
         for each in found:
             checkpoint.load_model(each.path)
@@ -218,7 +219,7 @@ def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, net, adamw, state(4), {})
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
-    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [3]
+    assert [c.step for c in run_folder.checkpoints(tmp_path)] == [3]
 
 
 def test_a_log_survives_half_a_line(tmp_path):
@@ -266,15 +267,15 @@ def test_what_is_saved_is_the_moment_when_saving_began(tmp_path, slow_disk):
     assert saving.busy()
     for _ in range(3):
         update(net, adamw)  # while the disk is still at work
-    assert checkpoint.checkpoints(tmp_path) == []
+    assert run_folder.checkpoints(tmp_path) == []
     slow_disk.set()
     folder = saving.finish()
-    assert not saving.busy() and [c.step for c in checkpoint.checkpoints(tmp_path)] == [3]
+    assert not saving.busy() and [c.step for c in run_folder.checkpoints(tmp_path)] == [3]
     saved = checkpoint.load_model(folder)
     for name, p in saved.named_parameters():
         assert torch.equal(p, before[name]), name
     assert any(not torch.equal(p, before[name]) for name, p in net.named_parameters())
-    with checkpoint.open_tensors(folder / "optimizer.safetensors") as tensors:
+    with shards.open_tensors(folder / "optimizer.safetensors") as tensors:
         assert torch.equal(tensors.get_tensor("exp_avg.norm.weight"), moment)
     assert saving.finish() is None  # nothing under way
 
@@ -288,7 +289,7 @@ def test_the_memory_of_one_save_serves_the_next(tmp_path):
         update(net, adamw)
     saving.finish()
     assert rooms[0] == rooms[1] == rooms[2]
-    hashes = [c.state["files"]["model.safetensors"] for c in checkpoint.checkpoints(tmp_path)]
+    hashes = [c.state["files"]["model.safetensors"] for c in run_folder.checkpoints(tmp_path)]
     assert len(hashes) == len(set(hashes)) == 3
 
 
@@ -316,7 +317,7 @@ def test_a_disk_that_fails_in_the_background_is_told_and_leaves_the_last_checkpo
     monkeypatch.undo()
     saving.begin(state(4), {})  # there is room again
     saving.finish()
-    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [3, 4]
+    assert [c.step for c in run_folder.checkpoints(tmp_path)] == [3, 4]
 
 
 @FAMILIES
@@ -341,8 +342,8 @@ def test_a_large_model_is_stored_in_shards_that_others_open_too(tmp_path, monkey
     checkpoint.load_optimizer(folder, other, other_adamw)
     for a, b in zip(net.parameters(), other.parameters()):
         assert all(torch.equal(adamw.state[a][key], other_adamw.state[b][key]) for key in adamw.state[a])
-    states = [checkpoint.read(f).state for f in (whole, folder)]
-    assert len({checkpoint.weights_hash(s) for s in states}) == 2  # of other files
+    states = [run_folder.read(f).state for f in (whole, folder)]
+    assert len({run_folder.weights_hash(s) for s in states}) == 2  # of other files
 
 
 def test_a_layout_fills_files_in_order_and_a_large_tensor_has_one_of_its_own(monkeypatch):
@@ -386,9 +387,9 @@ def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
     net, adamw = trained(LLAMA, 0)
     for step in range(9):
         checkpoint.save(tmp_path, net, adamw, state(step), {})
-    assert checkpoint.delete_others(tmp_path, kept={0, 4}, newest=2) == [1, 2, 3, 5, 6]
-    assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [0, 4, 7, 8]
-    assert checkpoint.delete_others(tmp_path, kept={0, 4}, newest=2) == []
+    assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == [1, 2, 3, 5, 6]
+    assert [c.step for c in run_folder.checkpoints(tmp_path)] == [0, 4, 7, 8]
+    assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == []
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
@@ -407,7 +408,7 @@ def cut(whole, tmp_path) -> Path:
     """A copy of the whole run without its last two checkpoints, so that there is something to resume."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    for c in checkpoint.checkpoints(run)[-2:]:
+    for c in run_folder.checkpoints(run)[-2:]:
         shutil.rmtree(c.path)
     return run
 
@@ -427,7 +428,7 @@ def run_main(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
 def test_a_flipped_bit_is_one_clear_line_for_all_who_read_a_checkpoint(
     recipe, cut, tmp_path, monkeypatch, capsys, name
 ):
-    newest = checkpoint.checkpoints(cut)[-1]
+    newest = run_folder.checkpoints(cut)[-1]
     flip(newest.path / name)
     now, before = files.sha256(newest.path / name)[:12], newest.state["files"][name][:12]
     said = f"{name} is damaged: SHA-256 {now}, and {before} when it was saved; get it again, or take"
@@ -452,7 +453,7 @@ def test_a_flipped_bit_is_one_clear_line_for_all_who_read_a_checkpoint(
 
 
 def test_a_flipped_bit_in_the_moments_stops_whoever_needs_them(recipe, cut, tmp_path, monkeypatch, capsys):
-    newest = checkpoint.checkpoints(cut)[-1].path
+    newest = run_folder.checkpoints(cut)[-1].path
     flip(newest / "optimizer.safetensors")
     anneal = (f"--init_from={newest}", "--optim.anneal_steps=3")
     for asked in ((cut,), (tmp_path / "annealed", *anneal)):
@@ -463,13 +464,13 @@ def test_a_flipped_bit_in_the_moments_stops_whoever_needs_them(recipe, cut, tmp_
     assert not code and not errors
     shutil.rmtree(newest)  # as the message says
     train.train(conftest.load(recipe, cut))
-    assert checkpoint.checkpoints(cut)[-1].step == 39
+    assert run_folder.checkpoints(cut)[-1].step == 39
 
 
 def test_who_does_not_want_hashes_is_told_so_and_files_nothing_under_the_healthy_one(
     recipe, cut, tmp_path, monkeypatch, capsys
 ):
-    newest = checkpoint.checkpoints(cut)[-1]
+    newest = run_folder.checkpoints(cut)[-1]
     weights = newest.path / "model.safetensors"
     healthy = weights.read_bytes()
     flip(weights)
@@ -495,11 +496,11 @@ def test_who_does_not_want_hashes_is_told_so_and_files_nothing_under_the_healthy
     flip(weights)
     train.train(conftest.load(recipe, cut, "--train.verify=false"))
     assert "train.verify=false: no hash is compared" in capsys.readouterr().out
-    assert checkpoint.checkpoints(cut)[-1].step == 39
+    assert run_folder.checkpoints(cut)[-1].step == 39
 
 
 def test_files_that_state_json_does_not_know_are_not_read(cut, monkeypatch, capsys):
-    newest = checkpoint.checkpoints(cut)[-1]
+    newest = run_folder.checkpoints(cut)[-1]
     (newest.path / "notes.txt").write_text("mine")
     checkpoint.load_model(newest.path)
     stray = newest.path / "tokenizer.model"
@@ -515,7 +516,7 @@ def test_files_that_state_json_does_not_know_are_not_read(cut, monkeypatch, caps
 
 
 def test_a_process_hashes_a_file_once_and_again_when_it_has_changed(cut, monkeypatch):
-    newest, hashed, plain = checkpoint.checkpoints(cut)[-1].path, [], files.sha256
+    newest, hashed, plain = run_folder.checkpoints(cut)[-1].path, [], files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: (hashed.append(Path(path).name), plain(path))[1])
     for _ in range(2):
         checkpoint.load_model(newest)
@@ -531,18 +532,18 @@ def test_the_page_says_which_results_are_of_files_that_nobody_compared(cut, monk
     for _ in range(2):  # then with hashes compared, which measures again
         code, _, errors = run_main(monkeypatch, capsys, evaluation, cut, "--no-verify")
         assert not code, errors
-    notes = " ".join(text for text, _ in run_folder.load(cut).notes)
+    notes = " ".join(text for text, _ in results.load(cut).notes)
     assert "held-out loss of step 0" in notes and "memorization of step 0" in notes and "--no-verify" in notes
     code, _, errors = run_main(monkeypatch, capsys, evaluation, cut)
     assert not code, errors
-    assert "--no-verify" not in " ".join(text for text, _ in run_folder.load(cut).notes)
+    assert "--no-verify" not in " ".join(text for text, _ in results.load(cut).notes)
 
 
 def test_a_state_json_that_the_ledger_does_not_know_is_refused_even_if_it_makes_sense(
     recipe, cut, monkeypatch, capsys
 ):
     """An order without its first rows is one that a rollback could have left."""
-    newest = checkpoint.checkpoints(cut)[-1]
+    newest = run_folder.checkpoints(cut)[-1]
     n_rows = json.loads((cut / "dataset.json").read_text())["rows"]
     for change in ({"begin": 1}, {"incidents": 9}, {"skipped": [[0, 6]]}, {"order": [[6, n_rows]]}):
         files.write_json(newest.path / "state.json", {**newest.state, **change})
@@ -556,14 +557,14 @@ def test_a_state_json_that_the_ledger_does_not_know_is_refused_even_if_it_makes_
 
 
 def test_what_a_resumed_run_makes_again_is_not_compared_with_what_the_ledger_said_before(cut):
-    known = checkpoint.recorded(cut)
+    known = run_folder.recorded(cut)
     last = max(known)
-    assert len(known) >= 2 and checkpoint.state_damage(checkpoint.checkpoints(cut)[-1]) == []
-    files.append(cut / "ledger.jsonl", {"event": "resume", "step": checkpoint.step_number(last) - 1})
-    assert checkpoint.recorded(cut) == {name: digest for name, digest in known.items() if name != last}
+    assert len(known) >= 2 and checkpoint.state_damage(run_folder.checkpoints(cut)[-1]) == []
+    files.append(cut / "ledger.jsonl", {"event": "resume", "step": run_folder.step_number(last) - 1})
+    assert run_folder.recorded(cut) == {name: digest for name, digest in known.items() if name != last}
     first = min(known)
     files.append(cut / "ledger.jsonl", {"event": "spike", "back_to": first})
-    assert checkpoint.recorded(cut) == {first: known[first]}
+    assert run_folder.recorded(cut) == {first: known[first]}
 
 
 @pytest.mark.parametrize(
@@ -589,7 +590,7 @@ def test_what_a_resumed_run_makes_again_is_not_compared_with_what_the_ledger_sai
 def test_a_wrong_state_is_a_message_and_no_run_resumes_from_it(
     recipe, cut, monkeypatch, capsys, change, expected
 ):
-    newest = checkpoint.checkpoints(cut)[-1]
+    newest = run_folder.checkpoints(cut)[-1]
     files.write_json(newest.path / "state.json", {**newest.state, **change})
     with pytest.raises(ConfigError, match=expected):
         train.train(conftest.load(recipe, cut))
@@ -617,7 +618,7 @@ def test_verify_passes_every_kind_of_run(recipe, whole, tmp_path, monkeypatch, c
     capsys.readouterr()
     for name in (whole, *(tmp_path / name for name in ("double", "defer", "skip", "rollback"))):
         code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", name)
-        found = checkpoint.checkpoints(name)
+        found = run_folder.checkpoints(name)
         assert code == 0, out
         assert out.splitlines()[-1] == f"the newest whole checkpoint is {found[-1].path.name}"
         assert len(out.splitlines()) == len(list((name / "checkpoints").glob("*step-*"))) + 1
@@ -625,11 +626,11 @@ def test_verify_passes_every_kind_of_run(recipe, whole, tmp_path, monkeypatch, c
 
 
 def test_verify_names_each_damage_and_the_newest_checkpoint_that_has_none(cut, tmp_path, monkeypatch, capsys):
-    paths = [c.path for c in checkpoint.checkpoints(cut)]
+    paths = [c.path for c in run_folder.checkpoints(cut)]
     flip(paths[0] / "optimizer.safetensors")
     (paths[1] / "tokenizer.json").unlink()
     (paths[1] / "more.txt").write_text("more")
-    state = checkpoint.read(paths[-1]).state
+    state = run_folder.read(paths[-1]).state
     hf = json.loads((paths[-1] / "config.json").read_text())
     files.write_json(paths[-1] / "config.json", {**hf, "intermediate_size": 44, "eos_token_id": 7})
     other, adamw = trained(LLAMA)
@@ -685,7 +686,7 @@ def test_the_newest_checkpoint_is_called_whole_only_after_a_look(recipe, tmp_pat
 
 
 def test_two_processes_refuse_a_damaged_checkpoint_together(recipe, cut):
-    newest = checkpoint.checkpoints(cut)[-1]
+    newest = run_folder.checkpoints(cut)[-1]
     flip(newest.path / "model.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     command += [ROOT / "train.py", recipe, f"--run={cut}", "--train.micro_batch_size=3"]
@@ -703,22 +704,22 @@ import sys
 sys.path.insert(0, {root!r})
 import checkpoint, parallel
 from config import ConfigError, Parallel, Train
-everyone = parallel.start(Train(device="cpu"), Parallel(timeout_seconds=30))
-if everyone.rank == 1:
+world = parallel.start(Train(device="cpu"), Parallel(timeout_seconds=30))
+if world.rank == 1:
     checkpoint.compare = lambda c, names: ["config.json is damaged: only this process sees it"]
 try:
-    with checkpoint.compared({folder!r}, "model", everyone=everyone):
+    with checkpoint.compared({folder!r}, "model", world=world):
         pass
 except ConfigError as error:
-    print(f"rank {{everyone.rank}}: {{error}}", flush=True)
-everyone.leave()
+    print(f"rank {{world.rank}}: {{error}}", flush=True)
+world.leave()
 """
 
 
 def test_a_small_file_that_one_process_finds_damaged_is_refused_by_all(whole, tmp_path):
     """Else the others would wait for this process until the patience of a collective ends."""
     (tmp_path / "one.py").write_text(
-        ONE_SEES_DAMAGE.format(root=str(ROOT), folder=str(checkpoint.checkpoints(whole)[-1].path))
+        ONE_SEES_DAMAGE.format(root=str(ROOT), folder=str(run_folder.checkpoints(whole)[-1].path))
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, tmp_path / "one.py"], capture_output=True, text=True, timeout=120)

@@ -20,8 +20,6 @@ from torch import Tensor
 
 import config
 import cost
-import documents
-import families
 import memorize
 import optim
 import parallel
@@ -30,6 +28,7 @@ import tokenizer as tokenizers
 import train
 from config import Config, ConfigError, Model, Optim, Parallel, Train
 from dataset import Dataset
+from formats import documents, families
 from model import Transformer
 
 SIZES = dict(vocab_size=61, seq_len=14, d_model=24, n_layers=2, n_heads=3, n_kv_heads=1, d_head=10, d_ff=34)
@@ -131,7 +130,7 @@ def compiled(key: str, choice: str, get) -> tuple:
     cfg, found = Config(train=with_choice(key, choice)), []
     for where in ("cuda", "cpu"):
         net = Transformer(Model(**SIZES))
-        parallel.Everyone(0, 1, torch.device(where), torch.float32).spread(net, cfg)
+        parallel.World(0, 1, torch.device(where), torch.float32).spread(net, cfg)
         found.append("forward" in vars(net.layers[0]))
     return tuple(found)
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import convert
-import families
 import optim
 import sample
 import tokenizer
 from config import Model, Optim
+from formats import families
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import documents
 import files
 from config import ConfigError, Source
+from formats import documents
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoint
 import data
 import files
+import results
 import run_folder
 
 ROOT = Path(__file__).parents[1]
@@ -58,16 +58,16 @@ def test_a_run_of_an_earlier_version_resumes_as_if_it_had_not_been_interrupted(o
     losses = [record["loss"] for record in files.read_lines(old / "run" / "metrics.jsonl")]
     # the same to the last bit on the processor that made it; others may round sums in another order
     assert losses == pytest.approx(expected["losses"], rel=2e-4) and len(losses) == 153
-    assert [c.step for c in checkpoint.checkpoints(old / "run")] == [0, 40, 51, 102, 153]
+    assert [c.step for c in run_folder.checkpoints(old / "run")] == [0, 40, 51, 102, 153]
 
 
 def test_a_run_of_an_earlier_version_is_evaluated_anew_and_reported(old):
-    before = run_folder.load(old / "run")
+    before = results.load(old / "run")
     run(old, "report.py", "run")
     assert (old / "run" / "report.html").stat().st_size > 50_000
     said = run(old, "eval.py", "run")
     assert said.count("step-00000040") >= 3
-    after = run_folder.load(old / "run")
+    after = results.load(old / "run")
     for source in ("prose", "songs"):
         # ids are bytes of the text or merges of them, so that bits per byte are what they were
         was, now = (r.losses[source][40]["bits_per_byte"] for r in (before, after))

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_memorize import make_run
 from test_tokenizer import ASSETS, corpora, gpt2_file, needs_assets
 
-import checkpoint
 import config
 import data
 import eval as evaluation
 import files
 import memorize
 import report
+import run_folder
 import tokenizer
 import train
 from config import ConfigError, Model
@@ -304,7 +304,7 @@ def test_real_tokenizers_have_the_bytes_of_real_texts(tmp_path, name):
 
 
 def evaluate(run, sources=("code", "docs"), max_rows=0):
-    of, cfg = checkpoint.chosen(run), config.load_run(run)
+    of, cfg = run_folder.chosen(run), config.load_run(run)
     return evaluation.evaluate(run, cfg, memorize.dataset_of(run, cfg, of), of, list(sources), max_rows)
 
 
@@ -349,7 +349,7 @@ def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
 
 
 def test_results_are_kept_under_everything_that_determines_them(run):
-    c, cfg = checkpoint.chosen(run)[-1], config.load_run(run)
+    c, cfg = run_folder.chosen(run)[-1], config.load_run(run)
     dataset = Dataset(cfg.dataset)
     fp32 = torch.float32
     weights = {**c.state, "files": {**c.state["files"], "model.safetensors": "0" * 64}}
@@ -415,7 +415,7 @@ def whole(run):
         save_file(load_file(weights), weights, metadata={"format": "pt", "rows": str(rows)})
         state["files"]["model.safetensors"] = files.sha256(weights)
         files.write_json(folder / "state.json", {**state, "step": rows, "rows": rows, "chunk": chunk})
-    of = checkpoint.chosen(run)
+    of = run_folder.chosen(run)
     evaluate(run)
     memorize.memorize(cfg, dataset, of)
     lines = lines_of(run)
@@ -598,7 +598,7 @@ def test_one_source_of_one_document_of_which_nothing_is_held_out(tmp_path, monke
 
 
 def test_a_source_without_held_out_rows_is_an_error_that_says_what_to_raise(run):
-    of, cfg = checkpoint.chosen(run), config.load_run(run)
+    of, cfg = run_folder.chosen(run), config.load_run(run)
     dataset = memorize.dataset_of(run, cfg, of)
     dataset.validation = lambda source: np.empty((0, 42), np.uint16)
     with pytest.raises(ConfigError, match=r"raise data\.validation_fraction"):

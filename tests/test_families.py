@@ -11,9 +11,9 @@ from test_model import EVERY, PUBLISHED, make, shaken, tokens_for
 
 import checkpoint
 import config
-import families
 import optim
 from config import ConfigError, Model, Optim
+from formats import families
 from model import Transformer
 
 OWN = {  # models that no class of `transformers` computes

@@ -14,6 +14,7 @@ import checkpoint
 import config
 import files
 import incidents
+import run_folder
 import steps
 import train
 from config import ConfigError, Train
@@ -110,7 +111,7 @@ def test_stop_says_where_and_leaves_the_last_checkpoint(recipe, tmp_path, monkey
     assert set(record["norms"]) == {"embed_tokens", "layers.0", "layers.1", "norm", "lm_head"}
     expected = {f"{d[0]}:{d[1]}" for p in range(60, 66) for d in dataset.documents(p)}
     assert set(record["documents"]) == expected
-    assert [c.step for c in checkpoint.checkpoints(tmp_path / "run")][-1] == 8
+    assert [c.step for c in run_folder.checkpoints(tmp_path / "run")][-1] == 8
 
 
 def test_skip_leaves_the_weights_as_they_were_and_goes_on(recipe, tmp_path, monkeypatch):
@@ -125,7 +126,7 @@ def test_skip_leaves_the_weights_as_they_were_and_goes_on(recipe, tmp_path, monk
     assert [s[0] for s in faults.seen] == [B * s for s in range(9) if s != 5]
     (record,) = ledger(run, "nonfinite")
     assert record["action"] == "skip" and ledger(run, "finish")
-    end = checkpoint.checkpoints(run)[
+    end = run_folder.checkpoints(run)[
         -1
     ].state  # the batch that moved nothing is not one that was learned from
     assert end["skipped"] == [[5 * B, 6 * B]] and end["rows"] == 9 * B
@@ -167,12 +168,12 @@ def test_defer_trains_the_rest_of_the_chunk_at_the_end(recipe, tmp_path, monkeyp
         seen = [p for batch in faults.seen for p in batch]
         expected = [*range(first + B), *range(end, dataset.n_rows), *rest]
         assert seen == expected[:n]
-        last = checkpoint.checkpoints(run)[-1]
+        last = run_folder.checkpoints(run)[-1]
         assert last.state["order"] == [[0, first + B], [end, dataset.n_rows], [first + B, end]]
         assert last.state["chunk"] == 1  # the chunk that was completed last
         trained = steps.trained(last.state, np.arange(dataset.n_rows))
         assert trained.sum() == n and trained[: first + B].all()
-        middle = next(c for c in checkpoint.checkpoints(run) if c.state["chunk"] == 2)
+        middle = next(c for c in run_folder.checkpoints(run) if c.state["chunk"] == 2)
         assert not steps.trained(middle.state, np.array(rest)).any()
         assert not (run / ".processes").glob("*.json") or not list((run / ".processes").glob("*.json"))
     else:  # it is bad there too, and nothing is left to be trained on before it
@@ -192,10 +193,10 @@ def test_a_run_that_deferred_and_was_cut_off_goes_on_in_its_order(recipe, tmp_pa
     train.train(cfg)
     monkeypatch.undo()
     faults = Faults(monkeypatch, dataset, bad, 1)
-    n = checkpoint.checkpoints(whole)[-1].step
+    n = run_folder.checkpoints(whole)[-1].step
     train.train(load(recipe, cut, *asked, f"--train.steps={n - 4}"))
     train.train(load(recipe, cut, *asked))
-    ours, theirs = (checkpoint.checkpoints(run)[-1] for run in (cut, whole))
+    ours, theirs = (run_folder.checkpoints(run)[-1] for run in (cut, whole))
     assert ours.state["order"] == theirs.state["order"] and ours.step == theirs.step
     assert ours.state["files"]["model.safetensors"] == theirs.state["files"]["model.safetensors"]
     assert len(faults.seen) == n
@@ -215,7 +216,7 @@ def test_rollback_goes_back_and_leaves_batches_out(recipe, tmp_path, monkeypatch
     seen = [batch[0] // B for batch in faults.seen]
     n_steps = dataset.n_rows // B
     assert seen == [*range(14), *range(8, 12), *range(16, n_steps)]
-    last = checkpoint.checkpoints(run)[-1]
+    last = run_folder.checkpoints(run)[-1]
     assert last.step == n_steps - 4 and ledger(run, "finish")[0]["step"] == last.step
     assert [p.name for p in (run / "checkpoints").glob("incident-*")] == ["incident-1-step-00000012"]
     monkeypatch.undo()
@@ -231,7 +232,7 @@ def test_a_spike_is_found_by_its_gradient_norm_and_skipped(recipe, tmp_path, mon
     train.train(cfg)
     (record,) = ledger(run, "spike")
     assert record["step"] == 12 and record["z"]["grad_norm"] > 30 and record["action"] == "skip"
-    assert checkpoint.checkpoints(run)[-1].state["recent"][-1] == [
+    assert run_folder.checkpoints(run)[-1].state["recent"][-1] == [
         metrics(run)[-1]["loss"],
         metrics(run)[-1]["grad_norm"],
     ]
@@ -255,7 +256,7 @@ plain = Learner.gradients
 count = [0]
 def gradients(learner, batch, n_tokens):
     nats, count[0] = plain(learner, batch, n_tokens), count[0] + 1
-    return nats * (math.nan if learner.everyone.rank == 1 and count[0] == 4 else 1)
+    return nats * (math.nan if learner.world.rank == 1 and count[0] == 4 else 1)
 Learner.gradients = gradients
 train.main(config.load(sys.argv[1], sys.argv[2:]), {{}})
 """

@@ -12,14 +12,15 @@ import torch
 import checkpoint
 import config
 import data
-import families
 import files
 import memorize
 import optim
+import run_folder
 import sample
 import tokenizer
 from config import Config, ConfigError, Data, Eval, Model, Source, Train
 from dataset import Dataset
+from formats import families
 from model import Transformer
 
 K, L = 6, 10
@@ -105,7 +106,7 @@ def run(made, tmp_path):
 
 
 def compute(run, chunks=None):
-    of, cfg = checkpoint.chosen(run), config.load_run(run)
+    of, cfg = run_folder.chosen(run), config.load_run(run)
     return memorize.memorize(cfg, memorize.dataset_of(run, cfg, of), of, chunks)
 
 
@@ -287,7 +288,7 @@ def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
 
 
 def test_results_are_kept_under_everything_that_determines_them(run):
-    c, cfg = checkpoint.chosen(run)[-1], config.load_run(run)
+    c, cfg = run_folder.chosen(run)[-1], config.load_run(run)
     dataset = Dataset(cfg.dataset)
     seen = [memorize.inputs_of(cfg, dataset, c, torch.float32)]
     for name, value in (
@@ -323,7 +324,7 @@ def test_rows_of_small_chunks_are_decoded_together():
 
 
 def test_the_table_separates_seen_newest_unseen_and_held_out(run):
-    c = checkpoint.chosen(run)[-1]._replace(state={"chunk": 1, "rows": 6})
+    c = run_folder.chosen(run)[-1]._replace(state={"chunk": 1, "rows": 6})
 
     def line(matches, seen):
         return {"matches": matches, "seen": seen, "total": len(matches), "continuation_tokens": 10}
@@ -344,7 +345,7 @@ def test_another_dataset_than_the_one_trained_on_is_refused(run, tmp_path):
     shutil.copytree(cfg.dataset, tmp_path / "other")
     manifest = tmp_path / "other" / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
-    of = checkpoint.chosen(run)
+    of = run_folder.chosen(run)
     with pytest.raises(ConfigError, match="was trained with another dataset than the one in"):
         memorize.dataset_of(run, dataclasses.replace(cfg, dataset=str(tmp_path / "other")), of)
     with pytest.raises(ConfigError, match="which is not here"):
@@ -352,7 +353,7 @@ def test_another_dataset_than_the_one_trained_on_is_refused(run, tmp_path):
 
 
 def test_the_rows_with_most_matches_have_their_documents_named(run):
-    of, cfg = checkpoint.checkpoints(run), config.load_run(run)
+    of, cfg = run_folder.checkpoints(run), config.load_run(run)
     dataset = memorize.dataset_of(run, cfg, of)
     for _, lines in memorize.memorize(cfg, dataset, of):
         for chunk, line in lines.items():

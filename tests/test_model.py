@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import config
-import families
 import model
 from config import Model
+from formats import families
 from model import Cache, Transformer
 
 # Pairwise different sizes, so that a wrong transpose cannot pass; head counts that are no power of two.

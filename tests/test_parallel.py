@@ -93,19 +93,19 @@ def batches() -> list[Tensor]:
 N_TOKENS = ROWS * LLAMA["seq_len"]  # of a batch
 
 
-def learn(cfg: Config, everyone: parallel.Everyone) -> dict[str, Tensor]:
+def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
     """STEPS updates by learner.py -> what came of it, the same on every process, by name.
 
     "loss" (STEPS), "norm" (STEPS), "norm of <layer>" (STEPS) and, of each parameter, how far it has moved.
     """
-    student, start = learner.Learner(cfg, everyone, EOT), first_weights(cfg)
+    student, start = learner.Learner(cfg, world, EOT), first_weights(cfg)
     student.fill(start)
     seen = {}
     for batch in batches():
-        nats = student.gradients(batch[everyone.share(ROWS)], N_TOKENS)
+        nats = student.gradients(batch[world.share(ROWS)], N_TOKENS)
         # tp - 1 neighbours have other tokens of the same rows: their losses add up as those of other rows do
-        loss, norm = everyone.sum(nats, student.norm())
-        norm /= everyone.world_size
+        loss, norm = world.sum(nats, student.norm())
+        norm /= world.size
         seen.setdefault("loss", []).append(loss / N_TOKENS)
         seen.setdefault("norm", []).append(norm)
         for layer, value in optim.norms_by_layer(student.model).items():
@@ -257,16 +257,16 @@ def member(rank: int, n: int, jobs: dict[str, tuple], folder: Path) -> None:
     for name, (port, model, settings) in jobs.items():
         os.environ["MASTER_PORT"] = str(port)
         cfg = make(model, settings | {"parallel.timeout_seconds": 100})
-        everyone, backend = None, "inductor" if "g++" in name else "aot_eager"
+        world, backend = None, "inductor" if "g++" in name else "aot_eager"
         try:
-            everyone = parallel.start(cfg.train, cfg.parallel)
+            world = parallel.start(cfg.train, cfg.parallel)
             with mock.patch("torch.compile", functools.partial(torch.compile, backend=backend)):
-                found = CALLS[name][1](everyone) if name in CALLS else learn(cfg, everyone)
+                found = CALLS[name][1](world) if name in CALLS else learn(cfg, world)
             save_file(found, folder / f"{name} {rank}.safetensors")
         except Exception:  # left by one process, the others of this job end too
             (folder / f"{name} {rank}.txt").write_text(traceback.format_exc())
-        if everyone is not None:
-            everyone.leave()
+        if world is not None:
+            world.leave()
 
 
 @functools.cache
@@ -376,19 +376,19 @@ def test_noise_in_bf16_is_what_bf16_explains():
 # ---- what all do together ---------------------------------------------------------------------------------
 
 
-def calls(everyone: parallel.Everyone) -> dict[str, Tensor]:
+def calls(world: parallel.World) -> dict[str, Tensor]:
     """sum, collect, once, put and whole, as every process of a group calls them."""
-    rank, n = everyone.rank, everyone.world_size
-    assert everyone.collect({"i am": rank}) == [{"i am": r} for r in range(n)]
+    rank, n = world.rank, world.size
+    assert world.collect({"i am": rank}) == [{"i am": r} for r in range(n)]
     # 2^40 + 1 has no place in FP32
-    assert everyone.sum(2.0**40 + rank, torch.tensor(rank == 1), 0.5) == [
+    assert world.sum(2.0**40 + rank, torch.tensor(rank == 1), 0.5) == [
         n * 2.0**40 + n * (n - 1) / 2,
         1,
         n / 2,
     ]
 
     done = []
-    everyone.once(done.append, rank)
+    world.once(done.append, rank)
     assert done == ([0] if rank == 0 else [])
 
     def refuse():
@@ -397,9 +397,9 @@ def calls(everyone: parallel.Everyone) -> dict[str, Tensor]:
     with pytest.raises(
         OSError if rank == 0 else ConfigError, match="disk is full" if rank == 0 else "refuse"
     ):
-        everyone.once(refuse)
+        world.once(refuse)
 
-    mesh = everyone.mesh["shard"]
+    mesh = world.mesh["shard"]
     for shape in (
         (n + 2, 5),
         (2 * n + 1, 3),
@@ -420,17 +420,17 @@ def calls(everyone: parallel.Everyone) -> dict[str, Tensor]:
     return {"passed": torch.ones(1)}
 
 
-def odd_width(everyone: parallel.Everyone) -> dict[str, Tensor]:
+def odd_width(world: parallel.World) -> dict[str, Tensor]:
     """What tensor parallel has split over rows, FSDP shards over columns: those must divide."""
     cfg = make("llama", TP2_FSDP)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, d_model=35))
     with pytest.raises(ConfigError, match=r"35 wide.*does not divide by 2 shards"):
-        learner.Learner(cfg, dataclasses.replace(everyone, **split_in_two(everyone)), EOT)
+        learner.Learner(cfg, dataclasses.replace(world, **split_in_two(world)), EOT)
     return {"passed": torch.ones(1)}
 
 
-def split_in_two(everyone: parallel.Everyone) -> dict:
-    shape = parallel.mesh_shape(Parallel(strategy="fsdp", tp=2), everyone.world_size)
+def split_in_two(world: parallel.World) -> dict:
+    shape = parallel.mesh_shape(Parallel(strategy="fsdp", tp=2), world.size)
     return {
         "shape": shape,
         "mesh": parallel.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp")),
@@ -452,13 +452,13 @@ def test_what_all_processes_call_together(ask, name):
 
 
 def test_alone_the_same_calls_need_nobody():
-    everyone = parallel.alone()
-    assert everyone.sum(2, torch.tensor(0.5)) == [2.0, 0.5]
-    assert everyone.collect("me") == ["me"]
-    assert everyone.share(6) == slice(0, 6)
+    world = parallel.alone()
+    assert world.sum(2, torch.tensor(0.5)) == [2.0, 0.5]
+    assert world.collect("me") == ["me"]
+    assert world.share(6) == slice(0, 6)
     with pytest.raises(OSError, match="full"):
-        everyone.once(mock.Mock(side_effect=OSError("the disk is full")))
-    everyone.leave()
+        world.once(mock.Mock(side_effect=OSError("the disk is full")))
+    world.leave()
 
 
 # ---- who stands where -------------------------------------------------------------------------------------
@@ -503,8 +503,8 @@ def test_processes_that_cannot_stand_so_are_refused(settings, processes, message
 def test_neighbours_in_tensor_parallel_have_the_same_rows_and_all_rows_are_had():
     for shape in ((1, 1, 1), (3, 1, 1), (1, 2, 1), (2, 3, 1), (2, 1, 2), (1, 3, 2), (2, 2, 4)):
         n = shape[0] * shape[1] * shape[2]
-        places = [parallel.Everyone(r, n, torch.device("cpu"), torch.float32, shape) for r in range(n)]
-        assert places[0].copies == shape[0] * shape[1]
+        places = [parallel.World(r, n, torch.device("cpu"), torch.float32, shape) for r in range(n)]
+        assert places[0].dp_size == shape[0] * shape[1]
         for tp in range(shape[2]):
             of_all = [i for place in places[tp :: shape[2]] for i in range(36)[place.share(36)]]
             assert of_all == list(range(36))

@@ -20,6 +20,7 @@ import loss
 import optim
 import parallel
 import plan
+import run_folder
 import train
 from config import Config, ConfigError, Model, Optim, Parallel, Train
 from dataset import Dataset
@@ -176,7 +177,7 @@ def small_config(model: Model, micro: int, accumulation: int, precision: str, ev
 def allocated_at_the_peak(cfg: Config) -> int:
     """Bytes of tensors at the peak of a training step in this process, by PyTorch's profiler."""
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    alone = parallel.Everyone(0, 1, torch.device("cpu"), dtype)
+    alone = parallel.World(0, 1, torch.device("cpu"), dtype)
     return bench_memory.tensors_at_the_peak(cfg, alone, steps=1)
 
 
@@ -418,7 +419,7 @@ def test_steps_and_checkpoints_are_those_that_train_makes(recipe, overrides, tmp
     assert when.last_step == min(cfg.train.steps or when.steps.n_steps, when.steps.n_steps)
     monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # Ctrl-C stays pytest's
     train.train(cfg)
-    assert when.checkpoints == [c.step for c in checkpoint.checkpoints(cfg.run)]
+    assert when.checkpoints == [c.step for c in run_folder.checkpoints(cfg.run)]
 
 
 def test_chunks_end_where_data_would_end_them_also_before_there_is_a_dataset(recipe):
@@ -446,7 +447,7 @@ def test_what_keep_others_leaves_is_planned_as_it_is_left(recipe, tmp_path, monk
     cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", *asked])
     when = cost.schedule(cfg)
     train.train(cfg)
-    on_disk = [c.step for c in checkpoint.checkpoints(cfg.run)]
+    on_disk = [c.step for c in run_folder.checkpoints(cfg.run)]
     assert when.on_disk == on_disk and len(on_disk) < len(when.checkpoints)
     shown = run(str(recipe), *asked).stdout
     size, n = cost.disk(cfg, len(on_disk)), len(on_disk)
@@ -456,13 +457,13 @@ def test_what_keep_others_leaves_is_planned_as_it_is_left(recipe, tmp_path, monk
 
 def test_annealing_is_planned_from_its_origin(recipe, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)
-    origin = checkpoint.checkpoints(whole)[2]
+    origin = run_folder.checkpoints(whole)[2]
     asked = ["--optim.anneal_steps=7", "--train.checkpoint_every=3", f"--init_from={origin.path}"]
     cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", *asked])
     when = cost.schedule(cfg)
     assert (when.begin, when.last_step, when.assumed) == (origin.step, origin.step + 7, "")
     train.train(cfg)
-    found = checkpoint.checkpoints(cfg.run)
+    found = run_folder.checkpoints(cfg.run)
     assert when.checkpoints == when.on_disk == [c.step for c in found]
     speed = ["--tokens-per-second-per-gpu=0.1", "--watts=30"]
     shown = run(str(recipe), *asked, *speed).stdout

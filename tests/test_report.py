@@ -1,6 +1,6 @@
 """The page of a run: complete runs, partial ones, damaged ones and hostile ones.
 
-A page takes a second to draw, so one is shared wherever reading the run (`run_folder.load`) does not answer.
+A page takes a second to draw, so one is shared wherever reading the run (`results.load`) does not answer.
 """
 
 import html.parser
@@ -19,7 +19,7 @@ import pytest
 import config
 import figures
 import report
-import run_folder
+import results
 
 SHA = "0123456789abcdef" * 4
 
@@ -143,7 +143,7 @@ def small(original, tmp_path):
 
 
 def notes_of(folder):
-    return "\n".join(text for text, _ in run_folder.load(folder).notes)
+    return "\n".join(text for text, _ in results.load(folder).notes)
 
 
 def page_of(folder):
@@ -340,7 +340,7 @@ def test_a_single_checkpoint_makes_a_page(tmp_path):
 def test_many_checkpoints_are_thinned_and_the_page_says_so(tmp_path):
     run = fake_run(tmp_path, n_chunks=41, steps_per_chunk=2, n_rows=3, checkpoints=range(-1, 41, 3))
     with matplotlib.rc_context(figures.STYLE):
-        words = words_of(report.part_memorization(run_folder.load(run)))
+        words = words_of(report.part_memorization(results.load(run)))
     assert words.count("Drawn: 10 of 14 checkpoints, evenly spaced.") == 3
     assert "pools the rows of up to 2 neighbouring chunks" in words
 
@@ -348,7 +348,7 @@ def test_many_checkpoints_are_thinned_and_the_page_says_so(tmp_path):
 def test_the_later_line_of_a_step_counts(small):
     with open(small / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 24, "loss": 1.2345, "tokens": 24 * 4096}) + "\n")
-    run = run_folder.load(small)
+    run = results.load(small)
     assert "1 step recorded twice" in run.notes[0][0]
     assert run.metrics["loss"][-1] == 1.2345 and len(run.metrics["loss"]) == 24
 
@@ -364,7 +364,7 @@ def test_a_line_cut_off_by_a_kill_is_ignored_and_named(small):
         with open(small / name, "a") as file:
             file.write('{"step": 25, "lo')
     assert notes_of(small).count("the last line is cut off") == 5
-    assert len(run_folder.load(small).metrics["step"]) == 24
+    assert len(results.load(small).metrics["step"]) == 24
 
 
 def test_a_checkpoint_without_state_is_ignored_and_steps_are_numbers(small):
@@ -373,7 +373,7 @@ def test_a_checkpoint_without_state_is_ignored_and_steps_are_numbers(small):
     (small / "checkpoints/step-100000000").mkdir()
     (small / "checkpoints/step-100000000/state.json").write_text(json.dumps(state))
     assert "checkpoints/step-00000099 has no usable state.json" in notes_of(small)
-    assert [c["step"] for c in run_folder.load(small).checkpoints] == [0, 8, 16, 24, 100000000]
+    assert [c["step"] for c in results.load(small).checkpoints] == [0, 8, 16, 24, 100000000]
 
 
 def test_checkpoints_with_the_same_weights_are_named(small):
@@ -395,7 +395,7 @@ def test_losses_that_are_not_finite_are_counted_not_drawn(small):
     lines = [json.loads(line) for line in (small / "metrics.jsonl").read_text().splitlines()]
     lines[3]["loss"], lines[9]["loss"], lines[9]["grad_norm"] = math.nan, None, math.inf
     (small / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "2 steps without a finite loss" in words_of(report.part_training(run_folder.load(small)))
+    assert "2 steps without a finite loss" in words_of(report.part_training(results.load(small)))
 
 
 EVIL = '</td><script>alert(1)</script><img src=x onerror="alert(2)">&$x_1$\u202e\x07'
@@ -461,7 +461,7 @@ def test_damaged_files_never_stop_the_page(bare, tmp_path, content):
     folder = shutil.copytree(bare, tmp_path / "bare")
     for name in FILES:
         (folder / name).write_bytes(content)
-    run = run_folder.load(folder)
+    run = results.load(folder)
     assert not run.losses and not run.scores and not run.samples and not run.ledger
     Tags(report.write(folder).read_text(encoding="utf-8"))
 
@@ -522,7 +522,7 @@ def test_rows_continued_best_are_listed_with_their_documents(small):
     lines[0] |= {"matches": [0, 5, 31, 0, 32, 32, 32]}
     lines[0]["documents"] = [[], [], [], [], [["code", "a<b>.py"]], [["code", "c.py"], ["docs", "d.py"]], []]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part = report.best_rows(run_folder.load(small))
+    part = report.best_rows(results.load(small))
     assert "reproduced in full: seen 3 of 21, unseen \u2013. The table has the 5 rows" in words_of(part)
     cells = re.findall("<td[^>]*>(.*?)</td>", part)
     where = [f"{row:,}" for row in lines[0]["rows"]]
@@ -534,14 +534,14 @@ def test_rows_continued_best_are_listed_with_their_documents(small):
     for line in lines:
         line["matches"] = [32] * 7
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.best_rows(run_folder.load(small)).count("<tr>") == 1 + 20
+    assert report.best_rows(results.load(small)).count("<tr>") == 1 + 20
 
 
 def test_common_rows_equal_a_worked_example(small):
     def line(rows, matches):
         return {"rows": np.array(rows), "matches": np.array(matches)}
 
-    run = run_folder.load(small)
+    run = results.load(small)
     run.scores = {
         8: {0: line([5, 3, 9], [10, 20, 30]), "validation:code": line([3], [7])},
         16: {0: line([9, 3], [6, 4]), 1: line([40], [1])},
@@ -552,7 +552,7 @@ def test_common_rows_equal_a_worked_example(small):
 
 def test_rows_are_counted_by_whether_they_were_seen(small):
     lines = map(json.loads, (small / "memorization/step-00000016.jsonl").read_text().splitlines())
-    lines, run = {line["chunk"]: line["matches"] for line in lines}, run_folder.load(small)
+    lines, run = {line["chunk"]: line["matches"] for line in lines}, results.load(small)
     assert run.controls() == ["validation:code", "validation:docs"]
     assert run.matches(16, "seen").tolist() == lines[0] + lines[1]
     assert run.matches(16, "unseen").tolist() == lines[2]
@@ -581,17 +581,17 @@ def test_numbers_are_written_for_readers():
         and figures.short(0.002) == "0.002"
     )
     assert (
-        run_folder.duration(3725) == "1 h 2 min"
-        and run_folder.duration(125) == "2 min 5 s"
-        and run_folder.duration(0.2) == "0 s"
+        results.duration(3725) == "1 h 2 min"
+        and results.duration(125) == "2 min 5 s"
+        and results.duration(0.2) == "0 s"
     )
     assert (
-        run_folder.show(9830400) == "9,830,400"
-        and run_folder.show(True) == "true"
-        and run_folder.show(float("nan")) == run_folder.NONE
+        results.show(9830400) == "9,830,400"
+        and results.show(True) == "true"
+        and results.show(float("nan")) == results.NONE
     )
     assert figures.count_full(np.array([32, 31, 32, 0]), 32) == "2 of 4"
-    assert run_folder.moment(0) == "1970-01-01 00:00:00" and run_folder.moment("x") == run_folder.NONE
+    assert results.moment(0) == "1970-01-01 00:00:00" and results.moment("x") == results.NONE
 
 
 def test_a_folder_that_is_no_run_is_a_user_error_without_traceback(tmp_path, monkeypatch, capsys):

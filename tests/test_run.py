@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import wait_for_step
 
-import checkpoint
 import files
+import run_folder
 
 ROOT = Path(__file__).parents[1]
 MINE = """
@@ -66,7 +66,7 @@ def test_the_pipeline_takes_the_callers_config_and_paths_and_leaves_its_results_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wrote out/it's mine/report.html" in done.stdout
     assert sorted(p.name for p in here.iterdir()) == ["datasets", "my.py", "out", "text", "tokenizers"]
-    assert len(checkpoint.checkpoints(here / "out/it's mine")) == 4
+    assert len(run_folder.checkpoints(here / "out/it's mine")) == 4
     missing = run(*command, "mine.py", cwd=here)
     assert missing.returncode == 2 and missing.stderr.startswith("error: no config 'mine.py'")
 

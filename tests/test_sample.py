@@ -311,7 +311,7 @@ def test_prompts_of_different_lengths_padded_on_the_right_go_on_as_if_alone(mode
 
 def test_right_padded_greedy_text_is_that_of_transformers(model):
     transformers = pytest.importorskip("transformers")
-    import families
+    from formats import families
 
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**families.hf_config(model.cfg, eot=0)))
     theirs.load_state_dict(families.to_family(model.state_dict(), model.cfg))

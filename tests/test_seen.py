@@ -21,6 +21,7 @@ import files
 import memorize
 import optim
 import report
+import results
 import run_folder
 import seen
 import steps
@@ -265,7 +266,7 @@ def repeated(tmp_path):
 
 def test_after_one_of_sixty_repeats_no_row_is_unseen_and_the_page_says_so(repeated):
     cfg, d = repeated
-    table = memorize.memorize(cfg, d, checkpoint.chosen(cfg.run))
+    table = memorize.memorize(cfg, d, run_folder.chosen(cfg.run))
     for c, lines in table:
         for chunk, line in lines.items():
             assert line["seen"] == [c.step > 0 and isinstance(chunk, int)] * line["total"]
@@ -286,7 +287,7 @@ def test_after_one_of_sixty_repeats_no_row_is_unseen_and_the_page_says_so(repeat
 
 def test_lines_of_the_first_protocol_are_shown_with_a_note_until_they_are_measured_again(repeated):
     cfg, d = repeated
-    of = checkpoint.chosen(cfg.run)
+    of = run_folder.chosen(cfg.run)
     memorize.memorize(cfg, d, of)
     for c in of:  # as the version before wrote them
         path = memorize.log_of(c)
@@ -297,21 +298,21 @@ def test_lines_of_the_first_protocol_are_shown_with_a_note_until_they_are_measur
             known = [isinstance(line["chunk"], int) and row < c.state["rows"] for row in line["rows"]]
             line |= {"inputs": inputs, "seen": known}
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = run_folder.load(cfg.run)
+    run = results.load(cfg.run)
     assert 'in 63 of 63 lines "unseen" goes by position only' in run.notes[-1][0]  # 3 x (20 + 1)
     assert len(run.matches(of[1].step, "unseen")) > 0
     memorize.memorize(cfg, d, of[:2])
-    run = run_folder.load(cfg.run)
+    run = results.load(cfg.run)
     assert "in 21 of 63 lines" in run.notes[-1][0]
     assert len(run.matches(of[1].step, "unseen")) == 0
     memorize.memorize(cfg, d, of)
-    assert not any("position only" in text for text, _ in run_folder.load(cfg.run).notes)
+    assert not any("position only" in text for text, _ in results.load(cfg.run).notes)
     assert len(memorize.log_of(of[0]).read_text().splitlines()) == 2 * 21  # nothing is deleted
 
 
 def test_a_result_is_kept_under_the_rows_that_moved_the_weights(repeated):
     cfg, d = repeated
-    c = checkpoint.chosen(cfg.run)[1]
+    c = run_folder.chosen(cfg.run)[1]
     n = c.state["rows"]
 
     def inputs(**state):
@@ -328,8 +329,8 @@ def test_a_result_is_kept_under_the_rows_that_moved_the_weights(repeated):
 
 def test_chunks_with_seen_and_unseen_rows_are_drawn_as_two_means(repeated):
     cfg, d = repeated
-    memorize.memorize(cfg, d, checkpoint.chosen(cfg.run))
-    run = run_folder.load(cfg.run)
+    memorize.memorize(cfg, d, run_folder.chosen(cfg.run))
+    run = results.load(cfg.run)
     step = [*run.scores][1]
     run.scores = {step: {chunk: run.scores[step][chunk] for chunk in (0, 1, 2, 3)}}
     run.checkpoints = [{**state, "chunk": 1} for state in run.checkpoints]

@@ -20,6 +20,7 @@ import config
 import files
 import optim
 import parallel
+import run_folder
 import train
 from config import ConfigError
 from dataset import Dataset, differences
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe, whole):
     dataset = Dataset(config.load(str(recipe)).dataset)
-    found = checkpoint.checkpoints(whole)
+    found = run_folder.checkpoints(whole)
     n_steps = dataset.n_rows // 6
     ends = [min(n_steps, math.ceil(dataset.chunk_range(c)[1] / 6)) for c in range(5)]
     assert [c.step for c in found] == [0, *ends] and ends[-1] == n_steps
@@ -92,13 +93,13 @@ def test_stopping_early_does_not_change_the_schedule(recipe, whole, tmp_path):
     train.train(load(recipe, tmp_path / "run", "--train.steps=12"))
     for short, full in zip(metrics(tmp_path / "run"), metrics(whole)):
         assert (short["lr"], short["loss"]) == (full["lr"], full["loss"])
-    assert checkpoint.checkpoints(tmp_path / "run")[-1].step == 12
+    assert run_folder.checkpoints(tmp_path / "run")[-1].step == 12
 
 
 def test_checkpoints_come_at_powers_of_two_and_every_n_steps_if_asked(recipe, tmp_path):
     asked = ("--train.checkpoint_chunks=false", "--train.checkpoint_powers_of_two=true", "--train.steps=13")
     train.train(load(recipe, tmp_path / "run", *asked, "--train.checkpoint_every=6"))
-    assert [c.step for c in checkpoint.checkpoints(tmp_path / "run")] == [0, 1, 2, 4, 6, 8, 12, 13]
+    assert [c.step for c in run_folder.checkpoints(tmp_path / "run")] == [0, 1, 2, 4, 6, 8, 12, 13]
 
 
 # ---- interruptions ----------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(recipe, whole, t
     out, err = process.communicate()
     assert process.returncode == 128 + number and "interrupted and saved at step" in out and err == ""
     last = files.read_lines(run / "ledger.jsonl")[-1]
-    assert last["event"] == "interrupted" and last["step"] == checkpoint.checkpoints(run)[-1].step
+    assert last["event"] == "interrupted" and last["step"] == run_folder.checkpoints(run)[-1].step
     for _ in range(2):  # the second finds nothing to do
         train.train(load(recipe, run))
     assert {name: w for name, w in weights(run).items() if name in weights(whole)} == weights(whole)
@@ -143,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_chunk_and_documents(recipe, t
     dataset, first = Dataset(config.load(str(recipe)).dataset), 6 * record["step"]
     expected = {f"{d[0]}:{d[1]}" for p in range(first, first + 6) for d in dataset.documents(p)}
     assert set(record["documents"]) == expected and record["rows"] == [[first, first + 5]]
-    assert [c.step for c in checkpoint.checkpoints(run)] == [0]
+    assert [c.step for c in run_folder.checkpoints(run)] == [0]
 
 
 def test_another_config_does_not_continue_a_run(recipe, whole, tmp_path):
@@ -191,14 +192,14 @@ def test_a_disk_that_fills_up_is_a_message_and_earlier_checkpoints_stay(recipe, 
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
     assert result.returncode == 1 and "earlier checkpoints are whole" in result.stderr
     assert "Traceback" not in result.stderr
-    assert [c.step for c in checkpoint.checkpoints(run)] == [0]
+    assert [c.step for c in run_folder.checkpoints(run)] == [0]
     assert len(list((run / "checkpoints").iterdir())) == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_shares_of_a_batch_are_the_batch_in_order(processes):
-    everyone = [parallel.Everyone(r, processes, torch.device("cpu"), torch.float32) for r in range(processes)]
-    assert [i for e in everyone for i in range(12)[e.share(12)]] == list(range(12))
+    world = [parallel.World(r, processes, torch.device("cpu"), torch.float32) for r in range(processes)]
+    assert [i for e in world for i in range(12)[e.share(12)]] == list(range(12))
 
 
 def test_cuda_that_is_not_there_is_an_error_before_any_process_group():
@@ -246,8 +247,8 @@ def test_ten_steps_of_the_demo_have_their_golden_losses():
 def test_init_from_begins_with_those_weights_and_says_so(recipe, whole, tmp_path):
     run = tmp_path / "adapted"
     train.train(load(recipe, run, f"--init-from={whole}", "--train.steps=3", "--optim.lr=1e-3"))
-    last = checkpoint.checkpoints(whole)[-1]
-    first, *_ = checkpoint.checkpoints(run)
+    last = run_folder.checkpoints(whole)[-1]
+    first, *_ = run_folder.checkpoints(run)
     assert first.step == 0
     assert first.state["files"]["model.safetensors"] == last.state["files"]["model.safetensors"]
     start, *_ = files.read_lines(run / "ledger.jsonl")
@@ -257,11 +258,11 @@ def test_init_from_begins_with_those_weights_and_says_so(recipe, whole, tmp_path
 
 def test_init_from_goes_on_from_its_own_checkpoints_when_the_origin_is_gone(recipe, whole, tmp_path):
     origin, run = tmp_path / "origin", tmp_path / "run"
-    shutil.copytree(checkpoint.checkpoints(whole)[2].path, origin)
+    shutil.copytree(run_folder.checkpoints(whole)[2].path, origin)
     train.train(load(recipe, run, f"--init-from={origin}", "--train.steps=4"))
     shutil.rmtree(origin)
     train.train(load(recipe, run, f"--init-from={origin}", "--train.steps=6"))
-    assert [c.step for c in checkpoint.checkpoints(run)] == [0, 4, 6]
+    assert [c.step for c in run_folder.checkpoints(run)] == [0, 4, 6]
     with pytest.raises(ConfigError, match="init_from"):
         train.train(load(recipe, run, "--train.steps=8"))
 
@@ -285,7 +286,7 @@ def test_init_from_of_another_model_is_refused_before_anything_is_written(
 
 def test_init_from_a_model_with_another_tokenizer_is_refused(recipe, whole, tmp_path):
     origin = tmp_path / "origin"
-    shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
+    shutil.copytree(run_folder.checkpoints(whole)[0].path, origin)
     (origin / "state.json").unlink()  # whose hashes are of the files as they were
     one_merge_less(origin / "tokenizer.json")
     with pytest.raises(ConfigError, match=f"another tokenizer.*--tokenizer.path={origin}"):
@@ -304,7 +305,7 @@ def one_merge_less(path: Path) -> None:
 def test_a_tokenizer_that_another_program_has_written_anew_is_the_same(recipe, whole, tmp_path):
     transformers = pytest.importorskip("transformers")
     origin = tmp_path / "origin"
-    shutil.copytree(checkpoint.checkpoints(whole)[0].path, origin)
+    shutil.copytree(run_folder.checkpoints(whole)[0].path, origin)
     before = (origin / "tokenizer.json").read_bytes()
     transformers.AutoTokenizer.from_pretrained(origin).save_pretrained(origin)
     assert (origin / "tokenizer.json").read_bytes() != before
@@ -361,7 +362,7 @@ def test_a_document_mask_in_training_is_that_of_the_tokenizers_end_of_text(recip
 
 def test_eval_reads_a_bare_model_folder_on_held_out_text(recipe, whole, tmp_path):
     folder = tmp_path / "model"
-    last = checkpoint.checkpoints(whole)[-1].path
+    last = run_folder.checkpoints(whole)[-1].path
     shutil.copytree(last, folder)
     (folder / "state.json").unlink()
     command = [sys.executable, ROOT / "eval.py", folder, "--dataset", config.load(str(recipe)).dataset]
@@ -381,8 +382,8 @@ def test_eval_reads_a_bare_model_folder_on_held_out_text(recipe, whole, tmp_path
 
 
 def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_falls_to_zero(recipe, whole, tmp_path):
-    run, origin = tmp_path / "run", checkpoint.checkpoints(whole)[2].path
-    begin, n_steps = checkpoint.read(origin).step, len(metrics(whole))
+    run, origin = tmp_path / "run", run_folder.checkpoints(whole)[2].path
+    begin, n_steps = run_folder.read(origin).step, len(metrics(whole))
     asked = (f"--init_from={origin}", "--optim.anneal_steps=7")
     train.train(load(recipe, run, *asked, f"--train.steps={begin + 4}"))  # cut off on the way
     train.train(load(recipe, run, *asked))
@@ -394,8 +395,8 @@ def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_falls_to_zer
     assert records[0]["loss"] == metrics(whole)[begin]["loss"]
     assert records[1]["loss"] == metrics(whole)[begin + 1]["loss"]
     assert records[3]["loss"] != metrics(whole)[begin + 3]["loss"]
-    assert checkpoint.checkpoints(run)[0].step == begin
-    assert checkpoint.checkpoints(run)[-1].step == begin + 7
+    assert run_folder.checkpoints(run)[0].step == begin
+    assert run_folder.checkpoints(run)[-1].step == begin + 7
     for override, message in (
         ("--optim.anneal_steps=700", "anneal in fewer steps"),
         ("--train.batch_size=12", "anneal with the same ones"),
@@ -430,7 +431,7 @@ def test_a_schedule_of_tokens_is_that_of_the_tokens_in_the_metrics(recipe, tmp_p
     said = f"steps    0 to 24, {seen[24]:,} tokens of a schedule of 6,000 tokens (train.steps ends it early;"
     assert said in capsys.readouterr().out
     # annealing leaves it where it is after 12 steps, and falls in steps
-    origin = [c for c in checkpoint.checkpoints(run) if c.step < 24][-1]
+    origin = [c for c in run_folder.checkpoints(run) if c.step < 24][-1]
     anneal = (f"--init_from={origin.path}", "--optim.anneal_steps=4")
     train.train(load(recipe, end, *asked, *anneal))
     expected = [rate(seen[origin.step]) * (1 - i / 4) for i in range(4)]
@@ -538,14 +539,14 @@ def test_a_batch_that_doubles_sees_every_row_once_in_order(recipe, whole, tmp_pa
     assert torch.equal(torch.cat(seen), torch.from_numpy(dataset.rows(0, sum(sizes))))
     assert [r["tokens"] for r in metrics(run)] == [24 * n for n in itertools.accumulate(sizes)]
     assert metrics(run)[0]["loss"] == metrics(whole)[0]["loss"]
-    chunks = [c.state["chunk"] for c in checkpoint.checkpoints(run)]
+    chunks = [c.state["chunk"] for c in run_folder.checkpoints(run)]
     assert chunks[0] == -1 and chunks[-1] == 4 and chunks == sorted(chunks)
 
 
 def test_only_the_newest_of_other_checkpoints_are_kept(recipe, tmp_path):
     run = tmp_path / "run"
     train.train(load(recipe, run, "--train.checkpoint_every=2", "--train.keep_others=2"))
-    found = checkpoint.checkpoints(run)
+    found = run_folder.checkpoints(run)
     cfg = load(recipe, run)
     dataset = Dataset(cfg.dataset)
     ends = {math.ceil(dataset.chunk_range(c)[1] / 6) for c in range(5)} | {0, dataset.n_rows // 6}

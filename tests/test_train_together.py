@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import load, metrics, wait_for_step, weights
 
-import checkpoint
 import files
+import run_folder
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_two_dozen_kills_at_random_moments_leave_no_trace(recipe, pair, tmp_path
                 kill_a_rank(run, generator.randrange(2), process, gone)
                 time.sleep(generator.uniform(0, 0.5))
             process.wait(timeout=180)
-            for c in checkpoint.checkpoints(run):
+            for c in run_folder.checkpoints(run):
                 for name, digest in c.state["files"].items():
                     assert files.sha256(c.path / name) == digest
         ended_well(torchrun(2, recipe, run, *asked))
@@ -178,7 +178,7 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(recipe, tmp_path):
             )
         )
     try:
-        while not any(c.step >= 3 for c in checkpoint.checkpoints(run)):
+        while not any(c.step >= 3 for c in run_folder.checkpoints(run)):
             assert processes[0].poll() is None, processes[0].stderr.read()
             time.sleep(0.01)
         processes[1].send_signal(signal.SIGSTOP)
@@ -189,7 +189,7 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(recipe, tmp_path):
             process.communicate()
     assert processes[0].returncode == 1 and "did not answer within parallel.timeout_seconds=8" in err
     assert "goes on from the newest checkpoint" in err and "Traceback" not in err
-    assert checkpoint.checkpoints(run)[-1].step >= 3
+    assert run_folder.checkpoints(run)[-1].step >= 3
 
 
 def test_sigterm_before_preemption_saves_in_every_process(recipe, pair, tmp_path):
@@ -202,6 +202,6 @@ def test_sigterm_before_preemption_saves_in_every_process(recipe, pair, tmp_path
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     last = files.read_lines(run / "ledger.jsonl")[-1]
-    assert last["event"] == "interrupted" and checkpoint.checkpoints(run)[-1].step == last["step"] >= 3
+    assert last["event"] == "interrupted" and run_folder.checkpoints(run)[-1].step == last["step"] >= 3
     assert process.returncode != 0
     assert list((run / ".processes").iterdir()) == []
