@@ -62,6 +62,11 @@ def quiet_imports() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def say(text: str) -> None:
+    """Prints a line at once, also into a file that someone follows."""
+    print(text, flush=True)
+
+
 def show(text: str) -> None:
     """Prints, also into a pipe whose reader has seen enough."""
     try:
