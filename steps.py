@@ -200,3 +200,21 @@ def kept_steps(cfg: Config, steps: Steps, chunks: list[tuple[int, int]], last_st
     if cfg.train.checkpoint_powers_of_two:
         kept |= {2**i for i in range(last_step.bit_length())}
     return {step for step in kept if step <= last_step}
+
+
+def kept_after(
+    saved: list[int], kept: set[int], keep_others: int, rollback_steps: int | None = None
+) -> list[int]:
+    """Which of the checkpoints on disk, ascending steps, train.keep_others leaves after the newest is saved.
+
+    Those in `kept` always stay. Of the others the newest `keep_others` stay; 0: all. With rollback_steps, the
+    newest checkpoint that is at least so many steps older than the last one stays too: a rollback needs it.
+    """
+    if not keep_others:
+        return saved
+    stay = set(kept)
+    if rollback_steps is not None:
+        stay.update([step for step in saved if step <= saved[-1] - rollback_steps][-1:])
+    others = [step for step in saved if step not in stay]
+    stay.update(others[-keep_others:])
+    return [step for step in saved if step in stay]
