@@ -17,7 +17,9 @@ import torch
 import config
 import cost
 import files
+import hardware
 import ledger
+import memory
 import optim
 import parallel
 from config import Config, ConfigError
@@ -36,7 +38,7 @@ def run(cfg: Config, n_steps: int, file: str = "") -> dict:
     with torch.no_grad():
         for parameter in learner.model.parameters():
             parameter.normal_(std=0.02)
-    meter, T = ledger.Meter(cfg, world), cfg.model.seq_len
+    meter, T = hardware.Meter(cfg, world), cfg.model.seq_len
     n_tokens, n_rows = cfg.train.batch_size * T, cfg.train.batch_size // world.dp_size
     generator = torch.Generator().manual_seed(cfg.train.seed + world.share(world.dp_size).start)
     times = {"data_seconds": [], "forward_backward_seconds": [], "optimizer_seconds": [], "seconds": []}
@@ -60,10 +62,10 @@ def run(cfg: Config, n_steps: int, file: str = "") -> dict:
     speed = n_tokens / figures["seconds"]
     figures |= {
         "tokens_per_second": speed,
-        **meter.about(speed, sum(joules)),
+        **meter.columns(speed, sum(joules)),
         "processes": world.size,
     }
-    machine = ledger.about_machine(world)
+    machine = hardware.about_run(world)
     world.once(show, cfg, figures, machine, n_steps, world.device.type == "cuda")
     if file:
         world.once(files.write_json, Path(file), {**figures, **machine, "config": config.to_dict(cfg)})
@@ -74,15 +76,15 @@ def run(cfg: Config, n_steps: int, file: str = "") -> dict:
 def show(cfg: Config, figures: dict, machine: dict, n_steps: int, cuda: bool) -> None:
     """The table: measured, and what cost.py expects of the same config."""
     processes = figures["processes"]
-    plan = cost.memory(cfg, processes, cuda)
-    flops, gib = cost.flops_per_token(cfg.model), cost.GIB
+    plan = memory.peak(cfg, processes, cuda)
+    flops, gib = cost.flops_per_token(cfg.model), hardware.GIB
     rows = [
         ("tokens a second", f"{figures['tokens_per_second']:,.0f}", ""),
         ("seconds a step", f"{figures['seconds']:.4f}", ""),
         ("  making the batch", f"{figures['data_seconds']:.4f}", ""),
         ("  forward and backward", f"{figures['forward_backward_seconds']:.4f}", ""),
         ("  optimizer", f"{figures['optimizer_seconds']:.4f}", ""),
-        ("peak memory, GiB", f"{figures['memory_bytes'] / gib:.2f}", f"{cost.total(plan) / gib:.2f}"),
+        ("peak memory, GiB", f"{figures['memory_bytes'] / gib:.2f}", f"{memory.total(plan) / gib:.2f}"),
     ]
     if "mfu" in figures:
         peak = figures["peak_flops"]

@@ -290,7 +290,7 @@ def disk(cfg: Config, n_checkpoints: int, begin: int = 0) -> dict[str, int]:
 
 
 def saving(cfg: Config, gpus: int) -> tuple[float, int]:
-    """(bytes, writers): the copies in host memory that checkpoint.Saving writes, and how many processes write.
+    """(bytes, writers): copies in host memory that checkpoint.Saving writes, and how many processes write.
 
     Weights and moments are FP32, 12 bytes a parameter for AdamW, in files of SHARD_BYTES; each file is
     written by one process. The memory stays allocated between saves.

@@ -8,25 +8,20 @@ train.py calls these; none of them changes what is learned. Files (checkpoint.py
 """
 
 import fcntl
-import importlib.util
 import json
 import math
 import os
 import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import safetensors
 import torch
 
 import config
 import cost
 import files
+import hardware
 import parallel
 import run_folder
 from config import Config, ConfigError
@@ -147,25 +142,6 @@ def close(cfg: Config, step: int, changed: list[str]) -> None:
         )
 
 
-def about_machine(world: parallel.World) -> dict:
-    """Code, versions and hardware: what may differ between the parts of a run that was resumed."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    cuda = world.device.type == "cuda"
-    packages = {"torch": torch, "numpy": np, "safetensors": safetensors}
-    return {
-        "git": git.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), **{n: p.__version__ for n, p in packages.items()}},
-        "device": torch.cuda.get_device_name(world.device) if cuda else processor(),
-        "platform": platform.platform(),
-        "processes": world.size,
-        "threads": torch.get_num_threads(),
-        "precision": str(world.dtype).removeprefix("torch."),
-    }
-
-
 def write_run(cfg: Config, dataset: Dataset, machine: dict, model: Transformer) -> None:
     """config.json and dataset.json of the run folder."""
     run, parameters = Path(cfg.run), sum(p.numel() for p in model.parameters())
@@ -174,17 +150,6 @@ def write_run(cfg: Config, dataset: Dataset, machine: dict, model: Transformer) 
     copy = run / ".dataset.json"
     shutil.copyfile(dataset.folder / "manifest.json", copy)
     os.replace(copy, run / "dataset.json")
-
-
-def processor() -> str:
-    """The processor's name and its cores."""
-    try:
-        names = [
-            line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
-        ]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def tokenizer_files(dataset: Dataset) -> dict[str, bytes]:
@@ -220,7 +185,7 @@ def greet(cfg, dataset, world, model, step, last_step, steps, n_steps, accumulat
     how = " x ".join(filter(None, [how, f"tensor parallel over {tp}" * (tp > 1)])) or "DDP"
     spread = f", {how}" if world.size > 1 else ""
     print(f"device   {world.device}, {str(world.dtype).removeprefix('torch.')}{spread}")
-    if world.device.type == "cpu" and world.dtype == torch.bfloat16 and not has_bf16():
+    if world.device.type == "cpu" and world.dtype == torch.bfloat16 and not hardware.has_bf16():
         print(
             "note     this processor has no BF16 instructions: it computes the same, some thirty times slower"
         )
@@ -237,14 +202,6 @@ def greet(cfg, dataset, world, model, step, last_step, steps, n_steps, accumulat
     print(f"steps    {step:,} to {last_step:,}{about}", flush=True)
 
 
-def has_bf16() -> bool:
-    """Whether this processor multiplies BF16 matrices by itself; True where it does not tell."""
-    try:
-        return "bf16" in open("/proc/cpuinfo").read()
-    except OSError:
-        return True
-
-
 def step_line(record: dict, last_step: int, left: float) -> str:
     """One aligned line: nats a token, global gradient norm, rate, speed, chunk, estimated seconds left."""
     minutes, seconds = divmod(int(left), 60)
@@ -255,62 +212,6 @@ def step_line(record: dict, last_step: int, left: float) -> str:
         f"grad {norm:7.3f}  lr {record['lr']:.2e}  "
         f"{speed:>9,.0f} tok/s  chunk {record['chunk']:>3}  left {clock}"
     )
-
-
-# ---- what the hardware does -------------------------------------------------------------------------------
-
-
-class Meter:
-    """Memory, share of the peak, power and energy of the hardware, for metrics.jsonl.
-
-    Power and use are read from NVML, at most once a second, where nvidia-ml-py is installed. Energy is power
-    times time, summed over the GPUs of all processes.
-    """
-
-    def __init__(self, cfg: Config, world: parallel.World):
-        self.cfg, self.world, self.cuda = cfg, world, world.device.type == "cuda"
-        self.peak = cost.peak_flops(torch.cuda.get_device_name(world.device)) if self.cuda else None
-        self.nvml = self.cuda and importlib.util.find_spec("pynvml") is not None
-        self.read_at, self.watts, self.use, self.kwh = time.perf_counter(), 0.0, 0, 0.0
-        self.last = self.read_at
-
-    def joules(self) -> float:
-        """Spent by this process's GPU since this was last asked."""
-        if not self.nvml:
-            return 0.0
-        now = time.perf_counter()
-        if now - self.read_at >= 1 or not self.watts:
-            self.watts, self.use = torch.cuda.power_draw() / 1000, torch.cuda.utilization()
-            self.read_at = now
-        spent, self.last = self.watts * (now - self.last), now
-        return spent
-
-    def about(self, tokens_per_second: float, joules: float) -> dict:
-        """What is known of the step just made, of `joules` on all GPUs together."""
-        record = {"memory_bytes": self.memory()}
-        if self.peak:  # cost.mfu: 6N, and 6N + 12 L H Dh T, over the board's dense BF16 peak
-            shares = cost.mfu(self.cfg.model, tokens_per_second / self.world.size, self.peak)
-            record |= {"mfu_6n": shares[0], "mfu": shares[1], "peak_flops": self.peak}
-        if self.nvml:
-            self.kwh += joules / 3.6e6
-            record |= {"gpu_watts": self.watts, "gpu_use": self.use / 100, "kwh": self.kwh}
-        return record
-
-    def memory(self) -> int:
-        """The most that was in use so far: CUDA's tensors, or on a CPU the whole process."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    def totals(self) -> dict:
-        """Energy since the process began, and its CO2 by OLMo's formula with LLaMA's figures (cost.py)."""
-        if not self.nvml:
-            return {}
-        return {
-            "kwh": self.kwh,
-            "kg_co2": 1000 * cost.tonnes_co2(self.kwh / 1000, cost.PUE, cost.KG_CO2_PER_KWH),
-        }
 
 
 def profiler(run: Path | str, world: parallel.World):

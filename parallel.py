@@ -19,7 +19,6 @@ knows nothing of it.
 """
 
 import contextlib
-import ctypes
 import datetime
 import functools
 import os
@@ -35,6 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import hardware
 from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
 
 # ---- who and where ----------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def start(train: Train, settings: Parallel) -> World:
         if dtype == torch.bfloat16:  # the few products outside autocast may then be TF32; fp32 means FP32
             torch.set_float32_matmul_precision("high")
     else:
-        keep_freed_memory()
+        hardware.keep_freed_memory()
     sharded = n > 1 and (settings.strategy == "fsdp" or settings.tp > 1)
     mesh = None
     if n > 1:
@@ -426,18 +426,3 @@ def put(tensor: Tensor, whole: Tensor) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor. All processes call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc to keep what a CPU process frees.
-
-    Without this every large tensor of every step is fresh memory from the kernel, which first has to be
-    zeroed page by page: about 3 GB/s, a tenth of the speed of a copy.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # not glibc (macOS, musl): correct all the same, only slower
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

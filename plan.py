@@ -17,6 +17,8 @@ import textwrap
 import config
 import configurator
 import cost
+import hardware
+import memory
 from config import Config, ConfigError
 
 # ---- the report -------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     chosen = (cfg.parallel.strategy, every)
     strategies = ("ddp", "fsdp") if args.gpus > 1 and cfg.optim.optimizer == "adamw" else chosen[:1]
     plans = {
-        key: cost.memory(cost.variant(cfg, *key), args.gpus, cuda)
+        key: memory.peak(memory.variant(cfg, *key), args.gpus, cuda)
         for key in itertools.product(strategies, (0, every or 1))
     }
 
@@ -92,17 +94,17 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     where = "each GPU" if cuda else "each process"
     names = [f"{s.upper()} " * (len(strategies) > 1) + (f"ckpt {e}" if e else "") for s, e in plans]
     names = [name.strip() or "no ckpt" for name in names]
-    limit, size = cost.usable(args.gpu, args.gpus), cost.machine(args.gpu).memory
+    limit, size = hardware.usable(args.gpu, args.gpus), hardware.machine(args.gpu).memory
     share, rest = (
-        (cost.USABLE, "CUDA, NCCL and gaps") if cuda else (cost.USABLE_ON_CPU, "all else and malloc's gaps")
+        (hardware.USABLE, "CUDA, NCCL and gaps") if cuda else (hardware.USABLE_ON_CPU, "all else and malloc's gaps")
     )
-    unit, each = ("GiB", cost.GIB) if cost.total(plans[chosen]) >= cost.GIB else ("MiB", 2**20)
+    unit, each = ("GiB", hardware.GIB) if memory.total(plans[chosen]) >= hardware.GIB else ("MiB", 2**20)
     how = f"micro-batch {cfg.train.micro_batch_size}, {cost.precision(cfg, cuda)}"
     copied, writers = cost.saving(cfg, args.gpus)
     one, each_writes = ("copies", f" of about {big(copied / writers, 'B')}") if writers > 1 else ("copy", "")
     save = f"{big(copied, 'B')} in all, the {one} of {writers} process{'es' * (writers > 1)}{each_writes}"
     rows = {name: [plan[kind] for plan in plans.values()] for kind, name in KINDS.items()}
-    rows["total"] = [cost.total(plan) for plan in plans.values()]
+    rows["total"] = [memory.total(plan) for plan in plans.values()]
     return [
         f"memory: {unit} on {where} at its peak; {how}",
         line("", [f"> {name}" if key == chosen else name for name, key in zip(names, plans)]),
@@ -110,7 +112,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
         line("", ["fits" if value <= limit else "does not fit" for value in rows["total"]]),
         f"  >: the plan; its peak is when {plans[chosen]['at']}.",
         "  ckpt n: activation checkpointing of every n-th block.",
-        f"  Usable: {limit / cost.GIB:,.1f} GiB, {share:.0%} of {size / cost.GIB:,.1f}"
+        f"  Usable: {limit / hardware.GIB:,.1f} GiB, {share:.0%} of {size / hardware.GIB:,.1f}"
         + f" over {args.gpus} processes" * (not cuda and args.gpus > 1)
         + f"; the rest is for {rest}.",
         f"  Host memory for saving while training goes on: {save}.",
@@ -178,7 +180,7 @@ def about_disk(cfg: Config, when: cost.Schedule) -> list[str]:
 
 
 def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> list[str]:
-    gpu, flops = cost.machine(args.gpu), sum(cost.flops_per_token(cfg.model).values())
+    gpu, flops = hardware.machine(args.gpu), sum(cost.flops_per_token(cfg.model).values())
     speed, how = args.tokens_per_second_per_gpu, "stated"
     if not speed and not gpu.flops:
         way = "train a few steps and give --tokens-per-second-per-gpu"
@@ -225,7 +227,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     )  # fmt: skip
     add = parser.add_argument
     add("config", help="configs/7b.py, or 7b")
-    kinds = (*cost.GPUS, "cpu")
+    kinds = (*hardware.GPUS, "cpu")
     add("--gpu", help=f"{', '.join(kinds)}; 8xh100 is 8 of them; default: a100-80gb, or cpu as train.device")
     add("--gpus", type=int, help="processes, one a GPU; default: 8, a node; on a CPU 1")
     add("--tokens", type=float, help="to train on; default: the dataset's, or data.expected_tokens")
@@ -254,7 +256,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     cfg = config.load(args.config, overrides)
     if args.gpu:
         count, name = re.fullmatch(r"(?:(\d{1,9})x)?(.*)", args.gpu.lower().replace(" ", "-")).groups()
-        name = cost.SHORT.get(name, name)
+        name = hardware.SHORT.get(name, name)
         if name not in kinds:
             raise ConfigError(f"--gpu={args.gpu}{config.did_you_mean(name, kinds)}")
         if count and args.gpus not in (None, int(count)):
@@ -279,7 +281,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         raise ConfigError("--mfu: no peak is known for a CPU; give --tokens-per-second-per-gpu")
     if args.pue < 1:
         raise ConfigError(f"--pue={args.pue}: all power over the computers' power is at least 1")
-    peak, speed = cost.machine(args.gpu).flops, args.tokens_per_second_per_gpu
+    peak, speed = hardware.machine(args.gpu).flops, args.tokens_per_second_per_gpu
     if speed and peak and cost.mfu(cfg.model, speed, peak)[0] > 1:
         raise ConfigError(
             f"--tokens-per-second-per-gpu={speed:,.0f} is more than {peak / 1e12:,.0f} TFLOP/s "
@@ -306,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{cfg.name} on {args.gpus} x {args.gpu}{how}")
         for section in (about_parameters(cfg), about_flops(cfg), about_memory(cfg, args)):
             print("\n" + "\n".join(section))
-        cost.check_memory(cfg, args.gpus, args.gpu)
+        memory.check(cfg, args.gpus, args.gpu)
         if when is None:
             missing = f"{cfg.dataset} is not built and data.expected_tokens is not set; state --tokens"
             print(f"\nsteps, disk and time\n  Not known: {missing}.")

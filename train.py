@@ -43,8 +43,10 @@ import config
 import configurator
 import cost
 import files
+import hardware
 import incidents
 import ledger
+import memory
 import optim
 import parallel
 import run_folder
@@ -186,7 +188,7 @@ class Run:
         self.batches = Batches(dataset, world)
         self.n_incidents = whole.state.get("incidents", 0) if whole else 0
 
-        machine = ledger.about_machine(world)
+        machine = hardware.about_run(world)
         world.once(ledger.write_run, cfg, dataset, machine, model)
         self.log(
             "resume" if self.resumed else "start",
@@ -263,7 +265,7 @@ class Run:
     def loop(self, interrupted: Interrupted, profiler=None) -> bool:
         """Trains to the last step; True where a signal ended it before."""
         cfg, world, learner, T = self.cfg, self.world, self.learner, self.cfg.model.seq_len
-        meter = ledger.Meter(cfg, world)
+        meter = hardware.Meter(cfg, world)
         began, done = time.perf_counter(), 0
         while self.step < self.last_step:
             t0 = time.perf_counter()
@@ -297,7 +299,7 @@ class Run:
                 "lr": lr,
                 "tokens": self.steps.consumed(self.step) * T,
                 "tokens_per_second": n_tokens / seconds,
-                **meter.about(n_tokens / seconds, joules),
+                **meter.columns(n_tokens / seconds, joules),
                 "seconds": seconds,
                 "data_seconds": t1 - t0,
                 "forward_backward_seconds": t2 - t1,
@@ -458,11 +460,11 @@ def check_room(cfg: Config, anyway: bool) -> None:
     processes, device = parallel.world_size(), parallel.device(cfg.train.device)
     cost.accumulation(cfg, processes)  # they must divide
     if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory * cost.USABLE
+        have = torch.cuda.get_device_properties(device).total_memory * hardware.USABLE
     else:
-        have = cost.usable("cpu", parallel.processes_here())
+        have = hardware.usable("cpu", parallel.processes_here())
     try:
-        cost.check_memory(cfg, processes, device.type, have)
+        memory.check(cfg, processes, device.type, have)
     except ConfigError as error:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
