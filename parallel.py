@@ -114,7 +114,7 @@ class World:
     mesh: DeviceMesh | None = None
 
     @property
-    def copies(self) -> int:
+    def dp_size(self) -> int:
         """Replicas x shards: processes that see different rows, each with tp - 1 others that see the same."""
         return self.size // self.shape[2]
 
