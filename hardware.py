@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import cost
-from config import Config
+from config import Config, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,18 @@ PEAKS = {
     "H200": GPUS["h200"].flops,
     "RTX 4090": GPUS["rtx-4090"].flops,
 }
+
+
+def by_name(name: str) -> tuple[int | None, str]:
+    """How many, and which of GPUS or "cpu", by a usual name: by_name("8xH100") -> (8, "h100-80gb").
+
+    The number is None where the name has none. Raises ConfigError where no such GPU is known.
+    """
+    count, short = re.fullmatch(r"(?:(\d{1,9})x)?(.*)", name.lower().replace(" ", "-")).groups()
+    gpu, known = SHORT.get(short, short), (*GPUS, "cpu")
+    if gpu not in known:
+        raise ConfigError(f"--gpu={name}{did_you_mean(gpu, known)}")
+    return int(count) if count else None, gpu
 
 
 def peak_flops(device: str) -> float | None:

@@ -57,6 +57,7 @@ import checkpoint
 import config
 import configurator
 import files
+import hardware
 import parallel
 import run_folder
 from config import Config, ConfigError
@@ -302,7 +303,7 @@ def here(cfg: Config) -> torch.device:
     table = {"auto": "auto", "cpu": "cpu", "cuda": "auto"}
     device = parallel.device(config.choose("train.device", cfg.train.device, table))
     if device.type == "cpu":
-        parallel.keep_freed_memory()
+        hardware.keep_freed_memory()
     return device
 
 

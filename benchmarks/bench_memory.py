@@ -7,7 +7,7 @@ Every model is a process of its own, or two, and takes a few steps of learner.py
 the peak is PyTorch's own count of allocated bytes. On a CPU it is the process's peak of resident memory, less
 what it held after a step of a tiny model (Python, PyTorch and the libraries that a first step loads). It is
 taken twice: with every large tensor a mapping of its own, which is gone when the tensor is, so that tensors
-are measured; and as train.py runs, where malloc keeps what is freed (parallel.keep_freed_memory) and leaves
+are measured; and as train.py runs, where malloc keeps what is freed (hardware.keep_freed_memory) and leaves
 gaps. Two processes that share a model are measured by PyTorch's profiler, which sees tensors come and go.
 """
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import cost
+import memory
 from config import Config, Model, Parallel, Train
 
 LLAMA = Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1024)
@@ -73,7 +74,7 @@ def processes(name: str) -> int:
 
 
 def free_at_once() -> None:
-    """Undoes parallel.keep_freed_memory: what has 64 KiB or more is mapped alone, and unmapped when freed."""
+    """Undoes hardware.keep_freed_memory: what has 64 KiB or more is mapped alone, and unmapped when freed."""
     M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     mallopt(M_MMAP_MAX, 2**20)
@@ -192,7 +193,7 @@ def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = 
 
 
 def planned(name: str, device: str) -> dict[str, float]:
-    return cost.memory(settings(name, device), processes(name), device == "cuda")
+    return memory.peak(settings(name, device), processes(name), device == "cuda")
 
 
 if __name__ == "__main__":

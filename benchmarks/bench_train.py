@@ -155,6 +155,7 @@ def stepper(name: str, m, args):
     """A function: tokens (B, T+1) -> their loss, and a step is learned; and the device it wants them on."""
     import torch
 
+    import hardware
     import parallel
     from config import Config, Optim, Parallel, Train
     from learner import Learner
@@ -184,7 +185,7 @@ def stepper(name: str, m, args):
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")
     if args.malloc_for_all and device.type == "cpu":
-        parallel.keep_freed_memory()
+        hardware.keep_freed_memory()
     first = Transformer(m)
     first.init_weights(0)
     net, loss_of = other(name, m, first.state_dict())
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     known = ("nano360", "transformers", "litgpt", "plain")
     parser.add_argument("--sides", nargs="+", choices=known, help="nano360 is always one")
-    help = "on a CPU the others, too, keep freed memory as train.py does (parallel.keep_freed_memory)"
+    help = "on a CPU the others, too, keep freed memory as train.py does (hardware.keep_freed_memory)"
     parser.add_argument("--malloc-for-all", action="store_true", help=help)
     parser.add_argument("--json", help="a file to write the figures to")
     args = parser.parse_args()

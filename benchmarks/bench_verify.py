@@ -124,10 +124,10 @@ def main() -> None:
     args = parser.parse_args()
 
     import checkpoint
-    import parallel
+    import hardware
     from dataset import Dataset
 
-    parallel.keep_freed_memory()  # as scripts do on a CPU
+    hardware.keep_freed_memory()  # as scripts do on a CPU
     print(
         f"medians of {args.rounds} rounds, {os.cpu_count()} cores, page cache {'cold' * args.cold or 'warm'}"
     )

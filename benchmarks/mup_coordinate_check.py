@@ -34,10 +34,9 @@ from matplotlib.figure import Figure
 
 import figures
 import files
+import hardware
 import optim
-import parallel
 from config import Model, Optim
-from ledger import processor
 from model import Transformer
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"
@@ -155,7 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    parallel.keep_freed_memory()
+    hardware.keep_freed_memory()
     sizes = {name: {activation: [] for activation in ACTIVATIONS} for name in PARAMETRISATIONS}
     for width in args.widths:
         for name in PARAMETRISATIONS:
@@ -178,7 +177,7 @@ def main() -> None:
         "format": 1,
         "script": "benchmarks/mup_coordinate_check.py",
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{processor()}, 1 thread",
+        "device": f"{hardware.processor()}, 1 thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rate": RATE,

@@ -31,10 +31,9 @@ from matplotlib.figure import Figure
 
 import figures
 import files
+import hardware
 import optim
-import parallel
 from config import ConfigError, Model, Optim, fail
-from ledger import processor
 from model import Transformer
 
 PARAMETRISATIONS = ("standard", "muP")
@@ -156,12 +155,12 @@ def main() -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    parallel.keep_freed_memory()
+    hardware.keep_freed_memory()
     path, data = args.out / "mup_lr_sweep.json", text()
     about = {
         "format": 1,
         "script": "benchmarks/mup_lr_sweep.py",
-        "device": f"{processor()}, 1 thread",
+        "device": f"{hardware.processor()}, 1 thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "text_bytes": len(data),

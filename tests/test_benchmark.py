@@ -1,4 +1,4 @@
-"""benchmark.py and what ledger.py measures: figures that belong together, and a trace that opens."""
+"""benchmark.py and what hardware.py measures: figures that belong together, and a trace that opens."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import torch
 
 import config
 import cost
-import ledger
+import hardware
+import memory
 import parallel
 import train
 
@@ -40,7 +41,7 @@ def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, pr
     assert about["processes"] == processes and about["memory_bytes"] > 50e6
     assert about["config"]["train"]["batch_size"] == 12
     cfg = config.load(str(recipe), [*asked[:3]])
-    planned = cost.total(cost.memory(cfg, processes, False)) / cost.GIB
+    planned = memory.total(memory.peak(cfg, processes, False)) / hardware.GIB
     assert f"{planned:.2f}" in result.stdout and f"{about['tokens_per_second']:,.0f}" in result.stdout
     assert result.stdout.count("tokens a second") == 1 and not (tmp_path / "run").exists()
 
@@ -73,8 +74,8 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
     cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", "--train.steps=2"])
     wide = [f"--run={tmp_path / 'wide'}", "--train.batch_size=60", "--train.micro_batch_size=60"]
     wide = config.load(str(recipe), wide)
-    need = cost.total(cost.memory(cfg, 1, False))
-    monkeypatch.setattr(cost, "machine_memory", lambda: need / cost.USABLE_ON_CPU)
+    need = memory.total(memory.peak(cfg, 1, False))
+    monkeypatch.setattr(hardware, "machine_memory", lambda: need / hardware.USABLE_ON_CPU)
     train.main(cfg, {"--benchmark": "1"})  # it fits to the byte
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and where two processes share the machine it does not
     for flags in ({}, {"--benchmark": "1"}):
@@ -84,7 +85,7 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(SystemExit):
         train.main(wide, {})
-    (change,) = cost.smallest_change(wide, 1, "cpu")
+    (change,) = memory.smallest_change(wide, 1, "cpu")
     assert f"it would with {change}. --anyway" in capsys.readouterr().err
     assert not (tmp_path / "wide").exists()
     train.main(wide, {"--anyway": "", "--benchmark": "1"})
@@ -93,13 +94,13 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
 
 def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
     monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
-    about = types.SimpleNamespace(total_memory=cost.GPUS["rtx-4090"].memory)
+    about = types.SimpleNamespace(total_memory=hardware.GPUS["rtx-4090"].memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
     train.check_room(config.load("demo"), anyway=False)
     with pytest.raises(config.ConfigError) as refused:
         train.check_room(config.load("7b"), anyway=False)
     with pytest.raises(config.ConfigError) as planned:
-        cost.check_memory(config.load("7b"), 1, "rtx-4090")
+        memory.check(config.load("7b"), 1, "rtx-4090")
     assert "--train.micro_batch_size=5 --gpus=8" in str(planned.value)
     said = str(planned.value).replace(" --gpus=8", " on 8 GPUs") + ". --anyway tries all the same"
     assert str(refused.value) == said
@@ -117,18 +118,18 @@ def test_a_profile_is_a_trace_of_steps_with_the_matrix_products_in_it(recipe, tm
 
 def test_the_meter_reads_memory_and_says_nothing_of_what_it_cannot_know(recipe):
     cfg = config.load(str(recipe))
-    meter = ledger.Meter(cfg, parallel.alone())
+    meter = hardware.Meter(cfg, parallel.alone())
     before, room = meter.memory(), bytearray(200_000_000)
     assert meter.memory() >= before > 0 and len(room)
     assert meter.joules() == 0 and meter.totals() == {}
-    assert set(meter.about(100.0, 0.0)) == {"memory_bytes"}
+    assert set(meter.columns(100.0, 0.0)) == {"memory_bytes"}
 
 
 def test_energy_is_power_times_time_and_mfu_is_costs(recipe, monkeypatch):
     cfg = config.load("7b")
-    meter = ledger.Meter(cfg, parallel.alone())
+    meter = hardware.Meter(cfg, parallel.alone())
     meter.peak, meter.nvml, meter.watts, meter.use = 312e12, True, 350.0, 97
-    record = meter.about(2600.0, 7.2e6)
+    record = meter.columns(2600.0, 7.2e6)
     plain, palm = cost.mfu(cfg.model, 2600.0, 312e12)
     assert (record["mfu_6n"], record["mfu"], record["peak_flops"]) == (plain, palm, 312e12)
     assert palm == pytest.approx(0.364, abs=0.001)  # Amber's figure

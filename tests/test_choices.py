@@ -21,6 +21,7 @@ from torch import Tensor
 import config
 import cost
 import memorize
+import memory
 import optim
 import parallel
 import plan
@@ -296,7 +297,7 @@ def test_every_choice_is_counted(key, choice):
             net = Transformer(model)
         assert sum(cost.parameters(model).values()) == sum(p.numel() for p in net.parameters())
         for bf16 in (False, True):
-            assert cost.activations(model, 3 * 14, bf16, cuda=False) == kept_by_autograd(model, 3, bf16)
+            assert memory.activations(model, 3 * 14, bf16, cuda=False) == kept_by_autograd(model, 3, bf16)
     if key == "optim.optimizer":
         net, made = learned(with_choice(key, choice))
         moments = [m for o in made for state in o.state.values() for m in state.values() if m.numel() > 1]
@@ -304,7 +305,7 @@ def test_every_choice_is_counted(key, choice):
         assert cost.optimizer_numbers(cfg) == sum(m.numel() for m in moments)
     for gpus in (1, 4):
         for cuda in (False, True):
-            assert 0 < cost.total(cost.memory(config_with(key, choice), gpus, cuda)) < 1e7
+            assert 0 < memory.total(memory.peak(config_with(key, choice), gpus, cuda)) < 1e7
 
 
 @pytest.mark.parametrize("key", LITERALS)
@@ -312,11 +313,11 @@ def test_a_choice_that_is_not_counted_is_an_error_of_the_plan_where_it_costs_som
     costs, cfg = SETTINGS[key][1], config_with(key, another(key))
     if not costs:
         plain = config_with(key, LITERALS[key][2][0])
-        assert cost.memory(cfg, 4, cuda=True) == cost.memory(plain, 4, cuda=True)
+        assert memory.peak(cfg, 4, cuda=True) == memory.peak(plain, 4, cuda=True)
         return
     with pytest.raises(ValueError, match=rf"{key}='another'"):
-        cost.memory(cfg, 4, cuda=True)
+        memory.peak(cfg, 4, cuda=True)
     if key in OF_THE_MODEL:
-        for count in (cost.parameters, cost.flops_per_token, lambda m: cost.activations(m, 28, True, True)):
+        for count in (cost.parameters, cost.flops_per_token, lambda m: memory.activations(m, 28, True, True)):
             with pytest.raises(ValueError, match=rf"{key}='another'"):
                 count(cfg.model)

@@ -9,6 +9,7 @@ from conftest import config_names
 
 import config
 import cost
+import memory
 import optim
 import steps as steps_module
 from dataset import settings
@@ -239,10 +240,10 @@ def test_a_config_is_sharded_where_a_gpu_of_80_gb_has_no_room_for_the_whole():
     assert {"124m", "1b"} < whole
     for name in set(NAMES) - {"demo"}:
         cfg = config.load(name)
-        ddp = cost.variant(cfg, "ddp", cfg.train.activation_checkpointing)
-        assert cost.fits(ddp, 8, "a100-80gb") == (name in whole), name
+        ddp = memory.variant(cfg, "ddp", cfg.train.activation_checkpointing)
+        assert memory.fits(ddp, 8, "a100-80gb") == (name in whole), name
     for gpus in (8, 224):  # a node, and Amber's own number
-        assert cost.fits(config.load("7b"), gpus, "a100-80gb")
+        assert memory.fits(config.load("7b"), gpus, "a100-80gb")
 
 
 def test_olmo2_leaves_its_cosine_where_the_next_stage_begins():
