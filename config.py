@@ -26,9 +26,26 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from configurator import ConfigError, fail, script, show
+
+
+class NormKind(NamedTuple):
+    """What model.py and cost.py know of a norm. A new norm is a row of NORMS and a choice of Model.norm."""
+
+    first_values: dict[str, float]  # what it learns for each channel, and the value that this begins with
+    centred: bool  # it subtracts the mean (LayerNorm), or does not (RMSNorm)
+    # FP32 numbers kept for backward beside the input: for each token; and on a CPU also for each channel
+    kept_per_token: int
+    kept_per_channel_on_cpu: int
+
+
+NORMS = {
+    "rmsnorm": NormKind({"weight": 1.0}, False, 1, 1),  # a CPU computes it in steps and keeps x / rms(x)
+    "layernorm": NormKind({"weight": 1.0, "bias": 0.0}, True, 2, 0),
+    "nonparametric_layernorm": NormKind({}, True, 2, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -132,14 +149,8 @@ class Model:
         return choose("model.ffn", self.ffn, {"swiglu": True, "geglu": True, "gelu": False, "relu2": False})
 
     @property
-    def norm_parameters(self) -> dict[str, float]:
-        """What a norm learns for each channel, and the value that it begins with."""
-        table = {
-            "rmsnorm": {"weight": 1.0},
-            "layernorm": {"weight": 1.0, "bias": 0.0},
-            "nonparametric_layernorm": {},
-        }
-        return choose("model.norm", self.norm, table)
+    def norm_kind(self) -> NormKind:
+        return choose("model.norm", self.norm, NORMS)
 
     @property
     def mup_scale(self) -> float:

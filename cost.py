@@ -33,7 +33,7 @@ def parameters(model: Model) -> dict[str, int]:
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
     into = 2 if m.gated else 1  # matrices from D to F; one more leads back
     positions = {"rope": 0, "alibi": 0, "learned": m.seq_len * D, "none": 0}
-    norm = len(m.norm_parameters)  # for each channel
+    norm = len(m.norm_kind.first_values)  # for each channel
     return {
         "embedding": m.vocab_size * D,
         "learned positions": choose("model.positions", m.positions, positions),

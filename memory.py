@@ -75,9 +75,10 @@ def mask_numbers(m: Model, n: int, cuda: bool) -> int:
 
 
 def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
-    """Beside its input: a number or two a token; and RMSNorm, made of several steps on a CPU, x / rms(x)."""
-    numbers = {"rmsnorm": 1 if cuda else 1 + width, "layernorm": 2, "nonparametric_layernorm": 2}
-    return FP32 * n * choose("model.norm", m.norm, numbers)
+    """Bytes that a norm over `width` channels keeps for backward beside its input, for n tokens."""
+    kind = m.norm_kind
+    on_cpu = 0 if cuda else kind.kept_per_channel_on_cpu * width
+    return FP32 * n * (kind.kept_per_token + on_cpu)
 
 
 def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
@@ -247,7 +248,7 @@ def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
     """Parameters before FSDP: of a block, whose matrices are split over tp; and of all outside of blocks."""
     counts, D = parameters(m), m.d_model
     outside = counts["embedding"] + counts["learned positions"] + counts["head"]
-    norm = len(m.norm_parameters)
+    norm = len(m.norm_kind.first_values)
     outside += norm * D  # the final norm
     whole = norm * (norms_of_a_block(m) * D + m.qk_norm * (m.n_heads + m.n_kv_heads) * m.d_head)
     whole += 2 * D * m.bias  # biases of the two matrices whose outputs are scattered over tokens

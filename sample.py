@@ -34,7 +34,8 @@ import parallel
 import run_folder
 import tokenizer as tokenizers
 from config import ConfigError
-from model import Cache, Transformer
+from masks import Cache
+from model import Transformer
 
 # Of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB an activation, which stays in a
 # processor's cache. A step of decoding, which reads each matrix once for all sequences, wants as many of them

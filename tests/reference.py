@@ -139,8 +139,8 @@ def attention(cfg: Model, w: dict, x: np.ndarray, document: list[int], position:
         mine, theirs = slice(h * Dh, (h + 1) * Dh), slice(shared * Dh, (shared + 1) * Dh)
         queries, keys, values = q[:, mine], k[:, theirs], v[:, theirs]
         if cfg.positions == "rope":
-            queries = np.array([turned(cfg, row, p) for row, p in zip(queries, position)])
-            keys = np.array([turned(cfg, row, p) for row, p in zip(keys, position)])
+            queries = np.array([rotated(cfg, row, p) for row, p in zip(queries, position)])
+            keys = np.array([rotated(cfg, row, p) for row, p in zip(keys, position)])
         for i in range(T):
             seen = [j for j in range(i + 1) if sees(cfg, i, j, document)]
             scores = [queries[i] @ keys[j] * scale - slopes[h] * (i - j) for j in seen]
@@ -162,7 +162,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return raised / sum(raised)
 
 
-def turned(cfg: Model, x: np.ndarray, position: int) -> np.ndarray:
+def rotated(cfg: Model, x: np.ndarray, position: int) -> np.ndarray:
     """One head's query or key (Dh,) after rotary embedding (Su et al. 2021, eq. 15).
 
     Pair i of the first r = fraction x Dh dimensions turns by position x frequency(i); the others stay.

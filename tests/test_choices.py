@@ -269,12 +269,12 @@ def test_every_choice_of_the_model_is_written_into_a_checkpoint(key, another):
 def test_a_vector_begins_as_its_module_says():
     net = Transformer(Model(**SIZES, norm="layernorm", bias=True))
     norm = net.layers[1].post_attention_layernorm
-    norm.scale, norm.first["scale"] = torch.nn.Parameter(torch.empty(7)), 0.5
+    norm.scale, norm.first_values["scale"] = torch.nn.Parameter(torch.empty(7)), 0.5
     began = dict(zip([name for name, _ in net.named_parameters()], net.initial_weights(1), strict=True))
     assert torch.equal(began["layers.1.post_attention_layernorm.scale"], torch.full((7,), 0.5))
     assert torch.equal(began["layers.1.post_attention_layernorm.weight"], torch.ones(24))
     assert torch.equal(began["layers.1.self_attn.o_proj.bias"], torch.zeros(24))
-    del norm.first["scale"]  # and nobody guesses where it says nothing
+    del norm.first_values["scale"]  # and nobody guesses where it says nothing
     with pytest.raises(KeyError, match="scale"):
         list(net.initial_weights(1))
 

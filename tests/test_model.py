@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import config
+import masks
 import model
 from config import Model
 from formats import families
-from model import Cache, Transformer
+from masks import Cache
+from model import Transformer
 
 # Pairwise different sizes, so that a wrong transpose cannot pass; head counts that are no power of two.
 LLAMA = Model(vocab_size=97, seq_len=40, d_model=60, n_layers=3, n_heads=6, n_kv_heads=2, d_head=14, d_ff=44)
@@ -72,7 +74,7 @@ PUBLISHED = {
     "olmo 2": OLMO2,
     "olmo 2, grouped, tied": dataclasses.replace(OLMO2, n_heads=4, n_kv_heads=2, tie_embeddings=True),
     "pythia": NEOX,
-    "neox, one after the other, all dimensions turned": dataclasses.replace(
+    "neox, one after the other, all dimensions rotary": dataclasses.replace(
         NEOX, parallel_residual=False, rope_fraction=1.0
     ),
 }
@@ -214,7 +216,7 @@ def test_the_mask_for_cuda_lets_the_same_tokens_be_seen(kind, monkeypatch):
     tokens[0, [3, 17]] = tokens[1, 9] = 0
     expected = net(tokens)
     monkeypatch.setattr(
-        model, "visible", lambda cfg, index, first, cache: model.block_mask(first, index.shape[-1], "cpu")
+        masks, "visible", lambda cfg, index, first, cache: masks.block_mask(first, index.shape[-1], "cpu")
     )
     with torch.no_grad():
         torch.testing.assert_close(net(tokens), expected, atol=2e-5, rtol=1e-4)
@@ -252,20 +254,20 @@ def test_rotary_keeps_lengths_and_depends_on_distance_only(pairs):
     cfg = Model(d_model=8, n_heads=1, rope_pairs=pairs).resolved()
     angles, neighbours = model.rotary_angles(torch.arange(50), cfg), pairs == "neighbours"
     q, k = torch.randn(8), torch.randn(8)
-    turned_q = model.rotate(q.expand(1, 50, 1, 8), *angles, neighbours)[0, :, 0]
-    turned_k = model.rotate(k.expand(1, 50, 1, 8), *angles, neighbours)[0, :, 0]
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(50))
-    products = turned_q @ turned_k.T
-    torch.testing.assert_close(products.diagonal(3), products[3 - 3, 3].expand(47), atol=1e-5, rtol=1e-4)
+    rotated_q = model.rotate(q.expand(1, 50, 1, 8), *angles, neighbours)[0, :, 0]
+    rotated_k = model.rotate(k.expand(1, 50, 1, 8), *angles, neighbours)[0, :, 0]
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(50))
+    scores = rotated_q @ rotated_k.T
+    torch.testing.assert_close(scores.diagonal(3), scores[3 - 3, 3].expand(47), atol=1e-5, rtol=1e-4)
     # position 2, first pair, frequency 1: (a cos 2 - b sin 2, b cos 2 + a sin 2)
-    other = 1 if neighbours else 4  # b stands beside a, or half a head away
+    other = 1 if neighbours else 4  # b is beside a, or half a head away
     a, b = q[0].item(), q[other].item()
-    assert turned_q[2, 0].item() == pytest.approx(a * math.cos(2) - b * math.sin(2), abs=1e-5)
-    assert turned_q[2, other].item() == pytest.approx(b * math.cos(2) + a * math.sin(2), abs=1e-5)
+    assert rotated_q[2, 0].item() == pytest.approx(a * math.cos(2) - b * math.sin(2), abs=1e-5)
+    assert rotated_q[2, other].item() == pytest.approx(b * math.cos(2) + a * math.sin(2), abs=1e-5)
 
 
-def cut_share(sigmas: float) -> float:
-    """Deviation of a standard normal number cut at +- s: sqrt(1 - 2 s phi(s) / (2 Phi(s) - 1))."""
+def truncated_std(sigmas: float) -> float:
+    """Deviation of a standard normal number truncated at +- s: sqrt(1 - 2 s phi(s) / (2 Phi(s) - 1))."""
     if not sigmas:
         return 1.0
     density = math.exp(-(sigmas**2) / 2) / math.sqrt(2 * math.pi)
@@ -276,7 +278,7 @@ def cut_share(sigmas: float) -> float:
 # of the two matrices of layer i that write into the residual stream, (attention's, feed-forward's).
 SCHEMES = {
     "normal": (dict(init_std=0.03), 0.03, 0.03, lambda i: (0.03, 0.03)),
-    "normal, cut": (dict(init_std=0.02, init_cut=3.0), 0.02, 0.02, lambda i: (0.02, 0.02)),  # OLMo 2
+    "normal, truncated": (dict(init_std=0.02, init_cut=3.0), 0.02, 0.02, lambda i: (0.02, 0.02)),  # OLMo 2
     "gpt2": (dict(init="gpt2"), 0.02, 0.02, lambda i: (0.02 / math.sqrt(6),) * 2),
     "mitchell": (
         dict(init="mitchell"), 128**-0.5, 128**-0.5,
@@ -302,7 +304,7 @@ def test_initialisation_has_the_deviations_that_were_published(scheme, ffn):
         vocab_size=500, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=300, norm="layernorm",
         bias=True, ffn=ffn, positions="learned", seq_len=90, **settings,
     )  # fmt: skip
-    cut = 3.0 if scheme == "mitchell" else cfg.init_cut
+    limit = 3.0 if scheme == "mitchell" else cfg.init_cut
     for name, p in make(cfg).named_parameters():
         if p.ndim == 1:
             assert torch.equal(p, torch.full_like(p, 0.0 if name.endswith("bias") else 1.0)), name
@@ -313,8 +315,8 @@ def test_initialisation_has_the_deviations_that_were_published(scheme, ffn):
         ):
             expected = std if matrix in name else expected
         # the sample deviation of n normal numbers has a relative error of 1/sqrt(2n); five of those
-        assert abs(p.std() / (cut_share(cut) * expected) - 1) < 5 / math.sqrt(2 * p.numel()), name
-        assert not cut or p.abs().max() <= cut * expected
+        assert abs(p.std() / (truncated_std(limit) * expected) - 1) < 5 / math.sqrt(2 * p.numel()), name
+        assert not limit or p.abs().max() <= limit * expected
 
 
 def test_the_seed_alone_decides_the_weights():

@@ -13,9 +13,11 @@ import pytest
 import reference
 import torch
 
+import masks
 import model
 from config import Model
-from model import Cache, Transformer
+from masks import Cache
+from model import Transformer
 
 # a path that only CUDA takes is called here as PyTorch's own slow version of it
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -26,7 +28,7 @@ PLAIN = dict(vocab_size=37, seq_len=17, d_model=20, n_layers=3, n_heads=4, d_hea
 GPT = dict(norm="layernorm", bias=True)
 CRYSTAL = dict(
     GPT,
-    d_head=16,  # 4 of them turned
+    d_head=16,  # 4 of them rotary
     rope_fraction=0.25,
     rope_pairs="neighbours",
     tie_embeddings=True,
@@ -275,9 +277,9 @@ def test_flex_attention_which_cuda_takes_equals_the_reference_too(name, monkeypa
 
     def on_cuda(cfg, index, first, cache):
         asked.append(first)
-        return model.block_mask(first, index.shape[-1], index.device)
+        return masks.block_mask(first, index.shape[-1], index.device)
 
-    monkeypatch.setattr(model, "visible", on_cuda)
+    monkeypatch.setattr(masks, "visible", on_cuda)
     with torch.no_grad():  # on a CPU, flex attention has no backward
         assert difference(net(tokens), expected) < LOGITS
     assert len(asked) == 1
@@ -335,7 +337,7 @@ def test_a_document_in_a_row_is_a_document_alone(name):
 # ---- values worked by hand --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slopes", [model.alibi_slopes, reference.alibi_slopes])
+@pytest.mark.parametrize("slopes", [masks.alibi_slopes, reference.alibi_slopes])
 def test_alibi_slopes_are_the_papers(slopes):
     root = math.sqrt(2)
     powers = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
@@ -367,7 +369,7 @@ def test_alibi_slopes_are_the_papers(slopes):
 )
 def test_feed_forwards_of_a_tiny_vector(ffn, expected):
     cfg = settings("LLaMA", d_model=3, d_ff=3, ffn=ffn)
-    mlp, x = model.MLP(cfg.resolved()), [-2.0, 0.5, 3.0]
+    mlp, x = model.MLP(cfg.resolved(), 0), [-2.0, 0.5, 3.0]
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.copy_(torch.eye(3))
@@ -403,12 +405,12 @@ def test_rotary_embedding_of_a_tiny_head(pairs, expected):
     cfg = settings("LLaMA", rope_theta=100.0, rope_fraction=2 / 3, rope_pairs=pairs)
     a, b, c, d = expected  # the values that make the first pair and the second
     x, first, second = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], (a, b), (c, d)
-    turned = {}
+    rotated = {}
     for (p, q), angle in ((first, 2.0), (second, 0.2)):
-        turned[p] = p * math.cos(angle) - q * math.sin(angle)
-        turned[q] = p * math.sin(angle) + q * math.cos(angle)
-    by_hand = [turned[1], turned[2], turned[3], turned[4], 5, 6]
-    assert reference.turned(cfg, np.array(x), 2).tolist() == pytest.approx(by_hand)
+        rotated[p] = p * math.cos(angle) - q * math.sin(angle)
+        rotated[q] = p * math.sin(angle) + q * math.cos(angle)
+    by_hand = [rotated[1], rotated[2], rotated[3], rotated[4], 5, 6]
+    assert reference.rotated(cfg, np.array(x), 2).tolist() == pytest.approx(by_hand)
     rope = model.rotary_angles(torch.tensor([2]), cfg)
     found = model.rotate(torch.tensor(x).view(1, 1, 1, 6), *rope, pairs == "neighbours")
     assert found.flatten().tolist() == pytest.approx(by_hand, abs=1e-6)
@@ -455,7 +457,7 @@ def test_alibi_by_hand_where_all_scores_are_equal():
         attention.v_proj.weight.copy_(torch.eye(4))
         attention.o_proj.weight.copy_(torch.eye(4))
     x = torch.tensor([[[1.0, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]])
-    mask = model.visible(cfg, torch.arange(3), None, None)
+    mask = masks.visible(cfg, torch.arange(3), None, None)
     last = attention(x, None, mask, None)[0, 2].tolist()
     expected = []
     for slope in (1 / 16, 1 / 256):
