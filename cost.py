@@ -557,7 +557,7 @@ def left_on_disk(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
     t, here = cfg.train, []
     for step in saved if t.keep_others else ():
         here.append(step)
-        old = [s for s in here if s <= step - t.rollback_steps] if t.on_spike == "rollback" else []
+        old = [s for s in here if s <= step - t.rollback_steps] if t.on_incident == "rollback" else []
         others = [s for s in here if s not in kept and s not in old[-1:]]
         gone = set(others[: -t.keep_others])
         here = [s for s in here if s not in gone]

@@ -5,7 +5,7 @@
     python incidents.py runs/demo --replay 137 --checkpoint 120
 
 train.py asks `judge` after every backward, before the optimizer is touched, on all processes alike, and does
-what train.on_spike says. Reads the run folder and its dataset; writes nothing.
+what train.on_incident says. Reads the run folder and its dataset; writes nothing.
 
 A batch that is skipped, or left out after a rollback, moves no weight. The model can learn from its documents
 all the same: other rows hold the rest of them, and other passes, repeats or sources can hold the same text.

@@ -55,7 +55,7 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     free = ("eval.", "train.log_every", "train.steps", "train.checkpoint_", "train.device", "train.micro_",
             "train.compile", "train.activation_", "train.deterministic", "train.keep_", "train.save_async",
-            "train.verify", "train.spike_", "train.on_spike", "train.rollback_", "train.max_incidents",
+            "train.verify", "train.spike_", "train.on_incident", "train.rollback_", "train.max_incidents",
             "parallel.", "data.workers", "data.max_bad_fraction", "data.expected_tokens",
             "tokenizer.")  # fmt: skip  # the dataset's hash, which is compared below, says which tokenizer
     # a setting that nothing reads can have any value: old runs have some that are refused now

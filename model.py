@@ -350,7 +350,7 @@ class Transformer(nn.Module):
     def initial_weights(self, seed: int) -> Iterator[Tensor]:
         """Every parameter's first value, in the order of parameters(), whole and on the CPU."""
         generator = torch.Generator().manual_seed(seed)
-        cut = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_cut
+        cut = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_trunc
         for path, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim < 2:  # a norm's weight, or a bias: its module knows

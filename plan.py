@@ -249,7 +249,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     flags = [action.option_strings[-1][2:] for action in parser._actions if action.option_strings]
     for override in overrides:
         name = override.removeprefix("--").partition("=")[0]
-        if override.startswith("--") and name not in config.SETTINGS:
+        if override.startswith("--") and name not in (*config.SETTINGS, *config.RENAMED):
             raise ConfigError(f"--{name}{config.did_you_mean_setting(name, flags)}")
     cfg = config.load(args.config, overrides)
     if args.gpu:

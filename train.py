@@ -80,7 +80,7 @@ class Interrupted:
 
 
 class Stopped(RuntimeError):
-    """An incident ended the run, as train.on_spike asks."""
+    """An incident ended the run, as train.on_incident asks."""
 
 
 def train(cfg: Config, profile: bool = False) -> int:
@@ -250,7 +250,7 @@ class Run:
         self.log("checkpoint", step=state["step"], **about)
         if self.cfg.train.keep_others:
             kept = set(self.kept)
-            if self.cfg.train.on_spike == "rollback":  # and one to go back to
+            if self.cfg.train.on_incident == "rollback":  # and one to go back to
                 old = [s for s in self.steps_saved() if s <= state["step"] - self.cfg.train.rollback_steps]
                 kept |= set(old[-1:])
             self.world.once(run_folder.delete_others, self.folder, kept, self.cfg.train.keep_others)
@@ -338,7 +338,7 @@ class Run:
     # ---- incidents ----------------------------------------------------------------------------------------
 
     def incident(self, found: dict, loss: float, norm: float) -> bool:
-        """Writes it down and does what train.on_spike says.
+        """Writes it down and does what train.on_incident says.
 
         True: the step counts, without an update. False: the step or the order is another now, and the loop
         goes on from there. All processes come here together, with the same numbers. Stopped: the run ends.
@@ -351,7 +351,7 @@ class Run:
         pieces = self.steps.pieces(step)
         chunk = self.dataset.chunk_of(pieces[0][0])
         earlier = [c for c in world.first(run_folder.checkpoints, self.folder) if c.step <= step]
-        action, order, back = cfg.train.on_spike, None, None
+        action, order, back = cfg.train.on_incident, None, None
         if action == "defer":
             # a batch may begin in one chunk and end in the next
             last = self.dataset.chunk_of(pieces[-1][1] - 1)
@@ -363,7 +363,7 @@ class Run:
             order = self.steps.without(first, min(first + cfg.train.rollback_skip, self.steps.n_steps))
             order = order if order.n_steps > back.step else None
         elif action not in ("stop", "skip"):
-            raise config.unknown("train.on_spike", action)
+            raise config.unknown("train.on_incident", action)
         if self.n_incidents > cfg.train.max_incidents or (action in ("defer", "rollback") and order is None):
             action = "stop"
         record = {
@@ -390,7 +390,7 @@ class Run:
                 f"The optimizer has not moved, and {self.newest(earlier)}. "
                 f"Its batch: python incidents.py {cfg.run} --replay {step}. A lower "
                 "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
-                "remedy; with train.on_spike=skip, defer or rollback a run goes on by itself"
+                "remedy; with train.on_incident=skip, defer or rollback a run goes on by itself"
             )
         where = f" to {back.path.name}, without the rows from {self.steps.consumed(first)} on" if back else ""
         world.once(ledger.say, f"{action}{where}: {told}")

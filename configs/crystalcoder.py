@@ -61,7 +61,7 @@ MODEL = Model(
     mup_base_width=256,
     init="mup",
     init_std=0.073,
-    init_cut=2,
+    init_trunc=2,
 )
 
 

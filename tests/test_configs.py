@@ -165,7 +165,7 @@ def test_mup_gives_crystalcoder_the_multipliers_and_deviations_that_were_publish
     assert cfg.mup_scale == 0.0625 and cfg.logits_multiplier * cfg.mup_scale == pytest.approx(0.13875)
     hidden = cfg.init_std * cfg.mup_scale**0.5
     assert (hidden, hidden / (2 * cfg.n_layers) ** 0.5) == pytest.approx((0.01825, 0.00228125))
-    assert cfg.init_cut * cfg.init_std == pytest.approx(0.146)
+    assert cfg.init_trunc * cfg.init_std == pytest.approx(0.146)
     assert cfg.d_head * cfg.rope_fraction == 32
 
 
