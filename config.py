@@ -76,8 +76,10 @@ class Model:
     # rotary dimensions that form a pair: i and i + half (Hugging Face's LLaMA); 2i and 2i + 1 (CrystalCoder)
     rope_pairs: Literal["halves", "neighbours"] = setting("halves", MODEL)
     rope_scaling: float = setting(1.0, MODEL, least=1)  # divides slow frequencies (Llama 3.1); 1: none
-    rope_scaling_low: float = setting(1.0, MODEL, above=0)  # slow: fewer turns over the original context
-    rope_scaling_high: float = setting(4.0, MODEL)  # fast, unchanged: more turns than this; between: a blend
+    # slow frequencies make fewer turns than this over the original context
+    rope_scaling_low: float = setting(1.0, MODEL, above=0)
+    # fast frequencies make more turns than this, and stay as they are; those between are blended
+    rope_scaling_high: float = setting(4.0, MODEL)
     rope_scaling_seq_len: int = setting(8192, MODEL, above=0)  # tokens of the original context
     # sliding window: the number of tokens that a token sees, itself included; 0: all before it
     window: int = setting(0, MODEL, least=0)

@@ -8,6 +8,7 @@ import torch
 from conftest import config_names
 
 import config
+import configurator
 import cost
 import optim
 import steps as steps_module
@@ -79,7 +80,7 @@ def test_a_config_loads_under_its_name_and_survives_json(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_print_config_is_one_setting_a_line(name):
-    lines = config.readable(config.load(name)).splitlines()
+    lines = configurator.readable(config.load(name)).splitlines()
     assert f"name = {name!r}" in lines and all(" = " in line for line in lines if line)
     assert len(lines) < 150
 
