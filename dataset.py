@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import Config, ConfigError, to_dict
+from config import DATASET, Config, ConfigError, settings_for, to_dict
 from files import sha256
 
 FORMAT = 2  # of manifest.json. In 1 a part of a pass was whole documents, by hash: about as many tokens
@@ -317,10 +317,9 @@ def read_manifest(folder: Path) -> tuple[dict, str]:
 def settings(config: Config) -> dict:
     """Every setting that says what a dataset is, under the name that a user writes."""
     values = to_dict(config)
-    out = {f"{part}.{key}": value for part in ("tokenizer", "data") for key, value in values[part].items()}
-    for name in ("workers", "max_bad_fraction", "expected_tokens"):  # these change nothing in it
-        del out[f"data.{name}"]
-    return {"model.seq_len": config.model.seq_len, "train.batch_size": config.train.batch_size, **out}
+    # Those of other sections come first, as in every manifest: the bytes of a manifest identify a dataset.
+    names = sorted(settings_for(DATASET), key=lambda name: name.startswith(("tokenizer.", "data.")))
+    return {name: values[section][key] for name in names for section, key in [name.split(".")]}
 
 
 def differences(manifest: dict, config: Config) -> list[str]:

@@ -47,7 +47,7 @@ KINDS = ("nonfinite", "spike")  # events of the ledger
 
 
 class Stopped(RuntimeError):
-    """An incident ended the run, as train.on_spike asks."""
+    """An incident ended the run, as train.on_incident asks."""
 
 
 class Signals:
@@ -111,7 +111,7 @@ def robust_z(value: float, past: list[float]) -> float:
 def respond(
     problem: dict, run, state: State, plan: Steps, loss: float, grad_norm: float
 ) -> tuple[State, Steps] | None:
-    """Writes an incident down and does what train.on_spike says. `run` is train.Run.
+    """Writes an incident down and does what train.on_incident says. `run` is train.Run.
 
     Returns the state and plan to continue with, after a rollback or with rows deferred; or None where the
     step counts without an update (skip). Raises Stopped where the run ends. All processes call this together,
@@ -125,7 +125,7 @@ def respond(
     earlier = [c for c in world.first(run_folder.checkpoints, cfg.run) if c.step <= step]
 
     # What is to be done; if that cannot be done, or there were too many incidents, the run stops.
-    action = cfg.train.on_spike
+    action = cfg.train.on_incident
     back, new_plan = remedy(action, run, step, plan, earlier)
     impossible = action in ("defer", "rollback") and new_plan is None
     if state.incidents > cfg.train.max_incidents or impossible:
@@ -184,7 +184,7 @@ def remedy(
         first = max(back.step, step - train.rollback_skip // 2)
         rest = without(plan, first, min(first + train.rollback_skip, plan.n_steps))
         return back, rest if rest.n_steps > back.step else None
-    raise config.unknown("train.on_spike", action)
+    raise config.unknown("train.on_incident", action)
 
 
 def go_back(back: Checkpoint, run, state: State) -> State:
@@ -255,7 +255,7 @@ def why_stopped(record: dict, cfg: Config, newest: str) -> str:
         f"The optimizer has not moved, and {newest}. "
         f"Its batch: python incidents.py {cfg.run} --replay {record['step']}. A lower "
         "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
-        "remedy; with train.on_spike=skip, defer or rollback a run continues by itself"
+        "remedy; with train.on_incident=skip, defer or rollback a run continues by itself"
     )
 
 

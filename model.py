@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         constant, a matrix with normal random numbers of that standard deviation.
         """
         generator = torch.Generator().manual_seed(seed)
-        limit = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_cut  # in standard deviations; 0: none
+        limit = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_trunc  # in standard deviations; 0: none
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 value, first = torch.empty(parameter.shape), module.first_values[name]

@@ -27,7 +27,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import hardware
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import hardware
 import sharding
 from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
 from sharding import is_sharded

@@ -253,7 +253,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     flags = [action.option_strings[-1][2:] for action in parser._actions if action.option_strings]
     for override in overrides:
         name = override.removeprefix("--").partition("=")[0]
-        if override.startswith("--") and name not in config.SETTINGS:
+        if override.startswith("--") and name not in (*config.SETTINGS, *config.RENAMED):
             raise ConfigError(f"--{name}{config.did_you_mean_setting(name, flags)}")
     return args, overrides
 

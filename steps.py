@@ -262,7 +262,7 @@ def deleted_steps(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
     if not cfg.train.keep_others:
         return []
     kept = set(kept)
-    if cfg.train.on_spike == "rollback":  # and the newest one that a rollback now would go back to
+    if cfg.train.on_incident == "rollback":  # and the newest one that a rollback now would go back to
         kept |= set([step for step in saved if step <= saved[-1] - cfg.train.rollback_steps][-1:])
     others = [step for step in saved if step not in kept]
     return others[: -cfg.train.keep_others]

@@ -84,7 +84,6 @@ def free_at_once() -> None:
 def begin(cfg: Config, world):
     """A learner with weights, and what takes one step of it on random tokens."""
     import torch
-
     from learner import Learner
 
     learner, T, n = Learner(cfg, world, 0), cfg.model.seq_len, cfg.train.batch_size

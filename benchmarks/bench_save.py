@@ -31,13 +31,13 @@ SIZES = {"cpu": (8, 512, 8, 1408, 8192, 256, 2), "cuda": (12, 768, 12, 2048, 503
 def measure(args, folder: str) -> dict:
     """Prints a table and returns its figures."""
     import torch
+    from learner import Learner
 
     import checkpoint
     import optim
     import parallel
     import run_folder
     from config import Config, Model, Train
-    from learner import Learner
 
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"

@@ -154,11 +154,11 @@ def other(name: str, m, weights: dict):
 def stepper(name: str, m, args):
     """A function: tokens (B, T+1) -> their loss, and a step is learned; and the device it wants them on."""
     import torch
+    from learner import Learner
 
     import hardware
     import parallel
     from config import Config, Optim, Parallel, Train
-    from learner import Learner
     from model import Transformer
 
     train = Train(

@@ -35,12 +35,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from learner import Learner
 
 import configurator
 import optim
 import parallel
 from config import Config, Model, Train
-from learner import Learner
 
 ROOT, SPAWN = Path(__file__).parents[1], multiprocessing.get_context("spawn")
 SMOKE = {  # what a CPU does in seconds

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import conftest
+import ledger
 import pytest
 import torch
 from test_incidents import Faults
@@ -22,7 +23,6 @@ import convert
 import eval as evaluation
 import files
 import incidents
-import ledger
 import memorize
 import optim
 import results
@@ -605,11 +605,11 @@ def test_verify_passes_every_kind_of_run(recipe, whole, tmp_path, monkeypatch, c
     data = Dataset(conftest.load(recipe, whole).dataset)
     bad = {data.chunk_range(1)[0] + 3: math.nan}
     double = ("--train.batch_double_tokens=1200", "--train.batch_size_max=24")
-    rollback = ("--train.on_spike=rollback", "--train.rollback_steps=2", "--train.rollback_skip=4")
+    rollback = ("--train.on_incident=rollback", "--train.rollback_steps=2", "--train.rollback_skip=4")
     for name, times, asked in (
         ("double", 0, double),
-        ("defer", 1, (*double, "--train.on_spike=defer")),
-        ("skip", 9, ("--train.on_spike=skip", "--train.checkpoint_every=7")),
+        ("defer", 1, (*double, "--train.on_incident=defer")),
+        ("skip", 9, ("--train.on_incident=skip", "--train.checkpoint_every=7")),
         ("rollback", 9, (*rollback, "--train.checkpoint_every=3")),
     ):
         with monkeypatch.context() as patched:

@@ -188,7 +188,7 @@ SETTINGS = {
     "train.device": (devices, False),
     "train.precision": (precisions, True),
     "train.compile": (compiled, False),
-    "train.on_spike": (after_an_incident, False),
+    "train.on_incident": (after_an_incident, False),
     "parallel.strategy": (meshes, True),
 }
 

@@ -27,12 +27,12 @@ NEOX = Model(
 )  # fmt: skip
 OLMO2 = Model(
     vocab_size=103, seq_len=44, d_model=56, n_layers=3, n_heads=7, d_ff=66, norm_place="after", qk_norm=True,
-    norm_eps=1e-6, init_cut=3.0,
+    norm_eps=1e-6, init_trunc=3.0,
 )  # fmt: skip
 CRYSTAL = Model(
     vocab_size=79, seq_len=42, d_model=64, n_layers=2, n_heads=4, d_ff=58, norm="layernorm", bias=True,
     rope_fraction=0.25, rope_pairs="neighbours", tie_embeddings=True, embedding_multiplier=14.6,
-    logits_multiplier=2.22, mup_base_width=16, init="mup", init_std=0.073, init_cut=2.0,
+    logits_multiplier=2.22, mup_base_width=16, init="mup", init_std=0.073, init_trunc=2.0,
 )  # fmt: skip
 ALIBI = dataclasses.replace(LLAMA, positions="alibi")
 WINDOW = dataclasses.replace(LLAMA, window=5)
@@ -278,7 +278,7 @@ def truncated_std(sigmas: float) -> float:
 # of the two matrices of layer i that write into the residual stream, (attention's, feed-forward's).
 SCHEMES = {
     "normal": (dict(init_std=0.03), 0.03, 0.03, lambda i: (0.03, 0.03)),
-    "normal, truncated": (dict(init_std=0.02, init_cut=3.0), 0.02, 0.02, lambda i: (0.02, 0.02)),  # OLMo 2
+    "normal, truncated": (dict(init_std=0.02, init_trunc=3.0), 0.02, 0.02, lambda i: (0.02, 0.02)),  # OLMo 2
     "gpt2": (dict(init="gpt2"), 0.02, 0.02, lambda i: (0.02 / math.sqrt(6),) * 2),
     "mitchell": (
         dict(init="mitchell"), 128**-0.5, 128**-0.5,
@@ -290,7 +290,7 @@ SCHEMES = {
     ),
     # m = 1/4: 0.073 x sqrt(1/4) = 0.0365
     "mup": (
-        dict(init="mup", init_std=0.073, init_cut=2.0, mup_base_width=32), 0.073, 0.0365,
+        dict(init="mup", init_std=0.073, init_trunc=2.0, mup_base_width=32), 0.073, 0.0365,
         lambda i: (0.0365 / math.sqrt(6),) * 2,
     ),
 }  # fmt: skip
@@ -304,7 +304,7 @@ def test_initialisation_has_the_deviations_that_were_published(scheme, ffn):
         vocab_size=500, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=300, norm="layernorm",
         bias=True, ffn=ffn, positions="learned", seq_len=90, **settings,
     )  # fmt: skip
-    limit = 3.0 if scheme == "mitchell" else cfg.init_cut
+    limit = 3.0 if scheme == "mitchell" else cfg.init_trunc
     for name, p in make(cfg).named_parameters():
         if p.ndim == 1:
             assert torch.equal(p, torch.full_like(p, 0.0 if name.endswith("bias") else 1.0)), name

@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
+import learner
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import learner
 import optim
 import parallel
 from config import Config, ConfigError, Eval, Model, Optim, Parallel, Train

@@ -444,7 +444,7 @@ def test_a_dataset_that_does_not_suit_is_refused(recipe):
         cost.schedule(config.load(str(recipe)), tokens=24 * 6 * 4)
 
 
-@pytest.mark.parametrize("more", [[], ["--train.on_spike=rollback", "--train.rollback_steps=5"]])
+@pytest.mark.parametrize("more", [[], ["--train.on_incident=rollback", "--train.rollback_steps=5"]])
 def test_what_keep_others_leaves_is_planned_as_it_is_left(recipe, tmp_path, monkeypatch, more):
     monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # Ctrl-C stays pytest's
     asked = ["--train.checkpoint_every=2", "--train.keep_others=3", "--train.steps=33", *more]
