@@ -84,7 +84,7 @@ def benchmark(cfg: Config, n_steps: int, file: str = "") -> dict:
 def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> None:
     """The table: measured, and what the plan expects of the same config."""
     processes, gib = figures["processes"], hardware.GIB
-    planned = memory.total(memory.memory(cfg, processes, cuda)) / gib
+    planned = memory.total(memory.peak(cfg, processes, cuda)) / gib
     rows = [
         ("tokens a second", f"{figures['tokens_per_second']:,.0f}", ""),
         ("seconds a step", f"{figures['seconds']:.4f}", ""),

@@ -72,7 +72,7 @@ def check_memory(cfg: Config, anyway: bool) -> None:
     else:
         have = hardware.usable("cpu", parallel.processes_here())
     try:
-        memory.check_memory(cfg, processes, device.type, have)
+        memory.check(cfg, processes, device.type, have)
     except ConfigError as error:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
