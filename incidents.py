@@ -132,7 +132,7 @@ def replay(
         loss = model(row[:, :-1], row[:, 1:]) / dataset.seq_len
         (loss / len(positions)).backward()
         rows.append((position, loss.item(), documents(dataset, [(position, position + 1)])))
-    return rows, optim.norms_by_layer(model), c.step
+    return rows, optim.grad_norms_by_layer(model), c.step
 
 
 @configurator.script

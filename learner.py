@@ -51,15 +51,11 @@ class Learner:
 
     def norm(self) -> Tensor:
         """The gradient's global L2 norm, still on the device."""
-        return optim.norm(optim.gradients(self.model))
+        return optim.grad_norm(self.model)
 
     def update(self, lr: float, norm: float, limit: float) -> None:
         """Moves the weights by the gradient, clipped to `limit`, and forgets it."""
-        optim.scale_gradients(self.model, norm, limit)
-        for optimizer in self.optimizers:
-            optim.set_rate(optimizer, lr)
-            optimizer.step()
-        self.forget()
+        optim.update(self.model, self.optimizers, lr, norm, limit)
 
     def forget(self) -> None:
         """Drops the gradient."""

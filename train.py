@@ -332,7 +332,7 @@ class Run:
         """The learning rate of the step under way."""
         if self.cfg.optim.anneal_steps:
             begin_rate = scheduled_rate(self.cfg, self.steps, self.n_steps, self.begin_step)
-            return optim.annealed_rate(begin_rate, self.step - self.begin_step, self.cfg.optim)
+            return optim.annealed_lr(begin_rate, self.step - self.begin_step, self.cfg.optim)
         return scheduled_rate(self.cfg, self.steps, self.n_steps, self.step)
 
     # ---- incidents ----------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class Run:
         goes on from there. All processes come here together, with the same numbers. Stopped: the run ends.
         """
         cfg, world, step = self.cfg, self.world, self.step
-        norms = optim.norms_by_layer(self.learner.model)  # all processes together
+        norms = optim.grad_norms_by_layer(self.learner.model)  # all processes together
         self.learner.forget()
         self.saved()  # so that the newest checkpoint is known, and whole
         self.n_incidents += 1
