@@ -62,7 +62,7 @@ def changes(cfg: Model, rate: float, steps: int, seed: int, mup_scale: float = 0
     net.init_weights(seed)
     # gradients shrink with the width; eps stays far below them, so that it hides nothing
     optimizer = optim.adamw(net, Optim(lr=rate, weight_decay=0, eps=1e-12), mup_scale or cfg.mup_scale)
-    optim.set_rate(optimizer, rate)
+    optim.set_lr(optimizer, rate)
     now: dict[str, torch.Tensor] = {}
 
     def keep(name):

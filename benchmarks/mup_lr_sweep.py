@@ -76,10 +76,8 @@ def train(cfg: Model, rate: float, steps: int, seed: int, data: torch.Tensor) ->
         starts = torch.randint(len(seen) - LENGTH, (ROWS, 1), generator=generator)
         rows = seen[starts + torch.arange(LENGTH + 1)]  # (ROWS, LENGTH + 1)
         (net(rows[:, :-1], rows[:, 1:]) / (ROWS * LENGTH)).backward()
-        optim.clip(net, recipe.grad_clip)
-        optim.set_rate(optimizer, optim.learning_rate(step, steps, recipe))
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = optim.learning_rate(step, steps, recipe)
+        optim.update(net, [optimizer], lr, optim.grad_norm(net).item(), recipe.grad_clip)
     rows = held_out[: 256 * (LENGTH + 1)].view(256, LENGTH + 1)
     with torch.no_grad():
         nats = sum(net(part[:, :-1], part[:, 1:]).item() for part in rows.split(32))

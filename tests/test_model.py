@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -222,6 +223,32 @@ def test_the_mask_for_cuda_lets_the_same_tokens_be_seen(kind, monkeypatch):
         torch.testing.assert_close(net(tokens), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "itself compiled, as on CUDA"])
+def test_a_compiled_layer_with_flex_attention_computes_the_same_without_a_warning(
+    positions, nested, monkeypatch
+):
+    """Dynamo warns where compiled code calls a function that functools.cache wraps, and ignores the cache."""
+    net, tokens = (
+        make(dataclasses.replace(LLAMA, positions=positions, window=9)),
+        tokens_for(LLAMA, length=40),
+    )
+    monkeypatch.setattr(masks, "FLEX_ATTENTION", {})
+    monkeypatch.setattr(
+        masks, "visible", lambda cfg, index, first, cache: masks.block_mask(first, index.shape[-1], "cpu")
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flex attention says that it is slow without torch.compile
+        expected = net(tokens)
+        if nested:
+            masks.FLEX_ATTENTION["cpu"] = torch.compile(masks.FLEX_ATTENTION["cpu"], backend="eager")
+        for block in net.layers:
+            block.compile(backend="eager", fullgraph=True)
+        warnings.simplefilter("error")
+        torch._dynamo.reset()
+        torch.testing.assert_close(net(tokens), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_a_full_cache_says_so():
     net, cache = make(LLAMA), Cache(LLAMA, batch_size=3, max_length=22)
     with pytest.raises(ValueError, match="holds 22 tokens and 23"):
@@ -247,6 +274,31 @@ def test_under_bf16_autocast_logits_and_loss_are_fp32_and_close():
     assert abs(loss - exact_loss) < 0.01 * exact_loss
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "MATH", "flex attention"])
+def test_the_softmax_of_attention_is_fp32_also_in_bf16(kernel):
+    """No line of ours makes it so: PyTorch's kernels do. Those of a CPU are measured here."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, 2, 512, 32, generator=generator).bfloat16() for _ in range(3))
+    q = q * 3
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    if kernel == "flex attention":
+        mask = masks.block_mask(None, 512, "cpu")
+        found = masks.flex(q, k, v, mask, None, 32**-0.5, grouped=False)
+    else:
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kernel)):
+            found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def off(y):
+        return (y.double() - exact).norm() / exact.norm()
+
+    later = torch.ones(512, 512, dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * 32**-0.5).masked_fill(later, -torch.inf)
+    all_bf16 = scores.softmax(-1) @ v
+    # Kernels may round probabilities to BF16 for the matmul with v: as much again as rounding the result.
+    assert off(found) < 1.6 * off(exact.bfloat16()) < 0.5 * off(all_bf16)
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
 @pytest.mark.parametrize("pairs", ["halves", "neighbours"])

@@ -108,7 +108,7 @@ def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
         norm /= world.size
         seen.setdefault("loss", []).append(loss / N_TOKENS)
         seen.setdefault("norm", []).append(norm)
-        for layer, value in optim.norms_by_layer(student.model).items():
+        for layer, value in optim.grad_norms_by_layer(student.model).items():
             seen.setdefault(f"norm of {layer}", []).append(value)
         student.update(LR, norm, cfg.optim.grad_clip)
     out = {name: torch.tensor(values, dtype=torch.float64) for name, values in seen.items()}
@@ -150,7 +150,7 @@ def exact(model: str, *optim_settings) -> dict[str, Tensor]:
             for p in student.parameters():
                 p.grad *= min(1.0, cfg.optim.grad_clip / (norm + 1e-6))
             for optimizer in optimizers:
-                optim.set_rate(optimizer, LR)
+                optim.set_lr(optimizer, LR)
                 optimizer.step()
                 optimizer.zero_grad()
     finally:

@@ -233,7 +233,7 @@ def test_ten_steps_of_the_demo_have_their_golden_losses():
             group["lr"] = optim.learning_rate(step, 10, recipe)
         loss = net(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
         loss.backward()
-        optim.clip(net, cfg.optim.grad_clip)
+        optim.clip_gradients(net, optim.grad_norm(net).item(), cfg.optim.grad_clip)
         adamw.step()
         adamw.zero_grad()
         losses.append(loss.item())
