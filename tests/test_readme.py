@@ -27,7 +27,7 @@ MOST_LINES, MOST_LINES_OF_A_FILE = 2400, 400
 
 # Every file, after all files that it imports. A file imports only what is before it, so there is no circle.
 LAYERS = """
-    configurator consistency config files
+    configurator consistency config files metrics
     formats.shards formats.families formats.documents
     bpe formats.sentencepiece formats.hf_tokenizer tokenizer
     manifest dataset encode chunks data steps seen
@@ -51,7 +51,16 @@ RING_1_TRUSTS = {
     "steps": set(),
     "parallel": {"configurator", "hardware", "sharding"},
     "checkpoint": {"configurator", "files", "integrity", "run_folder", "formats."},
-    "train": {"configurator", "files", "hardware", "incidents", "integrity", "preflight", "run_folder"},
+    "train": {
+        "configurator",
+        "files",
+        "hardware",
+        "incidents",
+        "integrity",
+        "metrics",
+        "preflight",
+        "run_folder",
+    },
 }
 
 # Verbs are run. These few are also imported, and by nobody else.
