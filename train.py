@@ -51,9 +51,10 @@ import run_folder
 import steps
 import tokenizer as tokenizers
 from config import Config, ConfigError
-from dataset import Dataset, differences
+from dataset import Dataset
 from formats.families import model_config
 from learner import Learner
+from manifest import differences
 from run_folder import Checkpoint
 from steps import Steps
 

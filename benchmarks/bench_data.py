@@ -26,6 +26,7 @@ import tiktoken
 import data
 import tokenizer
 from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train, fail
+from dataset import Dataset
 from formats import documents
 
 
@@ -85,7 +86,7 @@ def compare(arguments: argparse.Namespace) -> None:
             with contextlib.redirect_stdout(nowhere):
                 data.build(config)
             times["data.py"].append(time.perf_counter() - start)
-            built = data.Dataset(config.dataset).manifest["sources"]["text"]["tokens"]
+            built = Dataset(config.dataset).manifest["sources"]["text"]["tokens"]
         if built != n_tokens:
             raise ConfigError(
                 f"data.py wrote {built:,} tokens, bare tiktoken gives {n_tokens:,}: compare with a tokenizer "

@@ -11,7 +11,7 @@ import config
 import cost
 import optim
 import steps as steps_module
-from dataset import settings
+from manifest import settings
 from model import Transformer
 
 NAMES = config_names()
