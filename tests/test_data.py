@@ -710,10 +710,7 @@ def test_verify_names_what_was_changed_cut_added_or_removed(tmp_path):
     os.truncate(folder / "chunks/002.bin", 10)
     (folder / "validation/b.bin").unlink()
     (folder / "more.txt").write_text("more")
-    size = (
-        len(Dataset(folder).rows(0, 3))
-        and Dataset(folder).manifest["chunks"][2]["rows"] * (T + 1) * 2
-    )
+    size = len(Dataset(folder).rows(0, 3)) and Dataset(folder).manifest["chunks"][2]["rows"] * (T + 1) * 2
     assert verify(folder) == [
         "chunks/001.bin: its content differs",
         f"chunks/002.bin: has 10 bytes, should have {size}",

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
 import files
 import results
 import run_folder
