@@ -25,9 +25,8 @@ from tqdm import tqdm
 from config import Config, ConfigError, Stage
 from dataset import BLOCK_DOCUMENTS, hash64, line_of, locate, scramble
 
-BLOCK_BYTES = (
-    1 << 25
-)  # of rows that are fetched at once; the larger, the fewer sweeps over the tokens on disk
+# Size of the rows that are fetched at once: 32 MiB. More would mean fewer sweeps over the tokens on disk.
+BLOCK_BYTES = 1 << 25
 
 
 # ---- stages: which documents, how often -------------------------------------------------------------------
@@ -68,17 +67,20 @@ def stage_documents(
     first in an order keyed by `key`, until 0.3 of the tokens are reached. The last of these is cut.
     """
     for name, wanted in asked.items():
+        # `whole` passes over all documents, and one more for the rest.
         whole, rest = divmod(wanted, sources[name]["tokens"])
         limit, left = last_pass(entries[name], key, rest)
         for epoch in range(whole + (rest > 0)):
             for first in range(0, len(entries[name]), BLOCK_DOCUMENTS):
                 block = entries[name][first : first + BLOCK_DOCUMENTS]
-                tokens = np.where(block["offset"] >= 0, block["tokens"], 0)  # 0 for validation documents
-                if epoch == whole:  # the last pass
+                # Tokens that are taken of each document; 0 of validation documents.
+                tokens = np.where(block["offset"] >= 0, block["tokens"], 0)
+                if epoch == whole:
+                    # In the last pass, documents below the limit are whole; those at it share the rest.
                     rank = scramble(block["hash"] ^ key)
                     tokens[rank > limit] = 0
                     for i in np.flatnonzero((rank == limit) & (tokens > 0)):
-                        # A document of 1 token would be an end-of-text token without text.
+                        # 1 token would be an end-of-text token without text.
                         tokens[i] = min(tokens[i], left) if left > 1 else 0
                         left -= tokens[i]
                 taken = np.flatnonzero(tokens)
@@ -101,7 +103,8 @@ def last_pass(entries: np.ndarray, key: np.uint64, wanted: int) -> tuple[np.uint
             total += int(block["tokens"][taken].sum())
         return total
 
-    low, high = 0, 1 << 64  # tokens_below(low) <= wanted < tokens_below(high)
+    # Bisection keeps tokens_below(low) <= wanted < tokens_below(high).
+    low, high = 0, 1 << 64
     left = wanted
     while wanted and high - low > 1:
         middle = (low + high) // 2
@@ -155,7 +158,7 @@ def write_stage(
     table[:, n] = total, -1, -1
     table.flush()
 
-    # The stream's end is too short for a row.
+    # The stream's rows. The tokens at its end that fill no row are dropped.
     T = config.model.seq_len
     rows = max(0, total - 1) // T
     dropped = total - rows * T - 1
@@ -298,9 +301,11 @@ def write_chunks(
     A chunk ends where a step ends: its boundaries are multiples of the batch size. The last chunk also takes
     the rows that fill no step.
     """
+    # Positions at which chunks begin, and the end.
     T, B, n_chunks = config.model.seq_len, config.train.batch_size, config.data.n_chunks
     n_rows = sum(stage["rows"] * stage["repeats"] for stage in stages)
     bounds = [k * (n_rows // B) // n_chunks * B for k in range(n_chunks)] + [n_rows]
+
     block_rows = max(1, BLOCK_BYTES // ((T + 1) * dtype.itemsize))
     files = [open(folder / "work" / f"{name}.tokens", "rb", buffering=0) for name in entries]
     corpus = Corpus(open_streams(folder, stages), list(entries.values()), files, dtype, eot, T)
@@ -313,6 +318,7 @@ def write_chunks(
             sha256 = hashlib.sha256()
             targets = np.zeros(len(entries))  # of each source; sums of whole numbers are exact below 2^53
             met = [np.zeros(len(table), bool) for table in corpus.entries]  # documents that the chunk holds
+            # The chunk's rows, a block at a time, and what they hold.
             with open(folder / name, "wb") as file:
                 for begin in range(first, end, block_rows):
                     positions = np.arange(begin, min(begin + block_rows, end))
@@ -324,6 +330,7 @@ def write_chunks(
                         for s in np.unique(parts.sources):
                             met[s][parts.numbers[parts.sources == s]] = True
                     progress.update(len(positions))
+            # What the manifest says of the chunk.
             hashes[name] = sha256.hexdigest()
             shares = {}
             for source, n_targets, seen in zip(entries, targets, met):

@@ -58,14 +58,18 @@ def build(config: Config) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     try:
         tok = load_tokenizer(config)
-        names, inputs = list_inputs(config)
+        shared, inputs = list_inputs(config)
+
+        # A dataset that is there is used if it is the one that the config asks for.
         if folder.exists():
             check_same(config, folder, tok, inputs)
             print(f"{folder} is already built")
             return folder
+
+        # Otherwise build it aside. However that ends, nothing half-built keeps the final name.
         lock = claim(partial)
         try:
-            manifest = write(config, partial, tok, names, inputs)
+            manifest = write(config, partial, tok, shared, inputs)
             os.rename(partial, folder)
             sync(folder.parent)
             os.unlink(folder / "lock")
@@ -79,7 +83,7 @@ def build(config: Config) -> Path:
         raise ConfigError(f"{what}; no half-built dataset was left") from None
     except BrokenProcessPool:
         raise ConfigError(
-            "a worker process ended early; if it says nothing above, memory was short: lower data.workers"
+            "a worker process ended early; if there is no message above, memory ran out: lower data.workers"
         ) from None
     print(summary(folder, manifest))
     return folder
@@ -114,9 +118,11 @@ def list_inputs(config: Config) -> tuple[dict[str, tuple[str, str]], dict[str, l
         raise ConfigError("data.sources and data.stages need at least one entry each; see configs/demo.py")
     listed, inputs = {}, {}
     for source in config.data.sources:
+        # A stage without epochs and weights uses every source.
         used = [stage.epochs or stage.weights or [source.name] for stage in config.data.stages]
         if not any(source.name in names for names in used):
             print(f"warning: source {source.name!r} is in no stage; only its validation rows are of use")
+        # Its files, which are listed here once and handed on.
         documents.tell_left_out(source)
         listed[source.name] = documents.listed(source)
         files = []
@@ -197,6 +203,7 @@ def claim(partial: Path) -> object:
     """Empties the folder to build in. Returns its lock, which the system lifts however this process ends."""
     partial.mkdir(parents=True, exist_ok=True)
     lock = open(partial / "lock", "a")
+    # The folder is ours if the lock is, and if the lock is still in the folder of this name.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine = os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / "lock"))
@@ -204,7 +211,8 @@ def claim(partial: Path) -> object:
         mine = False
     if not mine:
         raise ConfigError(f"{partial} is being built by another process; wait for it, or end it")
-    for path in partial.iterdir():  # what a killed build left
+    # Remove what a killed build left.
+    for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != "lock":
@@ -216,7 +224,7 @@ def write(
     config: Config,
     folder: Path,
     tok: "tokenizer.Tokenizer",
-    names: dict[str, tuple[str, str]],
+    shared: dict[str, tuple[str, str]],
     inputs: dict[str, list],
 ) -> dict:
     """Writes a whole dataset folder, the manifest last, and returns the manifest. See `list_inputs`."""
@@ -226,7 +234,7 @@ def write(
     dtype = np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
 
     # Documents -> tokens and tables of documents.
-    sources = encode_sources(config, folder, names, inputs, dtype)
+    sources = encode_sources(config, folder, shared, inputs, dtype)
     for name, count in sources.items():
         count |= chunks.write_validation(config, folder, name, count["validation_tokens"], dtype)
 
@@ -276,6 +284,8 @@ def write(
         "files": {name: hashes.get(name) or sha256(files[name]) for name in sorted(files)},
         "file_bytes": {name: files[name].stat().st_size for name in sorted(files)},
     }
+
+    # What is on disk must be there before the folder gets its final name.
     (folder / "inputs.json").write_text(json.dumps({"format": 1, "sources": inputs}))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.rglob("*"), folder]:
@@ -286,7 +296,7 @@ def write(
 def encode_sources(
     config: Config,
     folder: Path,
-    names: dict[str, tuple[str, str]],
+    shared: dict[str, tuple[str, str]],
     inputs: dict[str, list],
     dtype: np.dtype,
 ) -> dict[str, dict]:
@@ -299,7 +309,7 @@ def encode_sources(
     pool = ProcessPoolExecutor(data.workers, spawn, encode.start_worker, start)
     try:
         return {
-            source.name: encode.encode_source(config, source, inputs[source.name], names, folder, pool)
+            source.name: encode.encode_source(config, source, inputs[source.name], shared, folder, pool)
             for source in data.sources
         }
     finally:
@@ -332,6 +342,7 @@ def summary(folder: Path, manifest: dict) -> str:
             table.append((s["name"], name, f"{part['epochs']:.4g}", *counts, asked, got, cut))
     lines += aligned(table)
 
+    # What a reader of the tables should know besides.
     for s in stages:
         line = f"stage {s['name']}: {s['rows']:,} rows"
         if s["repeats"] > 1:

@@ -100,8 +100,9 @@ def encode_documents(batch: list[tuple[str, str, str]], split_share: float) -> E
     Whether a document is for validation follows from its id alone, whatever its source: a file that is read
     as code and as English is a validation document in both sources or in neither.
     """
+    # A document is one part, or two if it is split. Each part has a text, a hash and a line of the table.
     tok = worker.tok
-    texts, hashes, lines = [], [], []  # of each part
+    texts, hashes, lines = [], [], []
     for id, text, shared in batch:
         hash = hash64(f"{worker.seed}/{id}")
         parts = parts_of(text, hash, split_share)
@@ -125,6 +126,7 @@ def encode_documents(batch: list[tuple[str, str, str]], split_share: float) -> E
     for line, part_ids in zip(lines, ids):
         line["tokens"] = len(part_ids)
 
+    # Parts to train on and parts for validation are two streams.
     entries = np.zeros(len(ids), ENTRY)
     entries["tokens"] = [len(part_ids) for part_ids in ids]
     entries["offset"] = [VALIDATION if line["validation"] else 0 for line in lines]
@@ -196,19 +198,19 @@ def encode_source(
     config: Config,
     source: Source,
     inputs: list,
-    names: dict[str, tuple[str, str]],
+    shared_names: dict[str, tuple[str, str]],
     folder: Path,
     pool: ProcessPoolExecutor,
 ) -> dict:
     """Writes the files of a source (see above), and returns its counts for the manifest.
 
-    inputs: [path, bytes, ...] of its files. names: what documents.read calls files that several sources read;
-    a source with such files is never split inside, because the end of a module's code holds other text than
-    the end of its docstrings. Raises ConfigError where nothing is left to train on.
+    inputs: [path, bytes, ...] of its files. shared_names: what documents.read calls files that several
+    sources read. A source with such files is never split inside, because the end of a module's code holds
+    other text than the end of its docstrings. Raises ConfigError where nothing is left to train on.
     """
 
     def encode(split_share: float) -> dict:
-        return encode_all(config, source, inputs, names, folder, pool, split_share)
+        return encode_all(config, source, inputs, shared_names, folder, pool, split_share)
 
     seq_len, fraction = config.model.seq_len, config.data.validation_fraction
     count = encode(split_share=0.0)
@@ -239,12 +241,13 @@ def encode_all(
     config: Config,
     source: Source,
     inputs: list,
-    names: dict[str, tuple[str, str]],
+    shared_names: dict[str, tuple[str, str]],
     folder: Path,
     pool: ProcessPoolExecutor,
     split_share: float,
 ) -> dict:
     """Encodes all documents of a source, and writes its files; returns the counts. See `encode_source`."""
+    # Counts by kind of document, in the order that the manifest has them.
     bad = documents.BadDocuments()
     count = dict.fromkeys(("documents", "tokens", "bytes"), 0)
     count |= dict.fromkeys(("validation_documents", "validation_tokens", "validation_bytes"), 0)
@@ -260,12 +263,15 @@ def encode_all(
         entries = create(f"{work}.entries")
         offsets = create(f"{work}.offsets")
         lines = create(f"{table}.jsonl")
+        # A progress bar, where a person watches.
         bar = tqdm(desc=f"encode {source.name}", total=text_bytes(source, inputs), unit="B", unit_scale=True,
                    disable=not sys.stderr.isatty())  # fmt: skip
         progress = stack.enter_context(bar)
+
+        # Batch by batch: count, and write.
         offsets.write(bytes(8))  # the first line begins at 0
         table_bytes = 0  # of the lines that were written
-        read = documents.read(source, bad, names)
+        read = documents.read(source, bad, shared_names)
         for batch in encoded(read, split_share, pool, config.data.workers):
             bad.good -= len(batch.refused)
             for id, reason in batch.refused:
@@ -277,9 +283,11 @@ def encode_all(
             batch.entries["offset"][kept] = count["tokens"] + np.cumsum(sizes) - sizes
             add_counts(count, batch.lines)
 
+            # Lines of the table of documents, and where each ends.
             encoded_lines = [json.dumps(line).encode() + b"\n" for line in batch.lines]
             ends = table_bytes + np.cumsum([len(line) for line in encoded_lines], dtype="<i8")
             table_bytes += sum(len(line) for line in encoded_lines)
+
             train.write(batch.train)
             validation.write(batch.validation)
             entries.write(batch.entries)
@@ -288,6 +296,7 @@ def encode_all(
             progress.update(count["bytes"] + count["validation_bytes"] - progress.n)
     np.save(f"{table}.offsets.npy", np.memmap(f"{work}.offsets", "<i8", "r"))
 
+    # Too many bad documents are a mistake: the wrong files, or the wrong way to read them.
     total = bad.good + bad.count
     if bad.count > config.data.max_bad_fraction * total:
         raise ConfigError(

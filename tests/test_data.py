@@ -88,7 +88,7 @@ def built(tmp_path_factory) -> tuple[Config, Dataset]:
     return config, Dataset(data.build(config))
 
 
-def held_out(id: str, fraction: float = 0.2, seed: int = 11) -> bool:
+def for_validation(id: str, fraction: float = 0.2, seed: int = 11) -> bool:
     return hashed(f"{seed}/{id}") < fraction * 2**64
 
 
@@ -96,7 +96,7 @@ def documents_of(name: str, validation: bool = False) -> list[tuple[str, str, li
     """(source, id, tokens) in reading order: first the even ones, then the odd ones."""
     found = list(enumerate(texts(name, 97 if name == "a" else 60)))
     found = [(f"{name}-{i}", [*text.encode(), 256]) for i, text in found[0::2] + found[1::2]]
-    return [(name, id, tokens) for id, tokens in found if held_out(id) == validation]
+    return [(name, id, tokens) for id, tokens in found if for_validation(id) == validation]
 
 
 def hashed(text: str) -> int:
@@ -185,7 +185,7 @@ def test_shuffle_looks_like_a_random_permutation(n):
     # degrees of freedom has mean 361 and standard deviation 27
     table = np.histogram2d(np.arange(n), order, bins=20)[0]
     assert 361 - 5 * 27 < ((table - n / 400) ** 2 / (n / 400)).sum() < 361 + 5 * 27
-    for lag in (1, 2, 16, 255, 256):  # correlation of a row's place with its neighbour's: 0 +- 1 / sqrt(n)
+    for lag in (1, 2, 16, 255, 256):  # correlation of neighbours' positions: 0 +- 1 / sqrt(n)
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / n**0.5
     assert (order == np.arange(n)).sum() <= 8  # fixed points: one is expected
     # gaps between a tenth of the rows are geometric: mean 10, std 9.5
@@ -263,7 +263,7 @@ def test_validation_rows_are_of_documents_that_training_never_sees(built):
             stated["validation_rows"] == n and stated["validation_dropped_tokens"] == len(stream) - n * T - 1
         )
     seen = {document[1] for position in range(d.n_rows) for document in d.documents(position)}
-    assert seen and not any(held_out(id) for id in seen)
+    assert seen and not any(for_validation(id) for id in seen)
 
 
 def test_chunks_split_the_order_at_steps_and_state_their_sources(built):
@@ -420,8 +420,8 @@ def test_ids_that_come_twice_are_made_unique_counted_and_named(tmp_path, capsys)
     expected = ["x", "y", "x#3", "x#2", "x#4", "y#2", "z", "x#2#2", *map(str, range(40))]
     found = [d.document("s", n) for n in range(48)]
     assert [document["id"] for document in found] == expected
-    # copies are held out together, by the id that they came with
-    assert [document["validation"] for document in found] == [held_out(id, 0.3) for id in ids]
+    # copies are for validation together, by the id that they came with
+    assert [document["validation"] for document in found] == [for_validation(id, 0.3) for id in ids]
     assert d.manifest["sources"]["s"]["duplicate_ids"] == 4
     assert "4 documents have an id that an earlier document has; they are called x#3, x#4, y#2, x#2#2" in (
         capsys.readouterr().out
@@ -454,7 +454,7 @@ def test_a_document_that_the_tokenizer_refuses_is_bad_and_does_not_end_the_build
     )
 
 
-# ---- held out inside documents ----------------------------------------------------------------------------
+# ---- documents that are split inside ----------------------------------------------------------------------
 
 
 def one_source(folder: Path, *texts: str, **changes) -> Config:
@@ -467,19 +467,22 @@ def one_source(folder: Path, *texts: str, **changes) -> Config:
     return replace(config, data=replace(config.data, sources=(source,)))
 
 
-def test_one_text_file_is_split_inside_with_a_gap_between_training_and_held_out_text(tmp_path, capsys):
+def test_one_text_file_is_split_inside_with_a_gap_between_training_and_validation_text(tmp_path, capsys):
     text = " ".join(f"word{i}é" for i in range(900))
     d = Dataset(data.build(one_source(tmp_path, text, validation_fraction=0.05)))
     train, held = d.document("books", 0), d.document("books", 1)
-    (begin, end), (begin_held, end_held) = train["characters"], held["characters"]
-    assert begin == 0 < end < begin_held < end_held == len(text) and train["id"] == held["id"] == "0.txt"
+    (begin, end), (begin_validation, end_validation) = train["characters"], held["characters"]
+    assert (
+        begin == 0 < end < begin_validation < end_validation == len(text)
+        and train["id"] == held["id"] == "0.txt"
+    )
     assert (train["validation"], held["validation"]) == (False, True)
     # the gap is about a row of T tokens, which are bytes here, from the beginning of a word to another
-    gap = text[end:begin_held]
+    gap = text[end:begin_validation]
     assert gap.startswith("word") and gap.endswith(" ") and T <= len(gap.encode()) <= T + 12
     assert held["gap_bytes"] == d.manifest["sources"]["books"]["gap_bytes"] == len(gap.encode())
-    assert len(text[begin_held:].encode()) == pytest.approx(0.05 * len(text.encode()), abs=12)
-    stream = [*text[begin_held:].encode(), 256]
+    assert len(text[begin_validation:].encode()) == pytest.approx(0.05 * len(text.encode()), abs=12)
+    stream = [*text[begin_validation:].encode(), 256]
     rows = [stream[r * T : r * T + T + 1] for r in range((len(stream) - 1) // T)]
     assert d.validation("books").tolist() == rows
     stream, (_, _, row) = [*text[:end].encode(), 256], d.locate(np.arange(d.n_rows))
@@ -492,9 +495,9 @@ def test_one_text_file_is_split_inside_with_a_gap_between_training_and_held_out_
 
 def test_a_source_of_few_documents_never_loses_half_of_them_to_validation(tmp_path):
     texts = [f"{n} " + "some words and a few more " * 40 for n in range(3)]
-    # of these ids the second is held out by its hash: a third of all text, where a tenth was asked for
+    # by its hash the second of these ids is for validation: a third of all text, where a tenth is asked for
     seed = next(
-        s for s in range(99) if [held_out(f"{n}.txt", 0.1, s) for n in range(3)] == [False, True, False]
+        s for s in range(99) if [for_validation(f"{n}.txt", 0.1, s) for n in range(3)] == [False, True, False]
     )
     config = one_source(tmp_path, *texts, validation_fraction=0.1, validation_seed=seed)
     d = Dataset(data.build(config))
@@ -505,10 +508,10 @@ def test_a_source_of_few_documents_never_loses_half_of_them_to_validation(tmp_pa
     assert stated["duplicate_ids"] == 0  # two parts of one document are not two documents
 
 
-def test_documents_too_short_to_be_split_keep_what_their_hashes_hold_out(tmp_path):
+def test_documents_too_short_to_be_split_keep_what_their_hashes_choose(tmp_path):
     texts = [f"{n} is short, so short" for n in range(6)]  # 3 rows each
     chosen = [False, True, False, False, True, False]  # a third, where a tenth was asked for
-    seed = next(s for s in range(999) if [held_out(f"{n}.txt", 0.1, s) for n in range(6)] == chosen)
+    seed = next(s for s in range(999) if [for_validation(f"{n}.txt", 0.1, s) for n in range(6)] == chosen)
     config = one_source(tmp_path, *texts, validation_fraction=0.1, validation_seed=seed, batch_size=1)
     d = Dataset(data.build(config))
     assert [d.document("books", n)["validation"] for n in range(6)] == chosen
@@ -522,7 +525,7 @@ def test_short_documents_that_are_split_do_not_lose_much_more_than_is_asked_for(
     config = one_source(
         tmp_path, *(f"{n:02d} " + "words. " * 10 for n in range(60)), validation_fraction=0.02
     )
-    seed = next(s for s in range(999) if not any(held_out(f"{n}.txt", 0.02, s) for n in range(60)))
+    seed = next(s for s in range(999) if not any(for_validation(f"{n}.txt", 0.02, s) for n in range(60)))
     config = replace(config, data=replace(config.data, validation_seed=seed))
     stated = Dataset(data.build(config)).manifest["sources"]["books"]
     assert stated["split_inside"] and stated["validation_rows"] >= 2
@@ -531,7 +534,7 @@ def test_short_documents_that_are_split_do_not_lose_much_more_than_is_asked_for(
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.45, 0.5, 0.8])
-def test_one_file_holds_out_the_fraction_that_is_asked_for_and_at_least_a_row(tmp_path, fraction):
+def test_one_file_gives_validation_the_fraction_that_is_asked_for_and_at_least_a_row(tmp_path, fraction):
     text = "word " * 300
     d = Dataset(data.build(one_source(tmp_path, text, validation_fraction=fraction)))
     held = d.manifest["sources"]["books"]["validation_bytes"]
@@ -548,7 +551,7 @@ def test_only_some_documents_of_many_are_split_inside(tmp_path):
 
 def test_documents_too_short_to_be_split_are_all_trained_on_and_a_note_says_so(tmp_path, capsys):
     texts = [f"{n}" * 11 for n in range(9)]
-    seed = next(s for s in range(999) if not any(held_out(f"{n}.txt", 0.2, s) for n in range(9)))
+    seed = next(s for s in range(999) if not any(for_validation(f"{n}.txt", 0.2, s) for n in range(9)))
     d = Dataset(data.build(one_source(tmp_path, *texts, validation_seed=seed, batch_size=1)))
     assert d.validation("books").shape == (0, T + 1) and d.manifest["sources"]["books"]["documents"] == 9
     assert "source 'books' has no validation rows" in capsys.readouterr().out
@@ -571,7 +574,7 @@ def test_a_flipped_byte_in_a_list_of_documents_or_the_tokenizer_is_found_when_it
 
 
 def test_a_file_that_two_sources_read_from_other_roots_is_one_document(tmp_path):
-    """Else it could be held out of one source and trained on in the other."""
+    """Otherwise it could be for validation in one source and trained on in the other."""
     config = make(tmp_path, validation_fraction=0.3)
     (tmp_path / "all" / "part").mkdir(parents=True)
     for n in range(50):
@@ -599,7 +602,7 @@ def test_ids_beyond_two_bytes_are_stored_in_four(tmp_path):
     assert Path(d.folder / "chunks/000.bin").stat().st_size == d.manifest["chunks"][0]["rows"] * (T + 1) * 4
 
 
-def test_a_file_in_two_sources_is_held_out_in_both_or_neither(tmp_path):
+def test_a_file_in_two_sources_is_for_validation_in_both_or_neither(tmp_path):
     config = make(tmp_path, validation_fraction=0.3)
     for i in range(40):
         (tmp_path / f"m{i}.py").write_text(f'"""Words of module {i}."""\n\nx = {i}\n')
@@ -610,7 +613,7 @@ def test_a_file_in_two_sources_is_held_out_in_both_or_neither(tmp_path):
     assert split[0] == split[1] and 3 < sum(split[0]) < 25
 
 
-def test_a_fraction_of_zero_holds_out_nothing(tmp_path):
+def test_a_fraction_of_zero_gives_no_validation_rows(tmp_path):
     d = Dataset(data.build(make(tmp_path, validation_fraction=0.0)))
     assert d.validation("a").shape == (0, T + 1) and d.manifest["sources"]["a"]["documents"] == 97
 
