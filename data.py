@@ -66,7 +66,7 @@ def build(config: Config) -> Path:
             print(f"{folder} is already built")
             return folder
 
-        # Otherwise build it aside. However that ends, nothing half-built keeps the final name.
+        # Otherwise it is built in another folder, which is removed if anything goes wrong.
         lock = claim(partial)
         try:
             manifest = write(config, partial, tok, shared, inputs)
@@ -285,7 +285,7 @@ def write(
         "file_bytes": {name: files[name].stat().st_size for name in sorted(files)},
     }
 
-    # What is on disk must be there before the folder gets its final name.
+    # Everything must be on the disk itself before the folder gets its final name.
     (folder / "inputs.json").write_text(json.dumps({"format": 1, "sources": inputs}))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.rglob("*"), folder]:

@@ -221,13 +221,13 @@ def encode_source(
     some = count["validation_tokens"] > seq_len  # at least a row
     fair = some and count["documents"] and fraction / 4 <= share <= max(0.2, 2 * fraction)
 
-    # If not, split documents inside: as many as are needed, each gives at least a row.
+    # If not, split documents inside, as many as are needed: each gives at least a row.
     if fraction and not fair and not count["shared_documents"]:
         n_documents = count["documents"] + count["validation_documents"]
         rows = max(SPLIT_ROWS, fraction * n_tokens / seq_len)
         usable = some and count["documents"]
         count = encode(split_share=min(1.0, rows / max(1, n_documents)))
-        # Where all documents are too short to be split, an unfair choice is better than none.
+        # If all documents are too short to be split, an unfair choice is better than none.
         if count["validation_tokens"] <= seq_len and usable:
             count = encode(split_share=0.0)
 
