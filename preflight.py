@@ -27,8 +27,9 @@ import steps
 import tokenizer as tokenizers
 from config import Config, ConfigError
 from configurator import say
-from dataset import Dataset, differences
+from dataset import Dataset
 from formats.families import model_config
+from manifest import differences
 from parallel import bare
 from run_folder import Checkpoint
 

@@ -60,8 +60,8 @@ def write_dataset(folder: Path, gb: float) -> int:
     """As much of a dataset folder as a chunk needs in order to be opened. Returns the chunk's bytes."""
     import numpy as np
 
-    import dataset
     import files
+    import manifest
 
     rows = round(gb * 1e9 / (2 * (LENGTH + 1)))
     (folder / "chunks").mkdir(parents=True)
@@ -74,7 +74,7 @@ def write_dataset(folder: Path, gb: float) -> int:
     about |= {"files": {"chunks/000.bin": files.sha256(path)}, "sources": {}, "stages": []}
     about |= {"file_bytes": {"chunks/000.bin": path.stat().st_size}}
     about |= {"chunks": [{"file": "chunks/000.bin", "first": 0, "rows": rows}]}
-    files.write_json(folder / "manifest.json", {**dict.fromkeys(dataset.KEYS, 0), **about})
+    files.write_json(folder / "manifest.json", {**dict.fromkeys(manifest.KEYS, 0), **about})
     return path.stat().st_size
 
 

@@ -13,7 +13,7 @@ import cost
 import memory
 import optim
 import steps as steps_module
-from dataset import settings
+from manifest import settings
 from model import Transformer
 
 NAMES = config_names()

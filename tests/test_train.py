@@ -23,7 +23,8 @@ import parallel
 import run_folder
 import train
 from config import ConfigError
-from dataset import Dataset, differences
+from dataset import Dataset
+from manifest import differences
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe
 
 def test_loss_gradient_norm_rate_and_speed_are_those_worked_out_by_hand(recipe, whole):
     cfg = load(recipe, whole)
-    batch = torch.from_numpy(Dataset(cfg.dataset).batch(0, 6))
+    batch = torch.from_numpy(Dataset(cfg.dataset).rows(0, 6))
     net = checkpoint.load_model(whole / "checkpoints" / "step-00000000").requires_grad_(True)
     loss = F.cross_entropy(net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())  # one mean over 6 x 24
     loss.backward()
@@ -351,7 +352,7 @@ def test_a_document_mask_in_training_is_that_of_the_tokenizers_end_of_text(recip
     net = checkpoint.load_model(tmp_path / "run" / "checkpoints" / "step-00000000")
     assert net.eot == dataset.manifest["eot"]
     nats = 0.0
-    for row in torch.from_numpy(dataset.batch(0, 6)):  # each document of each row alone
+    for row in torch.from_numpy(dataset.rows(0, 6)):  # each document of each row alone
         inputs, targets = row[:-1], row[1:]
         ends = [0, *(i + 1 for i, token in enumerate(inputs.tolist()) if token == net.eot), 24]
         for first, end in itertools.pairwise(ends):
