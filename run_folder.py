@@ -185,3 +185,19 @@ def set_aside(run: Path | str, after: int, incident: int) -> None:
             target = c.path.with_name(f"incident-{incident}-{c.path.name}")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(c.path, target)
+
+
+def listed(run: Path | str) -> tuple[list[Checkpoint], list[str]]:
+    """The usable checkpoints of a run, ascending, and a sentence about each other one. Raises no error."""
+    good, problems = [], []
+    for path in sorted((Path(run) / "checkpoints").glob("step-*")):
+        try:
+            c = read(path, step_number(path.name))
+            usable = "chunk" in c.state and "files" in c.state
+        except (ValueError, RecursionError):  # a ConfigError, a name without a number, or too deep JSON
+            usable = False
+        if usable:
+            good.append(c)
+        else:
+            problems.append(f"checkpoints/{path.name} has no usable state.json: incomplete, ignored.")
+    return sorted(good, key=lambda c: c.step), problems
