@@ -16,7 +16,6 @@ every kind of line in evals.jsonl gets a place in `evaluations`:
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,6 @@ NAMED_COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second
 MOST_COLUMNS = 60  # of all others; each can become a figure, so that 60 make a page of about 3 MB
 # Fields that name what a line of evals.jsonl is about: a task, a source of text, a domain.
 NAMING_FIELDS = ("name", "task", "source", "domain", "suite", "split")
-DEEPEST = 4  # levels of objects inside one another in which numbers are looked for
 BY_POSITION = "first-k+l-greedy-1"  # memorize.py's first protocol: "seen" followed a row's position only
 
 
@@ -99,15 +97,6 @@ def fits(value: object, kind: type | list) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) < 1e30  # neither nan nor what a figure cannot scale
     return type(value) is kind and (kind is not int or 0 <= value < 2**53)
-
-
-def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a record but its step, also in objects inside it: {"a": {"b": 1.5}} -> ("a/b", 1.5)."""
-    for key, value in record.items():
-        if isinstance(value, dict) and prefix.count("/") < DEEPEST:
-            yield from numbers(value, f"{prefix}{key}/")
-        elif type(value) in (int, float) and prefix + key != "step":
-            yield prefix + key, value
 
 
 def read_json(path: Path) -> dict:
@@ -191,7 +180,7 @@ def load_metrics(run: Run) -> None:
     run.metrics["step"][:] = steps
     left_out = set()
     for i, step in enumerate(steps):
-        for name, value in numbers(by_step[step]):
+        for name, value in files.numbers(by_step[step]):
             if not fits(value, float):
                 continue
             if name not in run.metrics:
@@ -257,7 +246,7 @@ def load_evaluations(run: Run) -> None:
 def measured(line: dict) -> dict[str, float]:
     """The numbers in a line of evals.jsonl, without those that say how it was made."""
     about = {key: line[key] for key in line if key not in ("format", "seconds", "time", "inputs")}
-    return {name: value for name, value in numbers(about) if fits(value, float)}
+    return {name: value for name, value in files.numbers(about) if fits(value, float)}
 
 
 def named(line: dict) -> str:

@@ -86,7 +86,7 @@ def test_every_number_of_a_record_is_sent_and_nothing_else():
         "none": None,
         "norms": {"a": {"b": 1}},
     }
-    assert dict(mirror.numbers(record)) == {"loss": 2.5, "chunk": 7, "norms/a/b": 1}
+    assert dict(files.numbers(record)) == {"loss": 2.5, "chunk": 7, "norms/a/b": 1}
 
 
 def test_a_step_that_stands_twice_counts_once_and_the_later_line_is_it(run):

@@ -58,8 +58,8 @@ def fake_run(folder, n_chunks=12, steps_per_chunk=45, n_rows=40, checkpoints=Non
         chunk = {"file": f"chunks/{i:03d}.bin", "first": i * rows, "rows": rows, "tokens": rows * T}
         chunks.append(chunk | {"sources": parts})
     sizes = {s: sum(c["sources"][s]["tokens"] for c in chunks) for s in sources}
-    held_out = {"validation_documents": 21, "validation_tokens": 51234, "validation_bytes": 170212}
-    held_out |= {"validation_rows": 200, "validation_dropped_tokens": 33}
+    validation = {"validation_documents": 21, "validation_tokens": 51234, "validation_bytes": 170212}
+    validation |= {"validation_rows": 200, "validation_dropped_tokens": 33}
     bad = {"bad": {"not UTF-8": 1}, "bad_examples": ["lib2/x.py:1: not UTF-8"]}
     stage = {"name": "main", "repeats": 1, "tokens": sum(sizes.values()), "rows": total * B}
     stage |= {"dropped_tokens": 77, "first_position": 0}
@@ -68,7 +68,7 @@ def fake_run(folder, n_chunks=12, steps_per_chunk=45, n_rows=40, checkpoints=Non
     manifest |= {"vocab_size": 2048, "eot": 2047, "tokenizer": {"file": "tokenizer.json", "sha256": SHA}}
     manifest |= {"seed": 1234, "order": "feistel-1", "row_multiple": B, "settings": {}}
     manifest["sources"] = {
-        s: {"files": 611, "documents": 590, "tokens": n, "bytes": int(n * 3.42)} | held_out | bad
+        s: {"files": 611, "documents": 590, "tokens": n, "bytes": int(n * 3.42)} | validation | bad
         for s, n in sizes.items()
     }
     manifest |= {"stages": [stage], "rows": total * B, "chunks": chunks}
@@ -290,19 +290,19 @@ def test_a_run_of_which_only_the_config_is_left_makes_a_page(original, tmp_path)
     Tags(page)
 
 
-def test_a_run_of_one_source_that_holds_nothing_out_says_so_and_draws_no_control(tmp_path):
+def test_a_run_of_one_source_that_holds_nothing_out_says_so_and_draws_no_validation_rows(tmp_path):
     folder = fake_run(tmp_path, n_chunks=1, steps_per_chunk=3, n_rows=2, sources=("story",))
     manifest = json.loads((folder / "dataset.json").read_text())
     manifest["sources"]["story"]["validation_rows"] = 0
     (folder / "dataset.json").write_text(json.dumps(manifest))
     (folder / "evals.jsonl").unlink()
     for path in (folder / "memorization").iterdir():
-        path.write_text(path.read_text().splitlines()[0] + "\n")  # of chunk 0, without the held-out rows
+        path.write_text(path.read_text().splitlines()[0] + "\n")  # of chunk 0, without the validation rows
     page, words = page_of(folder), words_of(page_of(folder))
-    assert "No text is held out, so there is no loss on held-out text." in words
-    assert "No text is held out, so there is no control." in words and "outlined" not in words
+    assert "No text is held out, so there is no loss on validation text." in words
+    assert "No text is held out, so there are no validation rows" in words and "outlined" not in words
     assert "python eval.py" not in words  # it would measure nothing
-    assert "held-out" not in "".join(re.findall("<svg.*?</svg>", page, re.S))
+    assert "validation" not in "".join(re.findall("<svg.*?</svg>", page, re.S))
 
 
 def test_a_source_that_holds_nothing_out_is_named_beside_those_that_do(small):
@@ -370,6 +370,7 @@ def test_a_line_cut_off_by_a_kill_is_ignored_and_named(small):
 def test_a_checkpoint_without_state_is_ignored_and_steps_are_numbers(small):
     (small / "checkpoints/step-00000099").mkdir()
     state = json.loads((small / "checkpoints/step-00000024/state.json").read_text())
+    state["step"] = 100000000
     (small / "checkpoints/step-100000000").mkdir()
     (small / "checkpoints/step-100000000/state.json").write_text(json.dumps(state))
     assert "checkpoints/step-00000099 has no usable state.json" in notes_of(small)
@@ -553,7 +554,7 @@ def test_common_rows_equal_a_worked_example(small):
 def test_rows_are_counted_by_whether_they_were_seen(small):
     lines = map(json.loads, (small / "memorization/step-00000016.jsonl").read_text().splitlines())
     lines, run = {line["chunk"]: line["matches"] for line in lines}, results.load(small)
-    assert run.controls() == ["validation:code", "validation:docs"]
+    assert run.validation_kinds() == ["validation:code", "validation:docs"]
     assert run.matches(16, "seen").tolist() == lines[0] + lines[1]
     assert run.matches(16, "unseen").tolist() == lines[2]
     assert run.matches(16, "validation:docs").tolist() == lines["validation:docs"]
