@@ -97,7 +97,7 @@ def latest(records: list[dict]) -> list[dict]:
 def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers in a record but its step, also in objects inside it: {"a": {"b": 1.5}} -> ("a/b", 1.5)."""
     for key, value in record.items():
-        # not deeper, as a stranger's record may be nested a thousand times
+        # No deeper: a stranger's record can be nested a thousand times.
         if isinstance(value, dict) and prefix.count("/") < 4:
             yield from numbers(value, f"{prefix}{key}/")
         elif type(value) in (int, float) and prefix + key != "step":

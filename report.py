@@ -220,7 +220,8 @@ def other_metrics(run: Run, raw: str) -> str:
             constant.append(f"{one_line(column)} ({short(known[0])})")
         else:
             panels[file_name(panels, "metric", column)] = figures.draw_column(run, column, from_zero=False)
-    caption = f"<b>Other metrics of training:</b> {raw}."
+    caption = f"""<b>Other metrics of training:</b> {raw}. A vertical axis begins at 0, except where
+all values are close together."""
     if constant:
         caption += f" Without a figure, because they never vary: {escape(', '.join(constant))}."
     return captioned(run, panels, caption)

@@ -399,6 +399,80 @@ def test_losses_that_are_not_finite_are_counted_not_drawn(small):
     assert "2 steps without a finite loss" in words_of(report.part_training(results.load(small)))
 
 
+def add_lines(path, lines):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def test_a_new_metric_and_a_new_kind_of_evaluation_reach_the_page_by_themselves(small):
+    lines = [json.loads(line) for line in (small / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"weight_norm": 100 + line["step"], "norms": {"layers.0": line["step"] / 7}, "constant": 5}
+    lines[3] |= {"skipped": True}  # says that a step moved nothing: no metric
+    (small / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = []
+    for step in (0, 8, 16, 24):
+        for task in ("copy", "add"):
+            line = {"kind": "task", "task": task, "checkpoint": f"step-{step:08d}", "step": step, "items": 50}
+            tasks.append(
+                line | {"accuracy": (step + len(task)) / 99, "seconds": step, "inputs": {"shots": 5}}
+            )
+    again = {"kind": "task", "task": "copy", "step": 24, "accuracy": 0.875}
+    once = {"kind": "toxicity", "step": 24, "rate": 0.0625}
+    add_lines(small / "evals.jsonl", [*tasks, again, once])
+
+    run = results.load(small)
+    assert run.metrics["weight_norm"].tolist() == list(range(101, 125)) and "skipped" not in run.metrics
+    assert run.evaluations["task"]["copy"][24] == {"accuracy": 0.875} and not run.notes
+    assert run.evaluations["toxicity"] == {"toxicity": {24: {"rate": 0.0625}}}
+
+    page = page_of(small)
+    names = {path.stem for path in (small / "figures").iterdir()}
+    assert {"metric_weight_norm", "metric_norms_layers_0", "eval_task_accuracy"} <= names
+    # what never varies, the clock, counters, and what is measured once have no figure
+    assert len(names) == 11 + 3
+    for title in ("weight_norm", "norms/layers.0", "accuracy", "copy  0.875", "add  0.273"):
+        assert f">{title}</text>" in page or f">{title.replace('  ', ' ')}</text>" in page, title
+    words = words_of(page)
+    assert "because they never vary" in words and "constant (5)" in words
+    assert "Table: every result of task" in words and "toxicity 24 0.0625" in words
+    Tags(page)
+
+
+def test_absurd_names_and_thousands_of_columns_and_kinds_do_not_break_the_page(small):
+    lines = [json.loads(line) for line in (small / "metrics.jsonl").read_text().splitlines()]
+    nested = deep = {}
+    for _ in range(300):
+        deep["deep"] = deep = {"x": 1}
+    odd = ["", EVIL, "\ud800", "x" * 10000, "a\nb", "../../etc/passwd", "A", "a", "a!", "$\\frac{1", "loss/"]
+    for line in lines:
+        n = line["step"]
+        line |= {name: n + i for i, name in enumerate(odd)} | {"nested": nested}
+        line |= {"huge": 1e29 * (n % 2), "beyond": 1e300, "below": -n, "digits": 10**400}
+        line |= {f"column {i}": n * i for i in range(3000)}
+    (small / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evals = []
+    for step in (8, 24):
+        fields = {f"{odd[j % len(odd)]}{j}": -step * j for j in range(30)} | {"huge": 1e29, "nan": math.nan}
+        for i, name in enumerate(odd * 20):
+            evals.append({"kind": "tasks" + EVIL, "task": f"{name}{i}", "step": step} | fields)
+        evals += [{"kind": f"kind {i}", "step": step, "value": step, "note": EVIL} for i in range(3000)]
+    add_lines(small / "evals.jsonl", [*evals, {"kind": "nothing", "step": 1}, {"kind": "loss", "step": 1}])
+
+    page = page_of(small)
+    found = Tags(page)
+    assert not found.tags & {"script", "img"} and not [n for n, _ in found.attributes if n.startswith("on")]
+    assert len(found.ids) == len(set(found.ids)) and len(page) < 10e6
+    for path in (small / "figures").iterdir():
+        assert re.fullmatch("[a-z0-9_]+.svg", path.name) and len(path.name) < 120
+    words = words_of(page)
+    # Three columns of fake_run, the odd names, three levels of x, huge and below, and the many.
+    n_columns = 3 + len(odd) + 3 + 2 + 3000
+    assert f"{n_columns - 60:,} columns left out; beside the usual ones, the first 60" in words
+    assert "2,993 of 3,001 kinds are left out." in words and "23 of 31 fields are left out." in words
+    assert "208 of 220 curves are left out." in words and "evals.jsonl: 2 lines without a result" in words
+
+
 EVIL = '</td><script>alert(1)</script><img src=x onerror="alert(2)">&$x_1$\u202e\x07'
 
 
