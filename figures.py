@@ -97,6 +97,7 @@ def svg(figure: Figure, name: str, title: str) -> tuple[str, str]:
     body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body, flags=re.S)
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body)  # ids are the whole page's
     body = re.sub(r'font: ([\d.]+)px [^;"]*', r"font-size: \1px", body)
+    body = body.replace(f"fill: {PAPER}", "fill: none", 1)  # no sheet of paper: the page is one
     for variable, (light, _) in COLOURS.items():
         body = body.replace(light, f"var(--{variable})")
     wide = ' class="wide"' * (float(width) > 300)

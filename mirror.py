@@ -144,7 +144,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
                 break
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        print("stopped; the training goes on")
+        print("stopped; the training continues")
     finally:
         if target:
             target.close()

@@ -101,12 +101,6 @@ def folded(title: str, body: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{body}</details>" if title and body else body
 
 
-def evenly(items: list, n: int) -> list:
-    """n items, evenly spaced, the first and the last included; all where there are fewer."""
-    places = np.linspace(0, len(items) - 1, min(n, len(items)))
-    return [items[i] for i in places.round().astype(int)]
-
-
 # ---- the parts of the page: "" where nothing is recorded --------------------------------------------------
 
 
@@ -303,8 +297,10 @@ def part_memorization(run: Run) -> str:
     if not run.scores:
         return ""
     l, steps, validation = run.l, list(run.scores), run.validation_kinds()
-    some = evenly(steps, 10) if len(steps) > figures.SHADES else steps
-    which = f"Drawn: {len(some)} of {len(steps):,} checkpoints, evenly spaced." * (len(some) < len(steps))
+    some, which = steps, ""
+    if len(steps) > figures.SHADES:
+        some = [steps[i] for i in np.linspace(0, len(steps) - 1, 10).round().astype(int)]
+        which = f"Drawn: {len(some)} of {len(steps):,} checkpoints, evenly spaced."
 
     # Mean scores of every kind of row over all checkpoints, as curves and as a table.
     kinds = {"seen": ("seen training", INK, SOLID), "unseen": ("unseen training", MUTED, DASHED)}

@@ -131,7 +131,7 @@ def test_ctrl_c_ends_following_and_what_was_sent_stays(run, monkeypatch, capsys)
     put(run, (1, 5.0))
     monkeypatch.setattr(time, "sleep", interrupt)
     assert hear(run, follow=True) == (1, [[0, [(1, 5.0)]]])
-    assert "training goes on" in capsys.readouterr().out
+    assert "training continues" in capsys.readouterr().out
 
 
 def test_help_answers_at_once_and_without_torch_or_either_package():
