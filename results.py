@@ -112,6 +112,7 @@ def read_lines(run: Run, name: str, fields: dict) -> list[dict]:
     """The objects in a .jsonl file whose `fields` are of their kinds; a note counts the lines left out."""
     path = run.folder / name
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    # Good lines as objects; of bad ones, their numbers.
     good, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -175,6 +176,7 @@ def load_metrics(run: Run) -> None:
         again = plural(len(lines) - len(by_step), "step")
         run.note(f"metrics.jsonl: {again} recorded twice, as after a resume; the later line counts.")
 
+    # Column by column, as they first appear; a stranger's run may have any number of them.
     steps = sorted(by_step)
     run.metrics = {name: np.full(len(steps), np.nan) for name in NAMED_COLUMNS}
     run.metrics["step"][:] = steps
@@ -212,6 +214,7 @@ def load_checkpoints(run: Run) -> None:
 
 def load_evaluations(run: Run) -> None:
     """Fills run.losses and run.evaluations. Where something was measured again, the last line counts."""
+    # The validation loss by source, everything else by kind and name.
     empty = 0
     for line in read_lines(run, "evals.jsonl", {"kind": str, "step": int}):
         if line["kind"] == "loss":
@@ -263,6 +266,8 @@ def load_scores(run: Run) -> None:
     """
     fields = {"step": int, "prompt_tokens": int, "continuation_tokens": int}
     fields |= {"rows": [int], "matches": [int], "seen": [bool]}
+
+    # Every line by its k and l, then by checkpoint and chunk: a later line replaces an earlier one.
     found: dict[tuple[int, int], dict] = {}
     for path in sorted(run.folder.glob("memorization/*.jsonl")):
         for line in read_lines(run, f"memorization/{path.name}", fields):
