@@ -69,6 +69,22 @@ def incomplete(run: Path | str, after: int) -> list[str]:
     return sorted(p.name for p in folders(run) if p not in complete and step_number(p.name) > after)
 
 
+def listed(run: Path | str) -> tuple[list[Checkpoint], list[str]]:
+    """The usable checkpoints of a run, ascending, and a sentence about each other one. Raises no error."""
+    good, problems = [], []
+    for path in sorted((Path(run) / "checkpoints").glob("step-*")):
+        try:
+            c = read(path, step_number(path.name))
+            usable = "chunk" in c.state and "files" in c.state
+        except (ValueError, RecursionError):  # a ConfigError, a name without a number, or too deep JSON
+            usable = False
+        if usable:
+            good.append(c)
+        else:
+            problems.append(f"checkpoints/{path.name} has no usable state.json: incomplete, ignored.")
+    return sorted(good, key=lambda c: c.step), problems
+
+
 def chosen(run: Path | str, steps: Iterable[int] = ()) -> list[Checkpoint]:
     """The complete checkpoints of a run, ascending: all, or those of `steps`. ConfigError if none."""
     found = {c.step: c for c in checkpoints(run)}

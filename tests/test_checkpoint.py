@@ -533,7 +533,8 @@ def test_the_page_says_which_results_are_of_files_that_nobody_compared(cut, monk
         code, _, errors = run_main(monkeypatch, capsys, evaluation, cut, "--no-verify")
         assert not code, errors
     notes = " ".join(text for text, _ in results.load(cut).notes)
-    assert "held-out loss of step 0" in notes and "memorization of step 0" in notes and "--no-verify" in notes
+    assert "validation loss of step 0" in notes and "memorization of step 0" in notes
+    assert "--no-verify" in notes
     code, _, errors = run_main(monkeypatch, capsys, evaluation, cut)
     assert not code, errors
     assert "--no-verify" not in " ".join(text for text, _ in results.load(cut).notes)

@@ -594,7 +594,7 @@ def test_one_source_of_one_document_of_which_nothing_is_held_out(tmp_path, monke
     page = report.write(cfg.run).read_text()
     assert "could not be shown" not in page and "No text is held out, so there is no loss" in page
     figures = re.findall("<svg.*?</svg>", page, re.S)
-    assert len(figures) >= 7 and "held-out" not in "".join(figures)
+    assert len(figures) >= 7 and "validation" not in "".join(figures)
 
 
 def test_a_source_without_held_out_rows_is_an_error_that_says_what_to_raise(run):
