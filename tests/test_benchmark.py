@@ -11,19 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 import config
 import cost
 import hardware
 import memory
 import parallel
+import preflight
 import train
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+def run(*arguments: object, processes: int = 1, script: str = "benchmark.py") -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / "train.py", *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
 
@@ -31,7 +33,7 @@ def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, processes):
     file = tmp_path / "figures.json"
-    asked = ("--train.batch_size=12", "--dataset=/nowhere", f"--run={tmp_path / 'run'}", "--benchmark", "4")
+    asked = ("--train.batch_size=12", "--dataset=/nowhere", f"--run={tmp_path / 'run'}", "--steps", "4")
     result = run(recipe, *asked, f"--json={file}", processes=processes)
     assert result.returncode == 0, result.stderr[-2000:]
     about = json.loads(file.read_text())
@@ -49,12 +51,14 @@ def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, pr
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--benchmark"], "--benchmark needs a value"),
-        (["--benchmark", "0"], "at least 1"),
-        (["--benchmark=many"], "whole number"),
-        (["--profile=3"], "takes no value"),
-        (["--benchmark", "2", "--train.batch_size=7"], "does not divide"),
-        (["--benchmark", "2", "--parallel.tp=2"], "do not divide by parallel.tp=2"),
+        ([], "say how many steps: --steps 30"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps=many"], "whole number"),
+        (["--anyway=3"], "takes no value"),
+        (["--steps", "2", "--train.batch_size=7"], "does not divide"),
+        (["--steps", "2", "--parallel.tp=2"], "do not divide by parallel.tp=2"),
+        (["--steps", "2", "--json=/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )
 def test_wrong_flags_are_one_message(recipe, flags, message):
@@ -64,7 +68,7 @@ def test_wrong_flags_are_one_message(recipe, flags, message):
 
 def test_what_does_not_fit_is_refused_in_a_moment_before_any_memory_is_touched(tmp_path):
     began = time.perf_counter()
-    result = run("7b", "--train.device=cpu", "--benchmark", "1", f"--run={tmp_path / 'run'}")
+    result = run("7b", "--train.device=cpu", "--steps", "1", f"--run={tmp_path / 'run'}")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "this does not fit" in result.stderr and "--anyway tries all the same" in result.stderr
     assert time.perf_counter() - began < 15 and not (tmp_path / "run").exists()  # two seconds, if nobody else
@@ -76,11 +80,11 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
     wide = config.load(str(recipe), wide)
     need = memory.total(memory.peak(cfg, 1, False))
     monkeypatch.setattr(hardware, "machine_memory", lambda: need / hardware.USABLE_ON_CPU)
-    train.main(cfg, {"--benchmark": "1"})  # it fits to the byte
+    benchmark.main(cfg, {"--steps": "1"})  # it fits to the byte
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and where two processes share the machine it does not
-    for flags in ({}, {"--benchmark": "1"}):
+    for main, flags in ((train.main, {}), (benchmark.main, {"--steps": "1"})):
         with pytest.raises(SystemExit) as ended:
-            train.main(cfg, flags)
+            main(cfg, flags)
         assert ended.value.code == 2 and "this does not fit: 0.0 GiB" in capsys.readouterr().err
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(SystemExit):
@@ -88,7 +92,7 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
     (change,) = memory.smallest_change(wide, 1, "cpu")
     assert f"it would with {change}. --anyway" in capsys.readouterr().err
     assert not (tmp_path / "wide").exists()
-    train.main(wide, {"--anyway": "", "--benchmark": "1"})
+    benchmark.main(wide, {"--anyway": "", "--steps": "1"})
     assert "note     --anyway: this does not fit" in capsys.readouterr().out
 
 
@@ -96,15 +100,15 @@ def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
     monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
     about = types.SimpleNamespace(total_memory=hardware.GPUS["rtx-4090"].memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-    train.check_room(config.load("demo"), anyway=False)
+    preflight.check_memory(config.load("demo"), anyway=False)
     with pytest.raises(config.ConfigError) as refused:
-        train.check_room(config.load("7b"), anyway=False)
+        preflight.check_memory(config.load("7b"), anyway=False)
     with pytest.raises(config.ConfigError) as planned:
         memory.check(config.load("7b"), 1, "rtx-4090")
     assert "--train.micro_batch_size=5 --gpus=8" in str(planned.value)
     said = str(planned.value).replace(" --gpus=8", " on 8 GPUs") + ". --anyway tries all the same"
     assert str(refused.value) == said
-    train.check_room(config.load("7b"), anyway=True)
+    preflight.check_memory(config.load("7b"), anyway=True)
     assert capsys.readouterr().out.startswith("note     --anyway: this does not fit")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import config
 import cost
+import incidents
 import memorize
 import memory
 import optim
@@ -150,7 +151,7 @@ def after_an_incident(key: str, choice: str, get) -> tuple:
         faults = Faults(patch, Dataset(cfg.dataset), {3 * B: math.nan}, times=1)
         try:
             train.train(cfg)
-        except train.Stopped:
+        except incidents.Stopped:
             end = "stopped"
     return [batch[0] for batch in faults.seen], end
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import conftest
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ EVERYTHING = {**PUBLISHED, **OWN}
 def saved(net: Transformer, run) -> object:
     """A checkpoint's folder."""
     state = {"step": 3, "rows": 6, "tokens": 9, "chunk": -1, "eot": 5}
-    return checkpoint.save(run, net, optim.adamw(net, Optim()), state, {})
+    return conftest.save(run, net, [optim.adamw(net, Optim())], state)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

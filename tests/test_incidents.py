@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learner import Learner
 
 import checkpoint
 import config
 import files
 import incidents
+import optim
 import run_folder
 import steps
 import train
@@ -49,25 +49,25 @@ class Faults:
         everything = dataset.rows(0, dataset.n_rows)
         self.position = {row.tobytes(): i for i, row in enumerate(everything)}
         assert len(self.position) == dataset.n_rows  # no two rows alike
-        self.seen, self.times, plain, update = [], times, Learner.gradients, Learner.update
+        self.seen, self.times, plain, update = [], times, train.forward_backward, optim.update
 
-        def gradients(learner, batch, n_tokens):
-            nats = plain(learner, batch, n_tokens)
-            self.batch = [self.position[row.numpy().tobytes()] for row in batch]
+        def forward_backward(model, rows, *arguments):
+            sums = plain(model, rows, *arguments)
+            self.batch = [self.position[row.numpy().tobytes()] for row in rows]
             factor = max((bad[p] for p in self.batch if p in bad), default=1.0, key=abs)
             if factor != 1.0 and self.times > 0:
                 self.times -= 1
-                for p in learner.model.parameters():
+                for p in model.parameters():
                     p.grad.mul_(factor)
-                nats = nats * factor
-            return nats
+                sums["loss"] = sums["loss"] * factor
+            return sums
 
-        def updated(learner, *arguments):
+        def updated(*arguments):
             self.seen.append(self.batch)
-            update(learner, *arguments)
+            update(*arguments)
 
-        monkeypatch.setattr(Learner, "gradients", gradients)
-        monkeypatch.setattr(Learner, "update", updated)
+        monkeypatch.setattr(train, "forward_backward", forward_backward)
+        monkeypatch.setattr(optim, "update", updated)
 
 
 # ---- what is an incident ----------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_stop_says_where_and_leaves_the_last_checkpoint(recipe, tmp_path, monkey
     dataset = Dataset(cfg.dataset)
     Faults(monkeypatch, dataset, {10 * B + 2: math.nan})
     with pytest.raises(
-        train.Stopped, match=r"loss nan .* after step 10: chunk \d, rows 60 to 65, .*--replay 10"
+        incidents.Stopped, match=r"loss nan .* after step 10: chunk \d, rows 60 to 65, .*--replay 10"
     ):
         train.train(cfg)
     (record,) = ledger(tmp_path / "run", "nonfinite")
@@ -140,7 +140,7 @@ def test_a_rollback_to_the_very_start_forgets_the_moments_too(recipe, tmp_path, 
     fresh = load(recipe, tmp_path / "fresh", "--train.steps=1")
     dataset = Dataset(cfg.dataset)
     Faults(monkeypatch, dataset, {3 * B: math.nan})
-    with pytest.raises(train.Stopped):  # nothing is left to train on without those 40 batches
+    with pytest.raises(incidents.Stopped):  # nothing is left to train on without those 40 batches
         train.train(
             load(recipe, tmp_path / "none", "--train.on_incident=rollback", "--train.rollback_skip=60")
         )
@@ -179,7 +179,7 @@ def test_defer_trains_the_rest_of_the_chunk_at_the_end(recipe, tmp_path, monkeyp
         assert not steps.trained(middle.state, np.array(rest)).any()
         assert not (run / ".processes").glob("*.json") or not list((run / ".processes").glob("*.json"))
     else:  # it is bad there too, and nothing is left to be trained on before it
-        with pytest.raises(train.Stopped, match="nan"):
+        with pytest.raises(incidents.Stopped, match="nan"):
             train.train(cfg)
         actions = [record["action"] for record in ledger(run, "nonfinite")]
         assert actions == ["defer", "stop"]
@@ -243,7 +243,7 @@ def test_a_spike_is_found_by_its_gradient_norm_and_skipped(recipe, tmp_path, mon
 def test_too_many_incidents_stop_the_run(recipe, tmp_path, monkeypatch):
     cfg = load(recipe, tmp_path / "run", "--train.on_incident=skip", "--train.max_incidents=2")
     Faults(monkeypatch, Dataset(cfg.dataset), {B * s: math.nan for s in (3, 4, 6)})
-    with pytest.raises(train.Stopped, match="after step 6"):
+    with pytest.raises(incidents.Stopped, match="after step 6"):
         train.train(cfg)
     actions = [record["action"] for record in ledger(tmp_path / "run", "nonfinite")]
     assert actions == ["skip", "skip", "stop"]
@@ -252,14 +252,13 @@ def test_too_many_incidents_stop_the_run(recipe, tmp_path, monkeypatch):
 WORKER = """
 import math, sys
 sys.path.insert(0, {root!r})
-import config, parallel, train
-from learner import Learner
-plain = Learner.gradients
+import config, train
+plain = train.forward_backward
 count = [0]
-def gradients(learner, batch, n_tokens):
-    nats, count[0] = plain(learner, batch, n_tokens), count[0] + 1
-    return nats * (math.nan if learner.world.rank == 1 and count[0] == 4 else 1)
-Learner.gradients = gradients
+def forward_backward(model, rows, n_targets, loss_fn, world, cfg):
+    sums, count[0] = plain(model, rows, n_targets, loss_fn, world, cfg), count[0] + 1
+    return {{"loss": sums["loss"] * (math.nan if world.rank == 1 and count[0] == 4 else 1)}}
+train.forward_backward = forward_backward
 train.main(config.load(sys.argv[1], sys.argv[2:]), {{}})
 """
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import safetensors
 import torch
@@ -563,7 +564,7 @@ def test_a_checkpoint_on_disk_is_as_large_as_planned(tmp_path):
     adamw = optim.adamw(net, config.Optim())
     net(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)).backward()
     adamw.step()
-    folder = checkpoint.save(tmp_path, net, adamw, {"step": 1}, {})
+    folder = conftest.save(tmp_path, net, [adamw], {"step": 1}, {})
     size = cost.disk(Config(model=model), 1)
     for name, planned in (("model", size["weights"]), ("optimizer", size["optimizer"])):
         on_disk = (folder / f"{name}.safetensors").stat().st_size

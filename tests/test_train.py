@@ -527,9 +527,11 @@ def test_a_run_that_stands_on_a_contradicting_tokenizer_or_an_unread_setting_sti
 
 def test_a_batch_that_doubles_sees_every_row_once_in_order(recipe, whole, tmp_path, monkeypatch):
     run, seen = tmp_path / "run", []
-    plain = train.Learner.gradients
+    plain = train.forward_backward
     monkeypatch.setattr(
-        train.Learner, "gradients", lambda self, batch, n: (seen.append(batch), plain(self, batch, n))[1]
+        train,
+        "forward_backward",
+        lambda model, rows, *rest: (seen.append(rows), plain(model, rows, *rest))[1],
     )
     # after 50 rows of 24 tokens: 9 steps of 6, then 12, and after 100 rows 24
     asked = ("--train.batch_double_tokens=1200", "--train.batch_size_max=24")
