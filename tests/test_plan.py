@@ -215,7 +215,7 @@ def test_the_peak_with_muon_is_the_allocators(rows, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FSDP, every 2nd again", "tensor parallel"])
+@pytest.mark.parametrize("name", ["FSDP, every 2nd recomputed", "tensor parallel"])
 def test_the_peak_of_two_processes_is_the_profilers(name):
     says = memory.total(bench_memory.planned(name, "cpu"))
     assert says == pytest.approx(bench_memory.peak(name, "cpu"), rel=0.05)
