@@ -93,9 +93,9 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
         plans[strategy, recompute] = memory.peak(other, args.gpus, cuda)
     heads = []
     for strategy, recompute in plans:
-        words = [strategy.upper()] * (len(strategies) > 1) + [f"ckpt {recompute}"] * (recompute > 0)
-        name = " ".join(words) or "no ckpt"
-        heads.append(f"> {name}" if (strategy, recompute) == chosen else name)
+        words = [">"] * ((strategy, recompute) == chosen) + [strategy.upper()] * (len(strategies) > 1)
+        words += [f"ckpt {recompute}"] if recompute else ["no ckpt"] * (len(strategies) == 1)
+        heads.append(" ".join(words))
 
     # The table: a row for each kind of bytes, their sum, and whether it fits.
     limit, totals = hardware.usable(args.gpu, args.gpus), [memory.total(plan) for plan in plans.values()]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import optim
 import parallel
 import plan
 import run_folder
+import steps
 import train
 from config import Config, ConfigError, Model, Optim, Parallel, Train
 from dataset import Dataset
@@ -128,15 +128,6 @@ def test_mfu_of_published_runs(model, speed, peak, plain, palm):
     assert [round(100 * share, 1) for share in cost.mfu(model, speed, peak)] == [plain, palm]
 
 
-def test_a_gpus_peak_is_known_by_the_name_pytorch_gives_it():
-    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB") == hardware.GPUS["a100-80gb"].flops
-    assert hardware.peak_flops("NVIDIA H100 80GB HBM3") == hardware.GPUS["h100-80gb"].flops
-    assert hardware.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert hardware.peak_flops("NVIDIA H200") == hardware.GPUS["h200"].flops
-    assert hardware.peak_flops("NVIDIA GeForce RTX 4090") == hardware.GPUS["rtx-4090"].flops
-    assert hardware.peak_flops("a toaster") is None
-
-
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +216,7 @@ def test_the_peak_with_muon_is_the_allocators(rows, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FSDP, every 2nd again", "tensor parallel"])
+@pytest.mark.parametrize("name", ["FSDP, every 2nd recomputed", "tensor parallel"])
 def test_the_peak_of_two_processes_is_the_profilers(name):
     says = memory.total(bench_memory.planned(name, "cpu"))
     assert says == pytest.approx(bench_memory.peak(name, "cpu"), rel=0.05)
@@ -387,25 +378,6 @@ def test_sharding_over_a_node_is_widened_where_that_fits():
     assert memory.smallest_change(cfg, 32, "a100-80gb") == ["--parallel.shard=0"]
 
 
-def test_the_memory_of_a_machine_is_that_of_its_control_group_if_it_has_fewer(tmp_path):
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert hardware.machine_memory(tmp_path) == physical  # not Linux
-    (tmp_path / "proc/self").mkdir(parents=True)
-    group, top = tmp_path / "proc/self/cgroup", tmp_path / "sys/fs/cgroup"
-    (top / "job/step").mkdir(parents=True)
-    group.write_text("0::/job/step\n")
-    (top / "job/step/memory.max").write_text("max\n")
-    assert hardware.machine_memory(tmp_path) == physical
-    (top / "job/memory.max").write_text("3000000\n")  # a limit above it in the tree holds as well
-    assert hardware.machine_memory(tmp_path) == 3_000_000
-    group.write_text("12:cpu,cpuacct:/\n9:memory:/docker/3f\n")  # version 1, seen from inside a container
-    (top / "memory").mkdir()
-    (top / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert hardware.machine_memory(tmp_path) == physical
-    (top / "memory/memory.limit_in_bytes").write_text("2000000\n")
-    assert hardware.machine_memory(tmp_path) == 2_000_000
-
-
 # ---- steps, chunks, checkpoints ---------------------------------------------------------------------------
 
 
@@ -458,6 +430,16 @@ def test_what_keep_others_leaves_is_planned_as_it_is_left(recipe, tmp_path, monk
     size, n = cost.disk(cfg, len(on_disk)), len(on_disk)
     assert f"all {n} checkpoints" in shown and plan.big(size["all"], "B") in shown
     assert f"Of {len(when.checkpoints)} that are saved, train.keep_others=3 deletes the rest" in shown
+
+
+def test_which_checkpoints_stay_after_a_save():
+    saved = [0, 2, 4, 6, 8, 10, 12]
+    assert steps.kept_after(saved, {0, 6}, 0) == saved  # none is deleted
+    assert steps.kept_after(saved, {0, 6}, 2) == [0, 6, 10, 12]
+    assert steps.kept_after(saved, {0, 12}, 1) == [0, 10, 12]
+    assert steps.kept_after(saved, {0, 6}, 2, rollback_steps=7) == [0, 4, 6, 10, 12]  # 4 is 8 before 12
+    assert steps.kept_after(saved, {0, 6}, 1, rollback_steps=0) == [0, 6, 10, 12]  # 12 itself is old enough
+    assert steps.kept_after([0], {0}, 1, rollback_steps=100) == [0]
 
 
 def test_annealing_is_planned_from_its_origin(recipe, whole, tmp_path, monkeypatch):
@@ -695,15 +677,6 @@ def test_a_gpu_that_is_not_known_or_two_counts_are_errors():
         plan.command_line(["7b", "--gpu=h2000"])
     with pytest.raises(ConfigError, match="contradict"):
         plan.command_line(["7b", "--gpu=8xh100", "--gpus=4"])
-
-
-@pytest.mark.parametrize(
-    "device",
-    ["NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA RTX 4000"],
-)  # fmt: skip
-def test_a_peak_is_not_guessed_from_a_part_of_a_name(device):
-    assert hardware.peak_flops(device) is None
 
 
 def test_a_plan_for_gpus_that_nobody_asked_for_says_so(capsys):
