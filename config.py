@@ -51,7 +51,8 @@ class NormKind(NamedTuple):
 
     first_values: dict[str, float]  # what it learns for each channel, and the value that this begins with
     centred: bool  # it subtracts the mean (LayerNorm), or does not (RMSNorm)
-    # FP32 numbers kept for backward beside the input: for each token; and on a CPU also for each channel
+    # FP32 numbers kept for backward beside the input: for each token, and on a CPU for each channel too
+    # (tests/test_choices.py measures them)
     kept_per_token: int
     kept_per_channel_on_cpu: int
 

@@ -1,7 +1,7 @@
 """model.py against the float64 NumPy implementation in reference.py: every architecture, and values by hand.
 
-Sizes are pairwise different and every parameter is random, norm weights and biases too, so that nothing that
-is forgotten, transposed or applied twice can hide. Documents end with token 0.
+Sizes are pairwise different, and every parameter is random, also norm weights and biases: so anything that is
+forgotten, transposed or applied twice shows. Documents end with token 0.
 """
 
 import functools
@@ -19,7 +19,7 @@ from config import Model
 from masks import Cache
 from model import Transformer
 
-# a path that only CUDA takes is called here as PyTorch's own slow version of it
+# flex attention, which only CUDA uses in training, runs here as PyTorch's slow uncompiled version
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 EOT, BATCH, TOKENS = 0, 5, 13
@@ -82,7 +82,7 @@ def random_model(cfg: Model, seed: int) -> tuple[Transformer, dict[str, np.ndarr
     net = Transformer(cfg, eot=EOT).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in net.named_parameters():
+        for (name, parameter), first in zip(net.named_parameters(), net.initial_weights(0), strict=True):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:  # 1.3: attention is then neither flat nor all on one token
                 spread = 1.3 / math.sqrt(parameter.shape[1])
@@ -92,7 +92,7 @@ def random_model(cfg: Model, seed: int) -> tuple[Transformer, dict[str, np.ndarr
                     spread *= net.cfg.d_head**0.25  # else 1/d_head would leave attention flat
                 parameter.copy_(spread * noise)
             else:
-                parameter.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
+                parameter.copy_(0.3 * noise + first)  # around 1 for a norm's weight, around 0 for a bias
     return net, {name: p.detach().double().numpy() for name, p in net.named_parameters()}
 
 
@@ -297,7 +297,7 @@ def test_the_cache_gives_what_a_whole_row_gives(name):
 
 
 @every_architecture
-def test_rows_of_different_lengths_go_on_where_each_ended(name):
+def test_rows_of_different_lengths_continue_where_each_ended(name):
     cfg, net, _, tokens, _, expected = case(name)
     lengths = torch.tensor([3, 7, 1, 5, 6])
     prompt = tokens[:, :7].clone()
@@ -469,7 +469,7 @@ def test_alibi_by_hand_where_all_scores_are_equal():
     assert found.tolist() == pytest.approx(expected)
 
 
-def test_documents_and_places_of_a_row():
+def test_documents_and_positions_of_a_row():
     assert reference.documents([5, 0, 6, 7], 0) == ([0, 0, 1, 1], [0, 1, 0, 1])
     assert reference.documents([0, 0, 6, 0], 0) == ([0, 1, 2, 2], [0, 0, 0, 1])
     assert reference.documents([5, 0, 6, 7], None) == ([0, 0, 0, 0], [0, 1, 2, 3])
