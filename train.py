@@ -44,6 +44,7 @@ import metrics
 import optim
 import parallel
 import preflight
+import rendezvous
 import run_folder
 import steps
 from config import Config
@@ -319,7 +320,7 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
         configurator.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
     except RuntimeError as error:
-        if not parallel.is_lost(error):
+        if not rendezvous.is_lost(error):
             raise
         configurator.fail(
             f"{cfg.run}: another process is gone, or did not answer within parallel.timeout_seconds="

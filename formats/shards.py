@@ -59,7 +59,7 @@ def size(tensor) -> int:
 
 
 def layout(stem: str, sizes: dict[str, int]) -> dict[str, list[str]]:
-    """File -> names of its tensors, in order: one file, or as many as SHARD_BYTES demands. sizes: in bytes."""
+    """File -> names of its tensors, in order: one file, or as many as SHARD_BYTES asks for. sizes: bytes."""
     shards, room = [[]], SHARD_BYTES
     for name, n_bytes in sizes.items():
         if n_bytes > room and shards[-1]:
