@@ -263,7 +263,9 @@ def moments_of(tensors: dict, kind: str, name: str, parameter: torch.Tensor) -> 
     for key in MOMENTS[kind]:
         stored = f"{key}.{name}"
         if stored not in tensors:
-            raise ConfigError(f"optimizer.safetensors lacks {kind}'s {key} of {name}: it is another model's")
+            raise ConfigError(
+                f"optimizer.safetensors lacks {kind}'s state of {name}; it is of another model or optimizer"
+            )
         value = tensors[stored].get_tensor(stored)
         if value.shape == parameter.shape:
             out[key] = torch.empty_like(parameter)  # sharded as the parameter is

@@ -29,8 +29,9 @@ import optim
 import results
 import run_folder
 import sample
+import steps
 import train
-from config import ConfigError, Model, Optim, load_run
+from config import Config, ConfigError, Model, Optim, Train, load_run
 from dataset import Dataset
 from formats import families, shards
 from model import Transformer
@@ -373,11 +374,11 @@ def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
             part.zero_grad()
 
     both(net, parts)
-    folder = conftest.save(tmp_path, net, [parts], state(1), {})
+    folder = conftest.save(tmp_path, net, parts, state(1), {})
     both(net, parts)
     other = checkpoint.load_model(folder).requires_grad_(True)
     other_parts = optim.optimizers(other, cfg)
-    checkpoint.load_optimizer(folder, other, [other_parts])
+    checkpoint.load_optimizer(folder, other, other_parts)
     both(other, other_parts)
     for (name, a), b in zip(net.named_parameters(), other.parameters()):
         assert torch.equal(a, b), name
@@ -389,9 +390,9 @@ def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
     net, adamw = trained(LLAMA, 0)
     for step in range(9):
         conftest.save(tmp_path, net, [adamw], state(step), {})
-    assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == [1, 2, 3, 5, 6]
+    saved = [c.step for c in run_folder.checkpoints(tmp_path)]
+    run_folder.delete(tmp_path, steps.deleted_steps(Config(train=Train(keep_others=2)), saved, {0, 4}))
     assert [c.step for c in run_folder.checkpoints(tmp_path)] == [0, 4, 7, 8]
-    assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == []
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
