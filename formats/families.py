@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from config import ConfigError, Model
-from formats.shards import open_weights
+from formats import shards
 
 # What the settings that families differ in must be; a family may leave some of them open.
 LLAMA = dict(
@@ -329,7 +329,7 @@ def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
     """
     # Our tensors, and where the family keeps them.
     model, family = getattr(model, "module", model), read_config(folder)["model_type"]
-    cfg, tensors = model.cfg, open_weights(folder)
+    cfg, tensors = model.cfg, shards.open_weights(folder)
     ours = {name: (value.shape, *place(name, family)) for name, value in model.state_dict().items()}
     theirs = {stored for _, stored, _ in ours.values()}
 
@@ -368,3 +368,16 @@ def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
         return unpack(tensors[stored].get_tensor(stored), part, cfg, family)
 
     return read
+
+
+def layout(weights: dict[str, Tensor], cfg: Model) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+    """(file -> our names of the tensors in it, the index file by its name) of a model that is to be written.
+
+    A family can store several of our tensors as one (Pythia's q, k, v): they are in the same file.
+    """
+    parts: dict[str, list[str]] = {}  # the family's name for a tensor -> our names for its parts
+    for name in weights:
+        parts.setdefault(place(name, family_of(cfg))[0], []).append(name)
+    tensors = {stored: [weights[name] for name in names] for stored, names in parts.items()}
+    files, index = shards.layout("model", tensors)
+    return {file: [name for s in stored for name in parts[s]] for file, stored in files.items()}, index

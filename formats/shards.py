@@ -53,20 +53,22 @@ def open_tensors(path: Path):
 SHARD_BYTES = 5_000_000_000  # of tensors in one file; processes write files side by side
 
 
-def size(tensor) -> int:
-    """Bytes of a tensor."""
-    return tensor.numel() * tensor.element_size()
+def layout(stem: str, tensors: dict[str, list]) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+    """(file -> names in it, the index file by its name): one file without an index, or several of SHARD_BYTES.
 
-
-def layout(stem: str, sizes: dict[str, int]) -> dict[str, list[str]]:
-    """File -> names of its tensors, in order: one file, or as many as SHARD_BYTES asks for. sizes: bytes."""
+    tensors: by the name under which they are stored, each as its parts, which are stored as one.
+    """
     shards, room = [[]], SHARD_BYTES
-    for name, n_bytes in sizes.items():
+    for name, parts in tensors.items():
+        n_bytes = sum(part.numel() * part.element_size() for part in parts)
         if n_bytes > room and shards[-1]:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= n_bytes
     if len(shards) == 1:
-        return {f"{stem}.safetensors": shards[0]}
-    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+        return {f"{stem}.safetensors": shards[0]}, {}
+    files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    places = {name: file for file, names in files.items() for name in names}
+    index = json.dumps({"metadata": {}, "weight_map": places}, indent=1)
+    return files, {f"{stem}.safetensors.index.json": index.encode()}

@@ -569,7 +569,7 @@ def test_saving_in_step_gives_the_same_checkpoints_as_saving_beside_it(recipe, w
 
 
 class MaskedBatches(train.Batches):
-    """Rows as (b, 2, T): tokens, and targets of which each row's first few are not predicted, as in a prompt."""
+    """Rows as (b, 2, T): tokens, and targets, of which the first of each row are masked, as in a prompt."""
 
     def masked(self, position: int) -> int:
         """Targets of a row that are masked: 0 to 22 of 24, so that micro-batches differ in targets."""
