@@ -54,7 +54,7 @@ SHARD_BYTES = 5_000_000_000  # of tensors in one file; processes write files sid
 
 
 def layout(stem: str, tensors: dict[str, list]) -> tuple[dict[str, list[str]], dict[str, bytes]]:
-    """(file -> names in it, the index file by its name): one file without an index, or several of SHARD_BYTES.
+    """(file -> names in it, the index file by its name): one file and no index, or several of SHARD_BYTES.
 
     tensors: by the name under which they are stored, each as its parts, which are stored as one.
     """
