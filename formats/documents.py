@@ -15,9 +15,9 @@ text) for each document of a file. Only a kind that a config asks for by `read=K
 choices of Source.read in config.py.
 
 Suffixes may be in capitals. Which files: a file that is named outright is read, whatever its suffix, and so
-is every file that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files with
-a suffix from READERS, but no plain .json, since most of those are settings; `tell_left_out` prints what it
-does not give. Folders and globs leave out names that begin with a dot, and what the source excludes.
+is every file that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files
+with a suffix from READERS, but no plain .json, since most of those are settings; `tell_left_out` prints what
+it does not give. Folders and globs leave out names that begin with a dot, and what the source excludes.
 
 Ids: the document's own `id`; else `folder/file.txt` below the source's folder or below the fixed part of its
 glob; else `folder/file.jsonl:7`, the seventh line, row or object. A file that several sources read has the id
