@@ -31,7 +31,7 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
                 "code; where you trust it, load it with transformers and call save_pretrained, which writes "
                 "safetensors"
             )
-        file = open_file(path)
+        file = open_tensors(path)
         return dict.fromkeys(file.keys(), file)
 
     # The index: tensor name -> file. It may name only files of its own folder.
@@ -43,7 +43,7 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
     for shard in opened:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ConfigError(f"{index} names {shard!r}, which is no file of its own folder")
-        opened[shard] = open_file(folder / shard)
+        opened[shard] = open_tensors(folder / shard)
 
     held = {shard: set(file.keys()) for shard, file in opened.items()}
     for name, shard in file_of.items():
@@ -52,7 +52,7 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
     return {name: opened[shard] for name, shard in file_of.items()}
 
 
-def open_file(path: Path):
+def open_tensors(path: Path):
     """An open safetensors file: keys(), get_slice(name), get_tensor(name)."""
     try:
         return safe_open(path, framework="pt", device="cpu")
