@@ -225,13 +225,13 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
     eot: the token after every document; by default the eos_token of tokenizer_config.json beside the file,
     else the first of ENDS_OF_TEXT that the vocabulary has. Raises ConfigError where the file cannot be used.
     """
+    # In a folder a SentencePiece model comes first: a tokenizer.json beside it is a translation.
     path, said, bos = Path(path), {}, ""
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise ConfigError(
-                f"{path} has no {' or '.join(FILES)}; train one: python tokenizer.py train CONFIG"
-            )
+            what = f"{path} has no {' or '.join(FILES)}"
+            raise ConfigError(f"{what}; train one: python tokenizer.py train CONFIG")
         path = found[0]
 
     # The file, and what tokenizer_config.json beside it says.
@@ -274,6 +274,7 @@ def name_in(settings: dict, key: str) -> str:
 
 
 def find_eot(eot: str, known: dict[str, int], name: str) -> int:
+    """Id of the token after every document: of `eot`, or where it is "", of the first of ENDS_OF_TEXT."""
     for text in (eot,) if eot else ENDS_OF_TEXT:
         if text in known:
             return known[text]
@@ -306,6 +307,8 @@ def byte_pair_tokenizer(content: bytes, eot: str = "", name: str = FILES[1]) -> 
     merges what was on both sides; here the text is refused.
     """
     tables = hf_tokenizer.read(content, name)
+
+    # The end of text counts as special, even where the file does not say so.
     end = find_eot(eot, tables.added, name)
     special, added = {}, {}
     for text, id in sorted(tables.added.items(), key=lambda item: item[1]):
@@ -340,6 +343,7 @@ def train_byte_pair(texts: Iterable[str], settings: config.Tokenizer, workers: i
     Raises ConfigError where the text has fewer merges to give. The model expects settings.vocab_size entries,
     and would notice a smaller vocabulary only later.
     """
+    # Mistakes in the settings, before any text is read.
     special, size = (settings.eot, *settings.special_tokens), settings.vocab_size
     pattern = SPLITS.get(settings.split, settings.split)
     try:
@@ -439,7 +443,7 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
 
 
 def record_of(settings: config.Tokenizer, sources: Iterable[config.Source]) -> dict:
-    """The settings and sources of a training, as RECORD has them."""
+    """The settings and sources of a training, in the form that RECORD has on disk."""
     values = {name: value for name, value in vars(settings).items() if name != "path"}
     return json.loads(json.dumps({"settings": values, "sources": [vars(source) for source in sources]}))
 
@@ -448,8 +452,9 @@ def trained(folder: Path, settings: config.Tokenizer, sources: Iterable[config.S
     """Whether the folder holds this tokenizer already. Raises ConfigError where it holds another one."""
     if not any((folder / name).exists() for name in FILES):
         return False
+    now = record_of(settings, sources)
     try:
-        had, now = json.loads((folder / RECORD).read_text()), record_of(settings, sources)
+        had = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         print(f"{folder} holds a tokenizer that was not trained here; it stays as it is")
         return True
@@ -499,6 +504,7 @@ def compare(names: list[str], paths: list[str]) -> None:
 
     A part of a character: a SentencePiece token for a byte (also a line end), or bytes that are not UTF-8.
     """
+    # parts: by tokenizer and id, whether a token is a part of a character
     tokenizers, parts = [load(name) for name in names], []
     for tokenizer in tokenizers:
         broken = ["\ufffd" in token.decode(errors="replace") for token in tokenizer.token_bytes]
@@ -519,6 +525,7 @@ def compare(names: list[str], paths: list[str]) -> None:
         cells = "".join(f"  {n_bytes / max(n, 1):12.3f}  {k / max(n, 1):12.2%}" for n, k in sums[1:])
         print(f"{name:{width}}  {n_documents:9,}  {n_bytes / 1e6:8.2f}{cells}", flush=True)
 
+    # A table with a line a file; of long names the folder or the end.
     width = max(len(name) for name in (*paths, "source"))
     short = [Path(name).parent.name if Path(name).name in FILES else Path(name).name for name in names]
     titles = [f"  {f'{name} ({t.vocab_size:,})'[-26:]:>26}" for name, t in zip(short, tokenizers)]
@@ -550,7 +557,7 @@ def main() -> None:
     if arguments.command == "train":
         flags = {flag: getattr(arguments, flag) for flag in ("vocab_size", "kind", "split")}
         given = {flag: value for flag, value in flags.items() if value is not None}
-        # argparse takes "--run=with a space" for an input
+        # argparse takes an override such as "--run=with a space" for an input
         inputs = [word for word in arguments.inputs if not word.startswith("--")]
         overrides = [word for word in arguments.inputs if word.startswith("--")] + rest
         train(inputs, arguments.out, given, overrides)
