@@ -77,8 +77,9 @@ class Saving:
         # Which tensors go into which file.
         cfg, weights = self.model.cfg, dict(self.model.state_dict())
         moments = optimizer_tensors(self.model, self.optimizers)
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in moments.items()}
         files_of_model, index = families.layout(weights, cfg)
-        files_of_moments, index_of_moments = shards.layout("optimizer", {n: [t] for n, t in moments.items()})
+        files_of_moments, index_of_moments = shards.layout("optimizer", sizes)
         contents = [(file, names, weights) for file, names in files_of_model.items()]
         contents += [(file, names, moments) for file, names in files_of_moments.items()]
 
