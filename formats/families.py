@@ -398,7 +398,7 @@ def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
 def layout(
     shapes: dict[str, Tensor], cfg: Model, family: str = "", itemsize: int = 4, limit: float = 0
 ) -> tuple[dict[str, list[str]], dict[str, bytes]]:
-    """(file -> our names of the tensors in it; the index) of a model to be written, as shards.layout gives it.
+    """(file -> our names of its tensors; the index) of a model to be written, as shards.layout gives it.
 
     A family can store several of our tensors as one (Pythia's q, k, v): they are in the same file.
     """

@@ -387,7 +387,7 @@ def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
     for (name, a), b in zip(net.named_parameters(), other.parameters()):
         assert torch.equal(a, b), name
     with pytest.raises(ConfigError, match=r"lacks AdamW's state of layers\.0"):
-        checkpoint.load_optimizer(folder, other, optim.adamw(other, Optim()))
+        checkpoint.load_optimizer(folder, other, [optim.adamw(other, Optim())])
 
 
 def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):

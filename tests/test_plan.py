@@ -22,7 +22,6 @@ import optim
 import parallel
 import plan
 import run_folder
-import steps
 import train
 from config import Config, ConfigError, Model, Optim, Parallel, Train
 from dataset import Dataset
@@ -428,16 +427,6 @@ def test_what_keep_others_leaves_is_planned_as_it_is_left(recipe, tmp_path, monk
     size, n = cost.disk(cfg, len(on_disk)), len(on_disk)
     assert f"all {n} checkpoints" in shown and plan.big(size["all"], "B") in shown
     assert f"Of {len(when.checkpoints)} that are saved, train.keep_others=3 deletes the rest" in shown
-
-
-def test_which_checkpoints_stay_after_a_save():
-    saved = [0, 2, 4, 6, 8, 10, 12]
-    assert steps.kept_after(saved, {0, 6}, 0) == saved  # none is deleted
-    assert steps.kept_after(saved, {0, 6}, 2) == [0, 6, 10, 12]
-    assert steps.kept_after(saved, {0, 12}, 1) == [0, 10, 12]
-    assert steps.kept_after(saved, {0, 6}, 2, rollback_steps=7) == [0, 4, 6, 10, 12]  # 4 is 8 before 12
-    assert steps.kept_after(saved, {0, 6}, 1, rollback_steps=0) == [0, 6, 10, 12]  # 12 itself is old enough
-    assert steps.kept_after([0], {0}, 1, rollback_steps=100) == [0]
 
 
 def test_annealing_is_planned_from_its_origin(recipe, whole, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from conftest import load, metrics, start, wait_for_step, weights
 
 import checkpoint
 import config
+import cost
 import files
 import loss
 import optim
@@ -481,7 +482,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused_when_it_begins_and_not_when_it_
     assert not run.exists()
     # a run that an older nano360 has begun
     with monkeypatch.context() as older:
-        older.setattr(train.cost, "check_warmup", lambda cfg, plan: None)
+        older.setattr(cost, "check_warmup", lambda cfg, plan: None)
         train.train(load(recipe, run, "--optim.warmup_steps=2000", "--train.steps=3"))
     train.train(load(recipe, run, "--optim.warmup_steps=2000", "--train.steps=5"))
     assert len(metrics(run)) == 5
