@@ -4,7 +4,8 @@
 
 config.Model says what each setting means, and configs/ which model has which. This file knows no device, no
 rank, no optimizer and no file. Modules have the names that published checkpoints of the LLaMA family use;
-formats/families.py has the names of other families. masks.py says which tokens a token sees.
+formats/families.py has the names of other families. masks.py says which tokens a token sees, initial.py how
+weights begin.
 
 The residual stream, norms, rotary embedding and loss are FP32 in every precision: lines of this file and of
 loss.py cast to it. Under BF16 autocast the matmuls are BF16.
@@ -14,27 +15,15 @@ Dh d_head, R rotary dimensions of a head, F d_ff, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, Model, choose
+from initial import Embedding, Linear, init_std, initial_weights
 from loss import Loss
 from masks import Cache, alibi_slopes, flex, positions_and_mask
-
-
-class Linear(nn.Linear):
-    def __init__(self, d_in: int, d_out: int, bias: bool, std: float):
-        super().__init__(d_in, d_out, bias)
-        self.first_values = {"weight": std, "bias": 0.0}  # see Transformer.initial_weights
-
-
-class Embedding(nn.Embedding):
-    def __init__(self, n: int, d: int, std: float):
-        super().__init__(n, d)
-        self.first_values = {"weight": std}
 
 
 class Norm(nn.Module):
@@ -278,43 +267,6 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills every parameter from one seeded stream on the CPU: the same on any device and world size."""
-        for parameter, value in zip(self.parameters(), self.initial_weights(seed)):
+        """Fills every parameter with its initial value: the same on any device and number of processes."""
+        for parameter, value in zip(self.parameters(), initial_weights(self, seed)):
             parameter.copy_(value)
-
-    def initial_weights(self, seed: int) -> Iterator[Tensor]:
-        """The initial value of every parameter, in the order of parameters(), whole and on the CPU.
-
-        Each module says in `first_values` how its own parameters begin: a vector (norm, bias) with that
-        constant, a matrix with normal random numbers of that standard deviation.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        limit = 3.0 if self.cfg.init == "mitchell" else self.cfg.init_trunc  # in standard deviations; 0: none
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                value, first = torch.empty(parameter.shape), module.first_values[name]
-                if parameter.ndim < 2:
-                    value.fill_(first)
-                elif limit:
-                    nn.init.trunc_normal_(value, 0.0, first, -limit * first, limit * first, generator)
-                else:
-                    nn.init.normal_(value, 0.0, first, generator)
-                yield value
-
-
-def init_std(cfg: Model, fan_in: int, layer: int | None = None, writes: bool = False) -> float:
-    """The standard deviation of a matrix's initial values, before truncation.
-
-    layer: None for embeddings and the head. writes: the matrix writes into the residual stream (o_proj and
-    down_proj of each layer), which most schemes make smaller in deeper models.
-    """
-    D, L, std, depth = cfg.d_model, cfg.n_layers, cfg.init_std, 1 + (layer or 0)
-    inner = std if layer is None else std * math.sqrt(cfg.mup_scale)
-    table = {  # scheme: of most matrices, and of those that write into the residual stream
-        "normal": (std, std),  # LLaMA as Hugging Face trains it; Amber; OLMo 2, truncated at 3 deviations
-        "gpt2": (std, std / math.sqrt(2 * L)),  # Radford et al. 2019, 2.3; GPT-NeoX; Pythia 6.9B, 12B
-        "mitchell": (fan_in**-0.5, fan_in**-0.5 / math.sqrt(2 * depth)),  # OLMo's code, reset_parameters
-        "small_wang": (math.sqrt(2 / (5 * D)), 2 / (L * math.sqrt(D))),  # Nguyen, Salazar 2019; GPT-J; Pythia
-        "mup": (inner, inner / math.sqrt(2 * L)),  # CrystalCoder's released parameters
-    }
-    return choose("model.init", cfg.init, table)[writes]

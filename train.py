@@ -48,6 +48,7 @@ import steps
 from config import Config
 from configurator import say
 from dataset import Dataset
+from initial import initial_weights
 from model import Transformer
 from parallel import World, bare
 from steps import State, Steps
@@ -299,7 +300,7 @@ def build_run(
     elif start.origin:
         checkpoint.load_weights(start.origin, model, cfg.train.verify, world)
     else:
-        world.fill(model, bare(model).initial_weights(cfg.train.seed))
+        world.fill(model, initial_weights(bare(model), cfg.train.seed))
     if not source:
         torch.manual_seed(cfg.train.seed)
     saving = checkpoint.Saving(cfg.run, model, optimizers, world, start.tokenizer_files)

@@ -31,6 +31,7 @@ import train
 from config import Config, ConfigError, Model, Optim, Parallel, Train
 from dataset import Dataset
 from formats import documents, families
+from initial import initial_weights
 from model import Transformer
 
 SIZES = dict(vocab_size=61, seq_len=14, d_model=24, n_layers=2, n_heads=3, n_kv_heads=1, d_head=10, d_ff=34)
@@ -81,7 +82,7 @@ def logits(key: str, choice: str, get) -> Tensor:
 
 def first_values(key: str, choice: str, get) -> Tensor:
     net = Transformer(with_choice(key, choice))
-    return torch.cat([value.flatten() for value in net.initial_weights(3)])
+    return torch.cat([value.flatten() for value in initial_weights(net, 3)])
 
 
 def learned(cfg: Optim) -> tuple[Transformer, list[torch.optim.Optimizer]]:
@@ -271,13 +272,13 @@ def test_a_vector_begins_as_its_module_says():
     net = Transformer(Model(**SIZES, norm="layernorm", bias=True))
     norm = net.layers[1].post_attention_layernorm
     norm.scale, norm.first_values["scale"] = torch.nn.Parameter(torch.empty(7)), 0.5
-    began = dict(zip([name for name, _ in net.named_parameters()], net.initial_weights(1), strict=True))
+    began = dict(zip([name for name, _ in net.named_parameters()], initial_weights(net, 1), strict=True))
     assert torch.equal(began["layers.1.post_attention_layernorm.scale"], torch.full((7,), 0.5))
     assert torch.equal(began["layers.1.post_attention_layernorm.weight"], torch.ones(24))
     assert torch.equal(began["layers.1.self_attn.o_proj.bias"], torch.zeros(24))
     del norm.first_values["scale"]  # and nobody guesses where it says nothing
     with pytest.raises(KeyError, match="scale"):
-        list(net.initial_weights(1))
+        list(initial_weights(net, 1))
 
 
 # ---- what it costs ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 import masks
 import model
 from config import Model
+from initial import initial_weights
 from masks import Cache
 from model import Transformer
 
@@ -82,7 +83,7 @@ def random_model(cfg: Model, seed: int) -> tuple[Transformer, dict[str, np.ndarr
     net = Transformer(cfg, eot=EOT).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for (name, parameter), first in zip(net.named_parameters(), net.initial_weights(0), strict=True):
+        for (name, parameter), first in zip(net.named_parameters(), initial_weights(net, 0), strict=True):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:  # 1.3: attention is then neither flat nor all on one token
                 spread = 1.3 / math.sqrt(parameter.shape[1])
