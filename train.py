@@ -25,7 +25,6 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
 
 import signal
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -36,7 +35,6 @@ from torch import Tensor, nn
 
 import checkpoint
 import configurator
-import hardware
 import incidents
 import integrity
 import metrics
@@ -162,9 +160,8 @@ def train(
         run = build_run(cfg, start, world, state, source)
         preflight.write_down(start, run, state, plan, resumed)
         batches, signals = make_batches(start.dataset, world), incidents.Signals()
-        meter, profiler = hardware.Meter(cfg, world), hardware.Profiler(cfg.run if profile else None, world)
+        log, interrupted = metrics.Log(run, profile), False
         save_at = steps.checkpoint_steps(cfg, plan, run.chunks)
-        began, n_done, interrupted = time.perf_counter(), 0, False
 
         with run.saving as saving:
             if not resumed:
@@ -181,7 +178,7 @@ def train(
 
                 # 3. Agreement: the one moment of a step at which the CPU waits for the GPU. Afterwards all
                 #    processes hold the same numbers, so they take the same decisions below.
-                mine = (optim.grad_norm(run.model), signals.came > 0, saving.busy(), meter.joules())
+                mine = (optim.grad_norm(run.model), signals.came > 0, saving.busy(), log.joules())
                 grad_norm, stop, writing, joules, *totals = world.sum(*mine, *sums.values())
                 grad_norm /= world.size  # every process had the same one
                 means = {name: total / n_targets for name, total in zip(sums, totals)}
@@ -206,26 +203,20 @@ def train(
 
                 # 5. Write it down, and save in the background. A checkpoint counts when all processes have
                 #    written their part of it.
-                n_done, interrupted = n_done + 1, stop > 0
-                values = {**means, "grad_norm": grad_norm, "lr": lr}  # console, metrics.jsonl and page
-                record = metrics.record(run, state, plan, values, clock)
-                record |= meter.columns(record["tokens_per_second"], joules)
-                record |= {"skipped": True} if problem else {}
-                seconds_left = (plan.last_step - state.step) * (time.perf_counter() - began) / n_done
-                world.aside(metrics.write, run, record, values, plan.last_step, seconds_left)
+                values = {**means, "grad_norm": grad_norm, "lr": lr}  # for console, metrics.jsonl and page
+                log.write(state, plan, values, clock, joules, skipped=problem is not None)
                 if not writing:
                     complete_save(run, plan)
+                interrupted = stop > 0
                 if state.step in save_at or interrupted:
                     save(run, state, plan)
-                profiler.step(n_done, state.step == plan.last_step)
 
             complete_save(run, plan)
         if state.step < plan.last_step:
             world.once(run_folder.log, cfg.run, "interrupted", {"step": state.step})
             world.once(say, f"interrupted and saved at step {state.step}; the same command continues there")
             return signals.came or signal.SIGTERM  # where another process got the signal
-        about = {"seconds": time.perf_counter() - began, **meter.totals()}
-        world.once(run_folder.log, cfg.run, "finish", {"step": state.step, **about})
+        world.once(run_folder.log, cfg.run, "finish", {"step": state.step, **log.totals()})
         return 0
 
 
