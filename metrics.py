@@ -7,7 +7,8 @@
     values = {"loss": 2.3, "grad_norm": 0.7, "lr": 1e-3}
     log.write(state, plan, values, clock, joules, skipped=False)
 
-A number that train.py has among the values of a step reaches metrics.jsonl, the console and the page by itself.
+A number that train.py has among the values of a step reaches metrics.jsonl, the console and the page by
+itself.
 """
 
 import math
