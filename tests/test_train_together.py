@@ -188,7 +188,7 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(recipe, tmp_path):
             process.kill()
             process.communicate()
     assert processes[0].returncode == 1 and "did not answer within parallel.timeout_seconds=8" in err
-    assert "goes on from the newest checkpoint" in err and "Traceback" not in err
+    assert "continues from the newest checkpoint" in err and "Traceback" not in err
     assert run_folder.checkpoints(run)[-1].step >= 3
 
 
