@@ -341,11 +341,11 @@ def main() -> None:
             "--check says whether a run is whole, which needs its hashes: leave --no-verify out"
         )
 
-    if args.dataset:
-        if measure.rank() == 0:  # it is not enough work to share
-            eval_folder(args)
-        return
-    problems = eval_run(args)
+    problems = []
+    if not args.dataset:
+        problems = eval_run(args)
+    elif measure.rank() == 0:  # one model folder is not enough work to share
+        eval_folder(args)
     for problem in problems:
         print(f"check failed: {problem}", file=sys.stderr)
     if args.check and not problems:
