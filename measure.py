@@ -147,17 +147,10 @@ def device_of(cfg: Config) -> torch.device:
 
 def arguments(doc: str, metavar: str = "RUN") -> argparse.ArgumentParser:
     """The command line that every script over checkpoints has: the run, --checkpoint, --no-verify."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=how)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    step = run_folder.step_number
     parser.add_argument("run", metavar=metavar)
-    parser.add_argument(
-        "--checkpoint",
-        type=run_folder.step_number,
-        nargs="+",
-        default=[],
-        metavar="STEP",
-        help="default: all",
-    )
+    parser.add_argument("--checkpoint", type=step, nargs="+", default=[], metavar="STEP", help="default: all")
     configurator.add_no_verify(parser)
     return parser
 
@@ -302,9 +295,11 @@ class Claims:
     """The items that a process is computing, so that no other process of the torchrun computes them too.
 
     A claim is a lock on one byte of a file. The kernel releases the locks of a process that dies: another
-    process can then take the item over, and no claim is left behind by a kill. Byte 0 is locked while a line
-    is appended. One process alone needs no such file.
+    process can then take the item over, and no claim is left behind by a kill. One process alone needs no
+    such file.
     """
+
+    APPENDING, FAILED = 0, 1  # the bytes that are not items: see `append` and `__exit__`
 
     def __init__(self, path: Path):
         self.path, self.file = path, None
@@ -315,6 +310,11 @@ class Claims:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        # One process says for all what is wrong. The others wait until torchrun ends them.
+        if self.file and isinstance(error, ConfigError | OSError):
+            if not self.lock(self.FAILED, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                time.sleep(60)
+            return  # the lock is held until this process ends
         if self.file:
             self.file.close()  # releases every lock
         if rank() == 0 and error is None:  # all lines are known, so nobody needs a claim any more
@@ -323,35 +323,32 @@ class Claims:
     @contextlib.contextmanager
     def take(self, c: Checkpoint, items: list) -> Iterator[list]:
         """Claims items of a checkpoint inside `with`; gives those that no other process has claimed."""
-        taken = [item for item in items if self.lock(byte_of(c.step, item), wait=False)]
+        taken = [i for i in items if self.lock(byte_of(c.step, i), fcntl.LOCK_EX | fcntl.LOCK_NB)]
         try:
             yield taken
         finally:
             for item in taken:
-                self.unlock(byte_of(c.step, item))
+                self.lock(byte_of(c.step, item), fcntl.LOCK_UN)
 
     def append(self, log: Path, line: dict) -> None:
-        """Adds a line to a log that other processes write too."""
-        self.lock(0)
+        """Adds a line to a log; processes do so one after another, so that no line is torn."""
+        self.lock(self.APPENDING, fcntl.LOCK_EX)
         try:
             files.append(log, line)
         finally:
-            self.unlock(0)
+            self.lock(self.APPENDING, fcntl.LOCK_UN)
 
-    def lock(self, byte: int, wait: bool = True) -> bool:
+    def lock(self, byte: int, how: int) -> bool:
+        """Locks or unlocks a byte; False if it was not to wait (LOCK_NB) and another process has the lock."""
         try:
             if self.file:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: another process has it
+                fcntl.lockf(self.file, how, 1, byte)
+        except (BlockingIOError, PermissionError):  # EAGAIN or, on some systems, EACCES
             return False
         return True
-
-    def unlock(self, byte: int) -> None:
-        if self.file:
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
 
 
 def byte_of(step: int, item: str | int) -> int:
     """The byte that stands for an item of a checkpoint; two items that share one only cost some waiting."""
     digest = hashlib.sha256(repr((step, item)).encode()).digest()
-    return 1 + int.from_bytes(digest[:7])  # a file's offset has 63 bits
+    return 2 + int.from_bytes(digest[:7])  # a file's offset has 63 bits
