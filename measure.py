@@ -306,7 +306,8 @@ class Claims:
 
     def __enter__(self) -> "Claims":
         if parallel.world_size() > 1:
-            self.file = open(self.path, "ab")
+            # A descriptor, because Python closes its own files before the process has ended.
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -316,7 +317,7 @@ class Claims:
                 time.sleep(60)
             return  # the lock is held until this process ends
         if self.file:
-            self.file.close()  # releases every lock
+            os.close(self.file)  # releases every lock
         if rank() == 0 and error is None:  # all lines are known, so nobody needs a claim any more
             self.path.unlink(missing_ok=True)
 
@@ -351,4 +352,4 @@ class Claims:
 def byte_of(step: int, item: str | int) -> int:
     """The byte that stands for an item of a checkpoint; two items that share one only cost some waiting."""
     digest = hashlib.sha256(repr((step, item)).encode()).digest()
-    return 2 + int.from_bytes(digest[:7])  # a file's offset has 63 bits
+    return 2 + int.from_bytes(digest[:7], "big")  # a file's offset has 63 bits
