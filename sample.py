@@ -6,8 +6,8 @@
 
 The prompt runs through the model once and leaves keys and values in the cache. After that, each step reads
 one token per sequence. Reads a run folder, a checkpoint folder, or any Hugging Face folder that checkpoint.py
-can load. With --save it appends a line to RUN/samples.jsonl, whose "text" begins with the prompt; otherwise it
-writes nothing.
+can load. Writes nothing, except with --save: it then appends a line to RUN/samples.jsonl, whose "text" begins
+with the prompt.
 
 Shapes: B sequences, P tokens of prompt, V vocabulary.
 """
@@ -37,8 +37,8 @@ import tokenizer as tokenizers
 from config import ConfigError
 from model import Cache, Transformer
 
-# Tokens of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation, which fits into a
-# CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is faster.
+# Tokens of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation, which fits into
+# a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is faster.
 PREFILL_TOKENS = 2048
 
 
@@ -88,9 +88,9 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yields the next token of each prompt (B, P), n times: (B,) int64. Padding: as in `generate`.
 
-    Raises ConfigError if that needs a position that the model was never trained on. The last token is not read
-    again, so P + n - 1 positions are used. A prompt is never cut on the left to make room: that would silently
-    give the text of another prompt.
+    Raises ConfigError if that needs a position that the model was never trained on. The last token is not
+    read again, so P + n - 1 positions are used. A prompt is never cut on the left to make room: that would
+    silently give the text of another prompt.
     """
     # Refuse what cannot be done.
     B, P = tokens.shape
@@ -155,8 +155,8 @@ def distribution(
 ) -> tuple[Tensor, Tensor]:
     """The distribution to draw from: (probabilities, ids), both (B, V), the likeliest first; ruled out: 0.
 
-    softmax(logits / temperature). top_k keeps the k likeliest tokens (0: all; among equals the lower id), then
-    top_p keeps the fewest whose probabilities sum to p or more (Holtzman et al. 2020, section 3.1).
+    softmax(logits / temperature). top_k keeps the k likeliest tokens (0: all; among equals the lower id),
+    then top_p keeps the fewest whose probabilities sum to p or more (Holtzman et al. 2020, section 3.1).
     """
     logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     logits = (logits - logits[:, :1]) / temperature  # the peak at 0: a tiny temperature cannot overflow
