@@ -38,7 +38,8 @@ from config import ConfigError
 from model import Cache, Transformer
 
 # Tokens of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation, which fits into
-# a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is faster.
+# a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is
+# faster.
 PREFILL_TOKENS = 2048
 
 
