@@ -1,110 +1,127 @@
 """How fast a config runs here, and in how much memory: real steps, made-up tokens, beside plan.py's figures.
 
-    python train.py 124m --benchmark 30
-    python train.py 7b --benchmark 10 --train.batch_size=8 --train.micro_batch_size=4 --json 7b.json
-    torchrun --nproc_per_node=8 -- train.py 7b --benchmark 30
+    python benchmark.py 124m --steps 30
+    python benchmark.py 7b --steps 10 --train.batch_size=8 --train.micro_batch_size=4 --json 7b.json
+    torchrun --nproc_per_node=8 -- benchmark.py 7b --steps 30
 
-Needs no dataset and writes nothing but the JSON file that is asked for. The steps are learner.py's, so those
-of training; only the tokens are random, and the weights, which are quicker to make so.
+Needs no dataset and writes nothing but the JSON file that is asked for. The steps are those of train.py; only the
+tokens are random, and the weights, which are quicker to make so. Times are medians over steps.
 """
 
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    import config
+    import configurator
+
+    CONFIG, FLAGS = config.from_command_line(__doc__, flags={"--steps": "N", "--json": "FILE", "--anyway": ""})
+    configurator.quiet_imports()
+
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
 import config
+import configurator
 import cost
 import files
-import ledger
+import hardware
+import memory
+import metrics
 import optim
 import parallel
+import preflight
 from config import Config, ConfigError
-from learner import Learner
+from train import build, forward_backward, next_token_loss
 
 WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
 
 
-def run(cfg: Config, n_steps: int, file: str = "") -> dict:
-    """Makes n_steps steps, prints one table and returns its figures. Medians over steps."""
+def benchmark(cfg: Config, n_steps: int, file: str = "") -> dict:
+    """Makes n_steps steps, prints one table and returns its figures."""
     cost.accumulation(cfg, parallel.world_size())  # they must divide
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
-    world = parallel.start(cfg.train, cfg.parallel)
-    learner = Learner(cfg, world, eot=0)
-    with torch.no_grad():
-        for parameter in learner.model.parameters():
-            parameter.normal_(std=0.02)
-    meter, T = ledger.Meter(cfg, world), cfg.model.seq_len
-    n_tokens, n_rows = cfg.train.batch_size * T, cfg.train.batch_size // world.dp_size
-    generator = torch.Generator().manual_seed(cfg.train.seed + world.share(world.dp_size).start)
-    times = {"data_seconds": [], "forward_backward_seconds": [], "optimizer_seconds": [], "seconds": []}
-    joules = []
-    for step in range(WARM_UP + n_steps):
-        t0 = time.perf_counter()
-        batch = torch.randint(cfg.model.vocab_size, (n_rows, T + 1), generator=generator).to(world.device)
-        t1 = time.perf_counter()
-        nats = learner.gradients(batch, n_tokens)
-        _, norm, spent = world.sum(nats, learner.norm(), meter.joules())
-        t2 = time.perf_counter()
-        learner.update(cfg.optim.lr, norm / world.size, optim.clip_limit(step, cfg.optim))
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        t3 = time.perf_counter()
-        if step >= WARM_UP:
-            for name, seconds in zip(times, (t1 - t0, t2 - t1, t3 - t2, t3 - t0)):
-                times[name].append(seconds)
-            joules.append(spent)
-    figures = {name: statistics.median(values) for name, values in times.items()}
-    speed = n_tokens / figures["seconds"]
-    figures |= {
-        "tokens_per_second": speed,
-        **meter.about(speed, sum(joules)),
-        "processes": world.size,
-    }
-    machine = ledger.about_machine(world)
-    world.once(show, cfg, figures, machine, n_steps, world.device.type == "cuda")
-    if file:
-        world.once(files.write_json, Path(file), {**figures, **machine, "config": config.to_dict(cfg)})
-    world.leave()
+    with parallel.start(cfg.train, cfg.parallel) as world:
+        # A model with random weights; every process draws tokens of its own.
+        model, optimizers = build(cfg, world, eot=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        generator = torch.Generator().manual_seed(cfg.train.seed + world.dp_rank)
+        T, n_rows = cfg.model.seq_len, cfg.train.batch_size // world.dp_size
+        n_tokens, meter = cfg.train.batch_size * T, hardware.Meter(cfg, world)
+
+        # The steps, as train.py makes them.
+        clocks, joules = [], 0.0
+        for step in range(WARM_UP + n_steps):
+            clock = metrics.Clock()
+            rows = torch.randint(cfg.model.vocab_size, (n_rows, T + 1), generator=generator).to(world.device)
+            clock.done("data")
+            sums = forward_backward(model, rows, n_tokens, next_token_loss, world, cfg)
+            grad_norm, _, spent = world.sum(optim.grad_norm(model), sums["loss"], meter.joules())
+            clock.done("forward_backward")
+            limit = optim.clip_limit(step, cfg.optim)
+            optim.update(model, optimizers, cfg.optim.lr, grad_norm / world.size, limit)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            clock.done("optimizer")
+            if step >= WARM_UP:
+                clocks.append(clock)
+                joules += spent
+
+        # The figures.
+        seconds = statistics.median(clock.total for clock in clocks)
+        figures = {part: statistics.median(c.seconds[part] for c in clocks) for part in clocks[0].seconds}
+        figures |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds, "processes": world.size}
+        figures |= meter.columns(n_tokens / seconds, joules)
+        about = hardware.about_run(world)
+        world.once(show, cfg, figures, about, n_steps, world.device.type == "cuda")
+        if file:
+            world.once(files.write_json, Path(file), {**figures, **about, "config": config.to_dict(cfg)})
     return figures
 
 
-def show(cfg: Config, figures: dict, machine: dict, n_steps: int, cuda: bool) -> None:
-    """The table: measured, and what cost.py expects of the same config."""
-    processes = figures["processes"]
-    plan = cost.memory(cfg, processes, cuda)
-    flops, gib = cost.flops_per_token(cfg.model), cost.GIB
+def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> None:
+    """The table: measured, and what the plan expects of the same config."""
+    processes, gib = figures["processes"], hardware.GIB
+    planned = memory.total(memory.peak(cfg, processes, cuda)) / gib
     rows = [
         ("tokens a second", f"{figures['tokens_per_second']:,.0f}", ""),
         ("seconds a step", f"{figures['seconds']:.4f}", ""),
         ("  making the batch", f"{figures['data_seconds']:.4f}", ""),
         ("  forward and backward", f"{figures['forward_backward_seconds']:.4f}", ""),
         ("  optimizer", f"{figures['optimizer_seconds']:.4f}", ""),
-        ("peak memory, GiB", f"{figures['memory_bytes'] / gib:.2f}", f"{cost.total(plan) / gib:.2f}"),
+        ("peak memory, GiB", f"{figures['memory_bytes'] / gib:.2f}", f"{planned:.2f}"),
     ]
     if "mfu" in figures:
         peak = figures["peak_flops"]
-        planned = 0.4 * peak * processes / sum(flops.values())
-        rows[0] = (*rows[0][:2], f"{planned:,.0f}")
+        expected = 0.4 * peak * processes / sum(cost.flops_per_token(cfg.model).values())
+        rows[0] = (*rows[0][:2], f"{expected:,.0f}")
         rows.append(("MFU, 6N + attention", f"{figures['mfu']:.1%}", "40.0%, assumed"))
         rows.append(("MFU, 6N", f"{figures['mfu_6n']:.1%}", ""))
         rows.append(("  of a peak of", f"{peak / 1e12:,.0f} TFLOP/s", "dense BF16, each GPU"))
     if "kwh" in figures:
+        tokens = n_steps * cfg.train.batch_size * cfg.model.seq_len
         rows.append(("watts, first GPU", f"{figures['gpu_watts']:.0f}", ""))
-        rows.append(
-            (
-                "kWh a billion tokens",
-                f"{figures['kwh'] / (n_steps * cfg.train.batch_size * cfg.model.seq_len) * 1e9:.3f}",
-                "",
-            )
-        )
-    where = f"{processes} x {machine['device']}, {machine['precision']}, torch {torch.__version__}"
+        rows.append(("kWh a billion tokens", f"{figures['kwh'] / tokens * 1e9:.3f}", ""))
+
+    where = f"{processes} x {about['device']}, {about['precision']}, torch {torch.__version__}"
     what = f"{n_steps} steps of {cfg.train.batch_size} x {cfg.model.seq_len} tokens, medians"
     lines = [f"{cfg.name} on {where}; {what}"]
     lines.append(f"  {'':<28}{'measured':>16}{'plan.py':>20}")
-    lines += [f"  {name:<28}{measured:>16}{planned:>20}".rstrip() for name, measured, planned in rows]
+    lines += [f"  {name:<28}{measured:>16}{plan:>20}".rstrip() for name, measured, plan in rows]
     if not cuda:
         lines.append("  Memory: of the whole process; planned: of its tensors (benchmarks/bench_memory.py)")
-    ledger.say("\n".join(lines))
+    configurator.say("\n".join(lines))
+
+
+@configurator.script
+def main(cfg: Config, flags: dict[str, str]) -> None:
+    if "--steps" not in flags:
+        raise ConfigError("say how many steps: --steps 30")
+    preflight.check_memory(cfg, anyway="--anyway" in flags)
+    benchmark(cfg, int(flags["--steps"]), flags.get("--json", ""))
+
+
+if __name__ == "__main__":
+    main(CONFIG, FLAGS)

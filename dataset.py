@@ -1,38 +1,31 @@
-"""A finished dataset: the order as a function, and every row, batch and document in it.
+"""A finished dataset: the training order as a function, and every row and document in it. No torch.
 
     from dataset import Dataset
     d = Dataset("datasets/demo")
-    d.batch(step=1000, batch_size=16)              # the token ids of step 1000, int64 (16, seq_len + 1)
-    d.documents(position=16_000)                   # whose text the first row of that batch is
-    d.positions("code", "email/parser.py")         # and every position at which that file is trained on
+    d.rows(first=16_000, count=16)            # token ids of 16 rows of the order, int64 (16, seq_len + 1)
+    d.documents(position=16_000)              # which documents the first of these rows holds
+    d.positions("code", "email/parser.py")    # every position at which that file is trained on
 
 The order. All documents of a stage, each followed by the end-of-text token, are one stream of tokens. With
-T = seq_len, row r is stream[r*T : r*T + T + 1], so that every token but the first is a target exactly once.
-Rows are trained on in shuffled order: row r stands at position shuffle(r), a bijection that is computed,
-not stored. So "what did step 1000 see?" and "when was this document seen?" are arithmetic and a binary
-search, and nothing about workers, GPUs or restarts can change the answer. Positions of all stages and of
-their repeats follow one another; a batch is the next batch_size positions.
+T = seq_len, row r is stream[r*T : r*T + T + 1]: neighbouring rows share one token, so every token but the
+first is a target exactly once. Rows are trained on in shuffled order: row r is at position shuffle(r), a
+bijection that is computed, not stored. The positions of all stages, and of their repeats, follow one another.
+So "what did step 1000 see?" and "when was this document seen?" are arithmetic and a binary search, and the
+answer cannot depend on workers, GPUs or restarts.
 
 Reads the folder that data.py writes (its docstring lists the files), and writes nothing.
 """
 
 import hashlib
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from config import Config, ConfigError, to_dict
-from files import sha256
+from config import ConfigError
+from manifest import damage, inside, read_manifest
 
-FORMAT = 2  # of manifest.json. In 1 a part of a pass was whole documents, by hash: about as many tokens
-KEYS = ("format", "seq_len", "row_length", "dtype", "vocab_size", "eot", "tokenizer", "seed", "row_multiple")
-KEYS += ("settings", "sources", "stages", "rows", "chunks", "files", "file_bytes")
-UNHASHED = ("manifest.json", "inputs.json", "lock")  # the last two are about the machine that built it
-BLOCK_DOCUMENTS = 1 << 20  # of a document table worked on at once
+BLOCK_DOCUMENTS = 1 << 20  # entries of a table of documents that are in memory at once
 
 
 # ---- the order --------------------------------------------------------------------------------------------
@@ -43,12 +36,12 @@ def shuffle(rows: object, n: int, key: str) -> np.ndarray:
 
     shuffle([0, 1, 2, 3, 4], 5, "1234/main/0") -> [1, 3, 2, 0, 4]
 
-    How: a Feistel network. Write a row number as two halves of h bits, and in each round replace (left,
-    right) by (right, left XOR f(right)). Whatever f is, a round can be undone, because right is still
-    there: so the network is a bijection of 0 .. 4^h - 1, and f only has to scramble well. Results of n or
-    more are sent through again until they fall below n ("cycle walking"; Black and Rogaway 2002), on
-    average fewer than four times. There is no table: n = 2^40 costs the same memory as n = 2. Raises
-    IndexError for rows outside 0 .. n-1.
+    It is a Feistel network. A row number is written as two halves of h bits, and each round replaces (left,
+    right) by (right, left XOR f(right)). A round can be undone whatever f is, because `right` is still there.
+    So the network is a bijection of 0 .. 4^h - 1, and f only has to scramble well. Results of n or more go
+    through the network again until they are below n ("cycle walking", Black and Rogaway 2002): fewer than
+    four times on average. There is no table: n = 2^40 costs the same memory as n = 2. Raises IndexError for
+    rows outside 0 .. n-1.
     """
     return feistel(rows, n, key, backwards=False)
 
@@ -59,15 +52,18 @@ def unshuffle(positions: object, n: int, key: str) -> np.ndarray:
 
 
 def feistel(values: object, n: int, key: str, backwards: bool) -> np.ndarray:
+    """The network that `shuffle` describes; backwards, its inverse."""
     values = np.asarray(values, dtype=np.int64)
     if values.size and (values.min() < 0 or values.max() >= n):
         raise IndexError(f"rows {values.min()} .. {values.max()} are not within 0 .. {n - 1}")
-    h = max(1, ((n - 1).bit_length() + 1) // 2)  # n <= 4^h < 4n
-    bits, half = np.uint64(h), np.uint64((1 << h) - 1)
-    # four rounds do where halves are large (Luby and Rackoff 1988); ours can be a few bits, so twice that
-    keys = [number(f"{key}/{round}") for round in range(8)]
 
-    def turn(x: np.ndarray) -> np.ndarray:
+    # The width of a half: 4^h is at least n and less than 4n.
+    h = max(1, ((n - 1).bit_length() + 1) // 2)
+    bits, half = np.uint64(h), np.uint64((1 << h) - 1)
+    # Four rounds are enough for large halves (Luby and Rackoff 1988). Ours can be a few bits: twice as many.
+    keys = [hash64(f"{key}/{round}") for round in range(8)]
+
+    def network(x: np.ndarray) -> np.ndarray:
         left, right = x >> bits, x & half
         for k in reversed(keys) if backwards else keys:
             if backwards:
@@ -76,43 +72,44 @@ def feistel(values: object, n: int, key: str, backwards: bool) -> np.ndarray:
                 left, right = right, left ^ (scramble(right ^ k) & half)
         return left << bits | right
 
-    out = turn(values.astype(np.uint64).ravel())
-    outside = np.flatnonzero(out >= n)
+    out = network(values.astype(np.uint64).ravel())
+    outside = np.flatnonzero(out >= n)  # cycle walking
     while outside.size:
-        out[outside] = turn(out[outside])
+        out[outside] = network(out[outside])
         outside = outside[out[outside] >= n]
     return out.astype(np.int64).reshape(values.shape)
 
 
-def number(text: str) -> np.uint64:
-    """A key as 64 bits: the first eight bytes of its SHA-256."""
+def hash64(text: str) -> np.uint64:
+    """A text as 64 bits: the first eight bytes of its SHA-256, little-endian."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """Every bit of x changes half of the result's bits: the end of MurmurHash3 (Appleby) for 64 bits."""
+    """Every bit of x changes half of the result's bits: the final mixer of MurmurHash3 (Appleby), 64 bits."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ (x >> np.uint64(33))
 
 
-def below(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Which hashes, spread evenly over 64 bits, fall into the lower `share` of them."""
-    return hashes < np.uint64(share * 2.0**64)  # share < 1
-
-
 def locate(positions: object, stages: list[dict], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions in training order -> (stage number, epoch, row) of each. IndexError outside the order."""
+    """Positions -> (stage number, epoch within the stage, row of the stage's stream) of each.
+
+    `stages` and `seed` are those of the manifest. Raises IndexError outside the order.
+    """
     positions = np.atleast_1d(np.asarray(positions, dtype=np.int64))
     n_rows = sum(stage["rows"] * stage["repeats"] for stage in stages)
     if positions.size and (positions.min() < 0 or positions.max() >= n_rows):
         raise IndexError(f"positions {positions.min()} .. {positions.max()} are not within 0 .. {n_rows - 1}")
+
     stage = np.searchsorted([s["first_position"] for s in stages], positions, side="right") - 1
     epoch, row = np.zeros_like(positions), np.zeros_like(positions)
     for i, s in enumerate(stages):
+        # A stage's positions are its epochs, one after another.
         mine = np.flatnonzero(stage == i)
         epoch[mine], within = np.divmod(positions[mine] - s["first_position"], s["rows"])
+        # Each epoch is shuffled with its own key.
         for e in np.unique(epoch[mine]):
             here = epoch[mine] == e
             row[mine[here]] = unshuffle(within[here], s["rows"], f"{seed}/{s['name']}/{e}")
@@ -123,9 +120,9 @@ def locate(positions: object, stages: list[dict], seed: int) -> tuple[np.ndarray
 
 
 class Dataset:
-    """A finished dataset folder. Raises ConfigError where it is not one.
+    """A finished dataset folder. Raises ConfigError where the folder is not one.
 
-    With `verify`, a file's size and SHA-256 are compared with the manifest when it is first asked for.
+    With `verify`, a file's size and SHA-256 are compared with the manifest when the file is first used.
     """
 
     def __init__(self, folder: str | Path, verify: bool = True):
@@ -136,14 +133,18 @@ class Dataset:
         self.n_rows, self.n_chunks, self.sources = m["rows"], len(m["chunks"]), list(m["sources"])
         self.dtype = np.dtype(m["dtype"]).newbyteorder("<")
         self.firsts = np.array([chunk["first"] for chunk in m["chunks"]] + [self.n_rows])
-        self.arrays: dict[str, np.ndarray] = {}  # memory-mapped when first asked for
-        self.compared: set[str] = set()  # files whose hashes were right
-        for name in ("tokenizer.json", "tokenizer.model"):  # others open them without asking here
+        self.arrays: dict[str, np.ndarray] = {}  # memory-mapped when first used
+        self.compared: set[str] = set()  # files that were found to be as the manifest says
+        self.check = f"python data.py verify {self.folder}"  # the command that compares all of them
+        # Other scripts open the tokenizer's files without `path`, so these are compared now.
+        for name in ("tokenizer.json", "tokenizer.model"):
             if name in m["files"]:
                 self.path(name)
 
+    # Files
+
     def path(self, name: str) -> Path:
-        """A file of the dataset. It is compared with the manifest the first time: ConfigError if damaged."""
+        """The path of a file of the dataset. Raises ConfigError where the file is damaged or not listed."""
         if name not in self.manifest["files"]:
             raise ConfigError(f"{self.folder} holds no {name}; its manifest does not list it")
         path = inside(self.folder, name)
@@ -151,80 +152,59 @@ class Dataset:
             if problem := damage(self.folder, self.manifest, name):
                 raise ConfigError(
                     f"{path} is damaged: {problem}; get it again, or build the dataset again; all of its "
-                    f"files: python data.py verify {self.folder}"
+                    f"files: {self.check}"
                 )
             self.compared.add(name)
         return path
 
     def array(self, name: str, n_rows: int = 0) -> np.ndarray:
-        """A file of rows, as (n_rows, T+1), or an .npy table; only what is touched is read."""
+        """A file of rows as (n_rows, T+1), or an .npy table. Memory-mapped: only what is used is read."""
         if name not in self.arrays:
             path = self.path(name)
             try:
                 if name.endswith(".npy"):
                     self.arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
                 else:
-                    empty = np.empty(0, self.dtype)
-                    data = np.memmap(path, self.dtype, "r") if path.stat().st_size else empty
+                    data = np.empty(0, self.dtype)
+                    if path.stat().st_size:  # an empty file cannot be memory-mapped
+                        data = np.memmap(path, self.dtype, "r")
                     self.arrays[name] = data.reshape(n_rows, self.row_length)
             except (OSError, ValueError):
-                raise ConfigError(
-                    f"{path} is missing or damaged; try: python data.py verify {self.folder}"
-                ) from None
+                raise ConfigError(f"{path} is missing or damaged; try: {self.check}") from None
         return self.arrays[name]
 
+    def check_source(self, source: str) -> None:
+        if source not in self.sources:
+            raise ConfigError(f"{self.folder} has no source {source!r}; it has {', '.join(self.sources)}")
+
+    # Rows
+
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows at positions first .. first+count-1 of the training order: int64 (count, T+1)."""
+        """The rows at positions first .. first+count-1: int64 (count, T+1). IndexError outside the order."""
         if first < 0 or count < 0 or first + count > self.n_rows:
             raise IndexError(f"rows {first} .. {first + count - 1} are not within 0 .. {self.n_rows - 1}")
         out = np.empty((count, self.row_length), dtype=np.int64)
         done = 0
         while done < count:
-            k = self.chunk_of(first + done)
-            chunk = self.manifest["chunks"][k]
+            # The part of these rows that is in the chunk of the next one.
+            chunk = self.manifest["chunks"][self.chunk_of(first + done)]
             begin = first + done - chunk["first"]
             part = self.array(chunk["file"], chunk["rows"])[begin : begin + count - done]
             out[done : done + len(part)] = part
             done += len(part)
         return out
 
-    def batch(self, step: int, batch_size: int) -> np.ndarray:
-        """What optimizer step `step`, from 0, sees: int64 (batch_size, T+1). IndexError past the end."""
-        return self.rows(step * batch_size, batch_size)
-
     def chunk_of(self, position: int) -> int:
-        """The chunk that holds a position of the training order."""
+        """The number of the chunk that holds the row at a position."""
         if not 0 <= position < self.n_rows:
             raise IndexError(f"position {position} is not within 0 .. {self.n_rows - 1}")
         return int(np.searchsorted(self.firsts, position, side="right")) - 1
 
     def chunk_range(self, chunk: int) -> tuple[int, int]:
-        """Positions of a chunk's rows: (first, end), end exclusive."""
+        """The positions of a chunk's rows: (first, end), end exclusive."""
         if not 0 <= chunk < self.n_chunks:
             raise IndexError(f"chunk {chunk} is not within 0 .. {self.n_chunks - 1}")
         return int(self.firsts[chunk]), int(self.firsts[chunk + 1])
-
-    def validation(self, source: str) -> np.ndarray:
-        """Held-out rows of a source, (rows, T+1), of documents that no chunk holds."""
-        if source not in self.sources:
-            raise ConfigError(f"{self.folder} has no source {source!r}; it has {', '.join(self.sources)}")
-        return self.array(f"validation/{source}.bin", self.manifest["sources"][source]["validation_rows"])
-
-    def validation_documents(self, source: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and bytes of text, of each held-out document of a source, in the order of its rows.
-
-        The end-of-text token is one of a document's tokens. The bytes are those of its text in UTF-8, before
-        it was encoded. Reads the source's list of documents from its start.
-        """
-        path = self.path(f"documents/{source}.jsonl")
-        try:
-            with open(path, "rb") as file:
-                lines = (json.loads(line) for line in file if b'"validation": true' in line)
-                sizes = [(line["tokens"], line["bytes"]) for line in lines]
-            return tuple(np.array(sizes, np.int64).reshape(-1, 2).T)
-        except (OSError, ValueError, KeyError, TypeError):
-            message = f"{path} is missing or damaged; try: python data.py verify {self.folder}"
-            raise ConfigError(message) from None
 
     def locate(self, positions: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions -> (stage number, epoch within the stage, row of the stage's stream) of each."""
@@ -235,19 +215,27 @@ class Dataset:
         s = self.manifest["stages"][stage]
         if not 0 <= epoch < s["repeats"]:
             raise IndexError(f"epoch {epoch} is not within 0 .. {s['repeats'] - 1}")
-        place = shuffle(row, s["rows"], f"{self.manifest['seed']}/{s['name']}/{epoch}")
-        return s["first_position"] + epoch * s["rows"] + place
+        within = shuffle(row, s["rows"], f"{self.manifest['seed']}/{s['name']}/{epoch}")
+        return s["first_position"] + epoch * s["rows"] + within
+
+    def validation(self, source: str) -> np.ndarray:
+        """Validation rows of a source, (rows, T+1). No chunk holds their text."""
+        self.check_source(source)
+        return self.array(f"validation/{source}.bin", self.manifest["sources"][source]["validation_rows"])
+
+    # Documents
 
     def documents(self, position: int) -> list[tuple[str, str, int, int]]:
-        """Whose text a row holds: (source, id, first, end), first .. end-1 being its tokens in the row."""
+        """The documents in a row: (source, id, first, end); tokens first .. end-1 of the row are its text."""
         stage, _, row = (int(x[0]) for x in self.locate(position))
         starts, sources, numbers = self.array(f"documents/{self.manifest['stages'][stage]['name']}.npy")
-        begin, end = row * self.seq_len, row * self.seq_len + self.row_length
+        begin, end = row * self.seq_len, row * self.seq_len + self.row_length  # in the stage's stream
         out = []
         for i in range(np.searchsorted(starts, begin, "right") - 1, np.searchsorted(starts, end)):
-            first, last = max(int(starts[i]), begin), min(int(starts[i + 1]), end)
             source = self.sources[sources[i]]
-            out.append((source, self.document(source, int(numbers[i]))["id"], first - begin, last - begin))
+            id = self.document(source, int(numbers[i]))["id"]
+            first, last = max(int(starts[i]), begin), min(int(starts[i + 1]), end)
+            out.append((source, id, first - begin, last - begin))
         return out
 
     def document(self, source: str, n: int) -> dict:
@@ -256,31 +244,53 @@ class Dataset:
         return line_of(self.path(f"documents/{source}.jsonl"), offsets, n)
 
     def positions(self, source: str, id: str) -> np.ndarray:
-        """Every position, sorted, whose row holds a token of the document; none where it is held out.
+        """All positions, sorted, whose row holds a token of the document; none for a validation document.
 
-        An id that a source uses more than once stands for all of these documents. Reads the source's list of
-        documents from its start. Raises ConfigError where the id is unknown.
+        An id can have two lines in the table of documents: the parts of a document that is split. Reads that
+        table from its start. Raises ConfigError where the id is unknown.
         """
-        if source not in self.sources:
-            raise ConfigError(f"{self.folder} has no source {source!r}; it has {', '.join(self.sources)}")
+        self.check_source(source)
+        # The document's numbers. A search in a line's bytes spares parsing most of the lines.
         spelled = json.dumps(id).encode()
+        numbers = []
         with open(self.path(f"documents/{source}.jsonl"), "rb") as file:
-            numbers = [n for n, line in enumerate(file) if spelled in line and json.loads(line)["id"] == id]
+            for n, line in enumerate(file):
+                if spelled in line and json.loads(line)["id"] == id:
+                    numbers.append(n)
         if not numbers:
             raise ConfigError(f"{self.folder}: source {source!r} has no document {id!r}")
+
+        # Each time that a stage's stream has one of these documents: its rows, and their positions.
         found = [np.empty(0, np.int64)]
         for i, stage in enumerate(self.manifest["stages"]):
             starts, sources, documents = self.array(f"documents/{stage['name']}.npy")
-            for at in range(0, len(starts), BLOCK_DOCUMENTS):
-                block = slice(at, at + BLOCK_DOCUMENTS)
+            for begin in range(0, len(starts), BLOCK_DOCUMENTS):
+                block = slice(begin, begin + BLOCK_DOCUMENTS)
                 mine = (sources[block] == self.sources.index(source)) & np.isin(documents[block], numbers)
-                for k in at + np.flatnonzero(mine):
-                    # row r holds tokens r*T .. r*T + T; its last one is also the first of row r + 1
-                    first = max(0, -(-int(starts[k]) // self.seq_len) - 1)
-                    last = min(stage["rows"] - 1, (int(starts[k + 1]) - 1) // self.seq_len)
-                    rows = np.arange(first, last + 1)
+                for k in begin + np.flatnonzero(mine):
+                    # Row r holds tokens r*T .. r*T + T of the stream; the last is also the first of row r+1.
+                    first = max(0, (int(starts[k]) - 1) // self.seq_len)
+                    end = min(stage["rows"], (int(starts[k + 1]) - 1) // self.seq_len + 1)
+                    rows = np.arange(first, end)
                     found += [self.position_of(i, epoch, rows) for epoch in range(stage["repeats"])]
         return np.unique(np.concatenate(found))
+
+    def validation_documents(self, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and UTF-8 bytes of each validation document of a source, in the order of its rows.
+
+        Tokens include the end-of-text token. Reads the source's table of documents from its start.
+        """
+        path = self.path(f"documents/{source}.jsonl")
+        sizes = []
+        try:
+            with open(path, "rb") as file:
+                for line in file:
+                    if b'"validation": true' in line:
+                        about = json.loads(line)
+                        sizes.append((about["tokens"], about["bytes"]))
+            return tuple(np.array(sizes, np.int64).reshape(-1, 2).T)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is missing or damaged; try: {self.check}") from None
 
 
 def line_of(table: Path, offsets: np.ndarray, n: int) -> dict:
@@ -288,83 +298,3 @@ def line_of(table: Path, offsets: np.ndarray, n: int) -> dict:
     with open(table, "rb") as file:
         file.seek(int(offsets[n]))
         return json.loads(file.read(int(offsets[n + 1] - offsets[n])))
-
-
-def read_manifest(folder: Path) -> tuple[dict, str]:
-    """The manifest and the SHA-256 of its file. Raises ConfigError where there is no finished dataset."""
-    try:
-        data = (folder / "manifest.json").read_bytes()
-        manifest = json.loads(data)
-        lacks = [key for key in KEYS if key not in manifest]
-        if lacks or manifest["format"] not in (1, FORMAT) or manifest["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(
-                f"lacks {', '.join(lacks)}" if lacks else "has a format or dtype that is not known"
-            )
-        for name in [*manifest["files"], *(chunk["file"] for chunk in manifest["chunks"])]:
-            inside(folder, name)
-    except OSError as error:
-        message = (
-            f"{folder} is not a finished dataset (manifest.json: {error.strerror}); build it with data.py"
-        )
-        raise ConfigError(message) from None
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder}/manifest.json is damaged or no manifest: {error}") from None
-    return manifest, hashlib.sha256(data).hexdigest()
-
-
-def settings(config: Config) -> dict:
-    """Every setting that says what a dataset is, under the name that a user writes."""
-    values = to_dict(config)
-    out = {f"{part}.{key}": value for part in ("tokenizer", "data") for key, value in values[part].items()}
-    for name in ("workers", "max_bad_fraction", "expected_tokens"):  # these change nothing in it
-        del out[f"data.{name}"]
-    return {"model.seq_len": config.model.seq_len, "train.batch_size": config.train.batch_size, **out}
-
-
-def differences(manifest: dict, config: Config) -> list[str]:
-    """In what a dataset is not the one that a config asks for: ["data.seed=1 (now 7)"], [] where it is.
-
-    Where the tokenizer lies does not matter if it is the same tokenizer; settings that are newer than the
-    dataset are not compared.
-    """
-    had = manifest["settings"]
-    return [
-        f"{name}={had[name]} (now {value})"
-        for name, value in settings(config).items()
-        if name in had and had[name] != value and name != "tokenizer.path"
-    ]
-
-
-def inside(folder: Path, name: str) -> Path:
-    """folder/name, if that is in the folder. A manifest may be a stranger's: "../../.ssh/id" is refused."""
-    path = folder / name
-    if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            f"{folder}/manifest.json names {name!r}, which lies outside the folder; it is not read"
-        )
-    return path
-
-
-def damage(folder: Path, manifest: dict, name: str) -> str:
-    """In what a file is not the one that the manifest lists; "" where it is."""
-    path, size = folder / name, manifest["file_bytes"].get(name)
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != size:
-        return f"has {path.stat().st_size} bytes, should have {size}"
-    return "" if sha256(path) == manifest["files"][name] else "its content differs"
-
-
-def verify(folder: str | Path) -> list[str]:
-    """Hashes every file again: a line for every problem, none when all is well. ConfigError as Dataset."""
-    folder = Path(folder)
-    manifest, _ = read_manifest(folder)
-    problems = []
-    for name in tqdm(manifest["files"], unit=" files", disable=not sys.stderr.isatty()):
-        if problem := damage(folder, manifest, name):
-            problems.append(f"{name}: {problem}")
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    extra = present - {*manifest["files"], *UNHASHED}
-    return problems + [f"{name}: is not in the manifest" for name in sorted(extra)]

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -91,6 +92,16 @@ def latest(records: list[dict]) -> list[dict]:
             kept.pop()
         kept.append(record)
     return kept
+
+
+def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a record but its step, also in objects inside it: {"a": {"b": 1.5}} -> ("a/b", 1.5)."""
+    for key, value in record.items():
+        # No deeper: a stranger's record can be nested a thousand times.
+        if isinstance(value, dict) and prefix.count("/") < 4:
+            yield from numbers(value, f"{prefix}{key}/")
+        elif type(value) in (int, float) and prefix + key != "step":
+            yield prefix + key, value
 
 
 def sha256(path: Path | str) -> str:

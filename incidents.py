@@ -1,11 +1,11 @@
-"""Incidents: a loss or gradient that is not finite, or far above what it was. Found, recorded, replayed.
+"""What can go wrong in a run: a loss or gradient that is not finite or far above what it was; a signal.
 
     python incidents.py runs/demo                             # what happened in a run
     python incidents.py runs/demo --replay 137                # the batch of that incident, alone, row by row
     python incidents.py runs/demo --replay 137 --checkpoint 120
 
-train.py asks `judge` after every backward, before the optimizer is touched, on all processes alike, and does
-what train.on_spike says. Reads the run folder and its dataset; writes nothing.
+train.py asks `judge` after every backward, before any weight is touched, on all processes alike, and calls
+`respond` where something is wrong. The command line reads the run folder and its dataset, and writes nothing.
 
 A batch that is skipped, or left out after a rollback, moves no weight. The model can learn from its documents
 all the same: other rows hold the rest of them, and other passes, repeats or sources can hold the same text.
@@ -18,59 +18,222 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     configurator.quiet_imports()
 
 import argparse
+import dataclasses
 import math
+import signal
 import statistics
 import sys
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
+import checkpoint
 import config
 import configurator
-import files
+import integrity
+import optim
 import run_folder
 import steps
 from config import Config, ConfigError, Train
+from configurator import say
 from dataset import Dataset
+from parallel import World, bare
+from run_folder import Checkpoint
+from steps import State, Steps, cut, joined
 
 KINDS = ("nonfinite", "spike")  # events of the ledger
 
 
-def judge(loss: float, norm: float, recent: Collection[tuple[float, float]], train: Train) -> dict | None:
+class Stopped(RuntimeError):
+    """An incident ended the run, as train.on_incident asks."""
+
+
+class Signals:
+    """`came`: the number of the signal that asks the run to save and end (Ctrl-C, SIGTERM, SIGHUP), or 0.
+
+    A second signal ends the process at once; but not within a second of the first, because whoever stops a
+    machine may signal every process and torchrun, which signals its processes again.
+    """
+
+    def __init__(self):
+        self.came, self.at = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, self.note)
+
+    def note(self, number, frame) -> None:
+        if self.came and time.monotonic() - self.at > 1:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.came:
+            self.came, self.at = number, time.monotonic()
+
+
+# ---- judging a step ---------------------------------------------------------------------------------------
+
+
+def judge(loss: float, grad_norm: float, recent: Sequence, train: Train) -> dict | None:
     """What is wrong with a step: {"event": "nonfinite"} or {"event": "spike", "z": {...}}; None: nothing.
 
-    `recent`: loss and gradient norm of the steps before it, incidents left out, at most train.spike_window. A
-    spike is judged when there are so many.
+    recent: (loss, grad_norm) of the steps before it, without incidents. A spike is judged once there are
+    train.spike_window of them, by the newest of these.
     """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return {"event": "nonfinite"}
     if not train.spike_z or len(recent) < train.spike_window:
         return None
-    past = {"loss": [pair[0] for pair in recent], "grad_norm": [pair[1] for pair in recent]}
-    scores = {name: robust_z(value, past[name]) for name, value in (("loss", loss), ("grad_norm", norm))}
-    if max(scores.values()) <= train.spike_z:
+    recent = recent[-train.spike_window :]
+    z = {
+        "loss": robust_z(loss, [pair[0] for pair in recent]),
+        "grad_norm": robust_z(grad_norm, [pair[1] for pair in recent]),
+    }
+    if max(z.values()) <= train.spike_z:
         return None
-    return {"event": "spike", "z": {name: round(z, 2) for name, z in scores.items()}}
+    return {"event": "spike", "z": {name: round(value, 2) for name, value in z.items()}}
 
 
 def robust_z(value: float, past: list[float]) -> float:
     """(value - median) / (1.4826 x the median absolute deviation): deviations, where values are normal.
 
-    Neither median is moved by a few spikes in the window, as mean and deviation are. Where nothing varied, a
-    thousandth of the median stands for the deviation.
+    A few spikes among the past values move neither median, while they would move mean and deviation. Where
+    nothing varied, a thousandth of the median takes the place of the deviation.
     """
     median = statistics.median(past)
     deviation = 1.4826 * statistics.median(abs(x - median) for x in past)
     return (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)
 
 
-def documents(dataset: Dataset, pieces: Iterable[tuple[int, int]]) -> list[str]:
-    """The documents of rows, given as ranges of positions: ["docs:a.txt", ...]."""
-    found = {(d[0], d[1]) for first, end in pieces for p in range(first, end) for d in dataset.documents(p)}
-    return sorted(f"{source}:{name}" for source, name in found)
+# ---- responding to an incident ----------------------------------------------------------------------------
+
+
+def respond(
+    problem: dict, run, state: State, plan: Steps, loss: float, grad_norm: float
+) -> tuple[State, Steps] | None:
+    """Writes an incident down and does what train.on_incident says. `run` is train.Run.
+
+    Returns the state and plan to continue with, after a rollback or with rows deferred; or None where the
+    step counts without an update (skip). Raises Stopped where the run ends. All processes call this together,
+    with the same numbers; no weight has been touched, and no checkpoint is being saved.
+    """
+    cfg, world, step = run.cfg, run.world, state.step
+    grad_norms = optim.grad_norms_by_layer(bare(run.model))  # all processes together
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    state.incidents += 1
+    earlier = [c for c in world.first(run_folder.checkpoints, cfg.run) if c.step <= step]
+
+    # What is to be done; if that cannot be done, or there were too many incidents, the run stops.
+    action = cfg.train.on_incident
+    back, new_plan = remedy(action, run, step, plan, earlier)
+    impossible = action in ("defer", "rollback") and new_plan is None
+    if state.incidents > cfg.train.max_incidents or impossible:
+        action = "stop"
+
+    # The ledger.
+    ranges = plan.batch(step)
+    finite = {name: n if math.isfinite(n) else str(n) for name, n in grad_norms.items()}
+    record = {
+        **problem,
+        "step": step,
+        "number": state.incidents,
+        "action": action,
+        "loss": loss if math.isfinite(loss) else str(loss),
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
+        "norms": finite,
+        "chunk": run.dataset.chunk_of(ranges[0][0]),
+        "rows": [[first, end - 1] for first, end in ranges],
+        "documents": documents(run.dataset, ranges) if world.rank == 0 else [],
+        "checkpoint": earlier[-1].path.name if earlier else None,
+        **({"back_to": back.path.name} if back and new_plan else {}),
+        **({"order": new_plan.ranges} if new_plan else {}),
+    }
+    world.once(run_folder.log, cfg.run, record["event"], record)
+
+    # And do it.
+    if action == "stop":
+        raise Stopped(why_stopped(record, cfg, newest(earlier, world)))
+    where = ""
+    if back:
+        first = plan.consumed(max(back.step, step - cfg.train.rollback_skip // 2))
+        where = f" to {back.path.name}, without the rows from {first} on"
+    world.once(say, f"{action}{where}: {told(record)}")
+    if action == "skip":
+        state.skipped = [*state.skipped, *ranges]
+        return None
+    if action == "rollback":
+        state = go_back(back, run, state)
+    state.order = list(new_plan.ranges)
+    return state, new_plan
+
+
+def remedy(
+    action: str, run, step: int, plan: Steps, earlier: list[Checkpoint]
+) -> tuple[Checkpoint | None, Steps | None]:
+    """(the checkpoint to go back to, the plan to continue with), each None where the action needs none."""
+    train = run.cfg.train
+    if action in ("stop", "skip"):
+        return None, None
+    if action == "defer":  # the rest of the chunk; a batch may begin in one chunk and end in the next
+        ranges = plan.batch(step)
+        chunk, last = run.dataset.chunk_of(ranges[0][0]), run.dataset.chunk_of(ranges[-1][1] - 1)
+        return None, deferred(plan, step, (run.chunks[chunk][0], run.chunks[max(chunk, last)][1]))
+    if action == "rollback":
+        back = [earlier[0], *(c for c in earlier if c.step <= step - train.rollback_steps)][-1]
+        first = max(back.step, step - train.rollback_skip // 2)
+        rest = without(plan, first, min(first + train.rollback_skip, plan.n_steps))
+        return back, rest if rest.n_steps > back.step else None
+    raise config.unknown("train.on_incident", action)
+
+
+def go_back(back: Checkpoint, run, state: State) -> State:
+    """Loads an earlier checkpoint, sets aside the later ones, and returns its state."""
+    cfg, world, dataset = run.cfg, run.world, run.dataset
+    checkpoint.load(back.path, run.model, run.optimizers, cfg.train.verify, world)
+    integrity.check_state(back, cfg, dataset.manifest, dataset.sha256)
+    # A damaged checkpoint has ended the run by now, and the later ones are still there.
+    world.once(run_folder.set_aside, cfg.run, back.step, state.incidents)
+    return dataclasses.replace(
+        State.read(back.state), incidents=state.incidents, begin=state.begin, world_size=world.size
+    )
+
+
+def deferred(plan: Steps, step: int, chunk: tuple[int, int]) -> Steps | None:
+    """The plan in which the rows of `chunk` that `step` and later steps would train on come last.
+
+    None where a row of this step has been deferred already, or nothing else is left to train on.
+    """
+    reached = cut(plan.ranges, 0, plan.consumed(step) + plan.size(step))[1]
+    if list(reached) != sorted(reached):
+        return None
+
+    # Of the rows that have not been consumed, those inside the chunk move to the end.
+    before, after, _ = cut(plan.ranges, plan.consumed(step), plan.n_rows)
+    rest, moved = [], []
+    for first, end in after:
+        inside = max(first, chunk[0]), min(end, chunk[1])
+        if inside[0] >= inside[1]:
+            rest.append((first, end))
+            continue
+        moved.append(inside)
+        rest += [(a, b) for a, b in ((first, inside[0]), (inside[1], end)) if a < b]
+    ranges = joined((*before, *rest, *moved))
+    return None if ranges == joined(plan.ranges) else dataclasses.replace(plan, ranges=ranges)
+
+
+def without(plan: Steps, first_step: int, end_step: int) -> Steps:
+    """The plan without the rows of the steps first_step .. end_step - 1: no step trains on them."""
+    first, end = plan.consumed(first_step), plan.consumed(end_step)
+    before, _, after = cut(plan.ranges, first, min(end, plan.n_rows))
+    return dataclasses.replace(plan, ranges=joined((*before, *after)))
+
+
+# ---- telling people ---------------------------------------------------------------------------------------
 
 
 def told(record: dict) -> str:
-    """An incident in a sentence or two, for people."""
+    """An incident in a sentence or two."""
     names, rows = record["documents"], ", ".join(f"{first} to {last}" for first, last in record["rows"])
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     why = ""
@@ -83,11 +246,43 @@ def told(record: dict) -> str:
     )
 
 
-def of_run(run: Path | str) -> list[dict]:
-    return [r for r in files.read_lines(Path(run) / "ledger.jsonl") if r.get("event") in KINDS]
+def why_stopped(record: dict, cfg: Config, newest: str) -> str:
+    """The message of a run that an incident ended."""
+    number, most = record["number"], cfg.train.max_incidents
+    too_many = f" It is incident {number} of train.max_incidents={most}." if number > 1 else ""
+    return (
+        f"{told(record)} (all of them in {cfg.run}/ledger.jsonl).{too_many} "
+        f"The optimizer has not moved, and {newest}. "
+        f"Its batch: python incidents.py {cfg.run} --replay {record['step']}. A lower "
+        "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
+        "remedy; with train.on_incident=skip, defer or rollback a run continues by itself"
+    )
 
 
-# ---- replaying --------------------------------------------------------------------------------------------
+def newest(found: list[Checkpoint], world: World) -> str:
+    """What is so of the newest checkpoint, after looking at its files. All processes call this together."""
+    if not found:
+        return "there is no checkpoint yet"
+    path = found[-1].path
+    try:
+        for kind in ("model", "optimizer"):
+            with integrity.compared(path, kind, world=world):
+                pass
+    except ConfigError as error:
+        return f"the newest checkpoint is not good: {error}"
+    return f"the newest checkpoint, {path.name}, is whole"
+
+
+def documents(dataset: Dataset, ranges: Iterable[tuple[int, int]]) -> list[str]:
+    """The documents of the rows at ranges of positions: ["docs:a.txt", ...]."""
+    found = set()
+    for first, end in ranges:
+        for position in range(first, end):
+            found |= {(source, id) for source, id, *_ in dataset.documents(position)}
+    return sorted(f"{source}:{id}" for source, id in found)
+
+
+# ---- replaying a batch ------------------------------------------------------------------------------------
 
 
 def replay(
@@ -95,36 +290,38 @@ def replay(
 ) -> tuple[list[tuple], dict[str, float], int]:
     """The batch after step `step` on the weights of a checkpoint, by default the newest up to there.
 
-    Returns (position, loss, documents) of each row, the gradient's norm by layer, and the checkpoint's step.
-    The weights are those of the checkpoint, not of the moments before the incident: what is seen is whether
-    the batch is bad by itself (PaLM, section 5.1: theirs were not).
+    Returns (position, loss, documents) of each row, the gradient norm by layer, and the checkpoint's step.
+    The weights are those of the checkpoint, not of the moment before the incident, so this shows whether the
+    batch is bad by itself (PaLM, section 5.1: theirs were not).
     """
-    import torch
-
-    import checkpoint
-    import optim
-
     cfg: Config = config.load_run(run)
     dataset = Dataset(cfg.dataset, verify)
-    known = [
-        c for c in run_folder.chosen(run, [] if at is None else [at]) if at is not None or c.step <= step
-    ]
-    if not known:
-        raise ConfigError(f"{run} has no checkpoint up to step {step}")
-    c = known[-1]
-    incident = [r for r in of_run(run) if r["step"] == step]
-    if incident and at is None:  # the weights before the last incident there; a rollback has moved them aside
-        folder = Path(run) / "checkpoints"
-        aside = folder / f"incident-{incident[-1]['number']}-{incident[-1]['checkpoint']}"
-        c = run_folder.read(aside if aside.exists() else folder / incident[-1]["checkpoint"])
+
+    # The weights. Those before an incident may have been set aside by its rollback.
+    if at is not None:
+        c = run_folder.chosen(run, [at])[0]
+    else:
+        known = [c for c in run_folder.chosen(run) if c.step <= step]
+        if not known:
+            raise ConfigError(f"{run} has no checkpoint up to step {step}")
+        c = known[-1]
+    incident = [r for r in run_folder.ledger(run, *KINDS) if r["step"] == step]
+    if incident and at is None:
+        folder, name = Path(run) / "checkpoints", incident[-1]["checkpoint"]
+        aside = folder / f"incident-{incident[-1]['number']}-{name}"
+        c = run_folder.read(aside if aside.exists() else folder / name)
+
+    # The rows: of the incident, or of the plan.
     if incident:
-        pieces = [(first, last + 1) for first, last in incident[-1]["rows"]]
+        ranges = [(first, last + 1) for first, last in incident[-1]["rows"]]
     else:
         plan = steps.of(cfg, dataset.n_rows, c.state.get("order"))
         if step >= plan.n_steps:
             raise ConfigError(f"{run} has {plan.n_steps} steps; there is no batch after step {step}")
-        pieces = plan.pieces(step)
-    positions = [p for first, end in pieces for p in range(first, end)]
+        ranges = plan.batch(step)
+    positions = [p for first, end in ranges for p in range(first, end)]
+
+    # One row at a time.
     model = checkpoint.load_model(c.path, verify=verify).requires_grad_(True)
     rows = []
     for position in positions:
@@ -132,7 +329,32 @@ def replay(
         loss = model(row[:, :-1], row[:, 1:]) / dataset.seq_len
         (loss / len(positions)).backward()
         rows.append((position, loss.item(), documents(dataset, [(position, position + 1)])))
-    return rows, optim.norms_by_layer(model), c.step
+    return rows, optim.grad_norms_by_layer(model), c.step
+
+
+def finite_or_least(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def show_incidents(run: Path | str) -> None:
+    found = run_folder.ledger(run, *KINDS)
+    for record in found:
+        print(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
+        norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
+        largest = sorted(norms, key=lambda name: -finite_or_least(norms[name]))[:3]
+        if largest:
+            print(f"  largest gradients: {', '.join(f'{name} {norms[name]:.3g}' for name in largest)}")
+    print(f"{len(found)} incident(s)" if found else "no incident")
+
+
+def show_replay(run: Path | str, step: int, at: int | None, verify: bool) -> None:
+    rows, norms, at = replay(run, step, at, verify)
+    print(f"the batch after step {step}, on the weights of step {at}; largest losses first")
+    for position, loss, names in sorted(rows, key=lambda row: -finite_or_least(row[1])):
+        some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+        print(f"  row {position:>8}  loss {loss:8.4f}  {some}")
+    for name, norm in norms.items():
+        print(f"  gradient of {name:<16} {norm:.4g}")
 
 
 @configurator.script
@@ -149,26 +371,10 @@ def main() -> None:
     args = parser.parse_args()
     config.load_run(args.run)
     if args.replay is None:
-        found = of_run(args.run)
-        for record in found:
-            print(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
-            norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
-            largest = sorted(
-                norms, key=lambda name: -norms[name] if math.isfinite(norms[name]) else -math.inf
-            )
-            if norms:
-                shown = ", ".join(f"{name} {norms[name]:.3g}" for name in largest[:3])
-                print(f"  largest gradients: {shown}")
-        print(f"{len(found)} incident(s)" if found else "no incident")
-        sys.exit(0)
-    rows, norms, at = replay(args.run, args.replay, args.checkpoint, args.verify)
-    print(f"the batch after step {args.replay}, on the weights of step {at}; largest losses first")
-    for position, loss, names in sorted(
-        rows, key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
-    ):
-        print(f"  row {position:>8}  loss {loss:8.4f}  {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
-    for name, norm in norms.items():
-        print(f"  gradient of {name:<16} {norm:.4g}")
+        show_incidents(args.run)
+    else:
+        show_replay(args.run, args.replay, args.checkpoint, args.verify)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ import checkpoint
 import config
 import configurator
 import files
+import hardware
 import parallel
 import run_folder
 from config import Config, ConfigError
@@ -137,11 +138,10 @@ def device_of(cfg: Config) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return device
-    parallel.keep_freed_memory()
+    hardware.keep_freed_memory()
     # torchrun gives each process one thread, unless OMP_NUM_THREADS says otherwise; let them share the cores.
     if parallel.world_size() > 1 and torch.get_num_threads() == 1:
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_machine))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.processes_here()))
     return device
 
 

@@ -4,8 +4,9 @@
     python mirror.py runs/demo --to wandb --follow      # while it trains, on any machine that sees the folder
 
 It reads metrics.jsonl from outside: training knows nothing of it, and no network fault can slow or stop it.
-Every number of a step is sent at that step. Where steps go back (a resume, a rollback) the later lines count:
-all is then sent anew. With --follow it waits for lines until the ledger says finish, or Ctrl-C.
+Every number of a step is sent at that step. After a resume or a rollback, step numbers repeat and the later
+lines count: everything is then sent again. With --follow it waits for new lines until the ledger says finish,
+or until Ctrl-C.
 
 Reads config.json, ledger.jsonl and metrics.jsonl; writes RUN/tensorboard/, or the project nano360 on wandb
 (with WANDB_MODE=offline: RUN/wandb/). Needs `pip install tensorboard` or `pip install wandb`.
@@ -28,7 +29,7 @@ POLL_SECONDS = 2
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard/. Each start tells the whole story; readers forget the one before."""
+    """Event files in RUN/tensorboard/. Each start sends all steps; readers forget those sent before."""
 
     def __init__(self, run: Path, first: dict, returns: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -37,11 +38,11 @@ class TensorBoard:
 
         self.Event, self.Summary = Event, Summary
         self.writer = EventFileWriter(str(run / "tensorboard"))
-        start = SessionLog(status=SessionLog.START)  # takes back this step and all later ones
+        start = SessionLog(status=SessionLog.START)  # readers forget this step and later ones
         self.writer.add_event(Event(wall_time=time.time(), step=0, session_log=start))
 
     def send(self, record: dict) -> None:
-        values = [self.Summary.Value(tag=k, simple_value=v) for k, v in numbers(record) if k != "time"]
+        values = [self.Summary.Value(tag=k, simple_value=v) for k, v in files.numbers(record) if k != "time"]
         when = record.get("time", time.time())
         self.writer.add_event(
             self.Event(wall_time=when, step=record["step"], summary=self.Summary(value=values))
@@ -57,13 +58,15 @@ class TensorBoard:
 class Wandb:
     """A run of the project nano360. A new start finds it again by its id, and sends only what it lacks.
 
-    wandb cannot take back a step. After steps went back, another run of the same name tells the whole story.
+    wandb cannot take back a step. So after a resume that repeats steps, all steps are sent to another run of
+    the same name.
     """
 
     def __init__(self, run: Path, first: dict, returns: int):
         import wandb
 
-        # one id a run, wherever its folder lies: its name, and its first step with the second it was made in
+        # One id for a run, wherever its folder is: made from its name, from its first record (which has a
+        # time), and from how often its steps went back.
         story = f"{run.name} {json.dumps(first, sort_keys=True)} {returns}"
         settings = config.to_dict(config.load_run(run))
         try:
@@ -76,30 +79,21 @@ class Wandb:
             raise ConfigError(
                 f"wandb: {why}; log in with `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
             ) from None
-        self.next = self.run.step  # what is before it is there already
+        self.next = self.run.step  # wandb has all earlier steps already
 
     def send(self, record: dict) -> None:
         if record["step"] >= self.next:
-            self.run.log(dict(numbers(record)), step=record["step"])
+            self.run.log(dict(files.numbers(record)), step=record["step"])
 
     def flush(self) -> None:
-        pass  # it sends by itself, in a process of its own
+        pass  # wandb sends by itself, in a process of its own
 
     def close(self) -> None:
         self.run.finish()
 
 
-def numbers(record: dict, prefix: str = ""):
-    """The numeric fields of a record but its step, of those in it too: {"a": {"b": 1.5}} -> ("a/b", 1.5)."""
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from numbers(value, f"{prefix}{key}/")
-        elif type(value) in (int, float) and prefix + key != "step":
-            yield prefix + key, value
-
-
 def read(path: Path, offset: int) -> tuple[list[dict], int]:
-    """The records from a place in a log on, and the place after them, where a half-written line waits."""
+    """The records of a log from byte `offset`, and the offset behind them; a half-written line is left."""
     if not path.exists():
         return [], 0
     with open(path, "rb") as log:
@@ -123,17 +117,22 @@ def finished(run: Path) -> bool:
 
 
 def mirror(run: Path, kind: type, follow: bool) -> int:
-    """Sends a run's steps to a TensorBoard or Wandb; returns the last. ConfigError where there is none."""
+    """Sends a run's steps to a TensorBoard or Wandb; returns the last step. ConfigError if there is none."""
     target, offset, sent = None, 0, -1
     try:
         while True:
-            done = finished(run)  # asked first: all that was written before it is then read below
+            # The ledger is read first: if it says finish, the metrics that are read next are all there are.
+            done = finished(run)
             records, offset = read(run / "metrics.jsonl", offset)
             returns = sum(b <= a for a, b in itertools.pairwise([sent, *(r["step"] for r in records)]))
+
+            # Steps repeat in the middle of following: begin again from the first line.
             if target and returns:
                 target.close()
                 target, offset, sent = None, 0, -1
                 continue
+
+            # Send what is new.
             if records and not target:
                 target = kind(run, records[0], returns)
             for record in files.latest(records):
@@ -145,7 +144,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
                 break
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        print("stopped; the training goes on")
+        print("stopped; the training continues")
     finally:
         if target:
             target.close()
@@ -161,7 +160,7 @@ def main() -> None:
     )
     parser.add_argument("run", help="a run folder: runs/demo")
     parser.add_argument("--to", required=True, choices=("tensorboard", "wandb"))
-    parser.add_argument("--follow", action="store_true", help="until the run is finished")
+    parser.add_argument("--follow", action="store_true", help="wait for new steps until the run is finished")
     args = parser.parse_args()
     run = Path(args.run).resolve()
     config.load_run(run)

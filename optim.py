@@ -1,6 +1,10 @@
 """How a gradient becomes an update: schedules, parameter groups, AdamW or Muon, clipping, as published.
 
-Pure functions of the config but for PyTorch's own optimizers; learner.py calls them once a step.
+    lr = learning_rate(step, n_steps, cfg)
+    update(model, optimizers, lr, grad_norm(model).item(), clip_limit(step, cfg))    # once each step
+
+Pure functions of the config, except for PyTorch's own optimizers. No function here knows how many processes
+there are: `grad_norm` and `clip_gradients` also take gradients of which each process holds a shard.
 """
 
 import math
@@ -9,45 +13,48 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, Optim, choose, unknown
+from config import Optim, choose, unknown
 
 # ---- schedules --------------------------------------------------------------------------------------------
 
 
+# By optim.schedule: the share of the decay, from the peak to the final learning rate, that is still to come
+# at a progress of 0 to 1; and whether the decay is only the last decay_fraction of the schedule. A new one is
+# a row here and a choice of Optim.schedule; config.without_effect must know if it uses decay_fraction.
+SCHEDULES = {
+    "cosine": (lambda progress: 0.5 * (1 + math.cos(math.pi * progress)), False),
+    "linear": (lambda progress: 1 - progress, False),
+    "constant": (lambda progress: 1 - progress, True),  # Hu et al. 2024
+}
+
+
 def learning_rate(at: int, length: int, cfg: Optim) -> float:
-    """The rate of the update after the first `at` of a schedule's `length`.
+    """The learning rate of the update after the first `at` of a schedule's `length`.
 
-    Both are counted in steps; or, where cfg.schedule_tokens is set, in tokens (steps.schedule_position).
-
-    Linear from warmup_start_fraction x lr at 0 to lr at the end of warm-up, then cosine or linear down to
-    final_lr_fraction x lr at `length`, where it stays: the last update is one step short of it. Amber starts
-    from 0 (its first update changes nothing but the moments), OLMo-1 from a tenth of the peak. A constant
-    rate stays at the peak and falls linearly in the last decay_fraction of the schedule (Hu et al. 2024).
+    Both count steps; or tokens, where cfg.schedule_tokens is set (steps.schedule_position). The learning rate
+    rises linearly from warmup_start_fraction x lr at 0 to lr at the end of warm-up, then falls to
+    final_lr_fraction x lr at `length` and stays there: the last update is one step short of it. Amber starts
+    from 0 (its first update changes only the moments), OLMo-1 from a tenth of the peak.
     """
-    begin = cfg.warmup
-    if cfg.schedule == "constant":
-        begin = max(begin, length - round(cfg.decay_fraction * length))
-    # A constant schedule without decay has no end to come to: it stays at the peak beyond `length` too.
-    progress = min(1.0, max(0, at - begin) / (length - begin)) if begin < length else 0.0
-    if cfg.schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * progress))
-    elif cfg.schedule in ("linear", "constant"):
-        left = 1 - progress
-    else:
-        raise unknown("optim.schedule", cfg.schedule)
+    left, late = choose("optim.schedule", cfg.schedule, SCHEDULES)
     if at < cfg.warmup:
         start = cfg.warmup_start_fraction
         return cfg.lr * (start + (1 - start) * at / cfg.warmup)
-    return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left)
+
+    # The decay begins at the end of warm-up, or later. One that never begins stays at the peak, also beyond
+    # `length`: a constant schedule with decay_fraction=0 has no end.
+    begin = max(cfg.warmup, length - round(cfg.decay_fraction * length)) if late else cfg.warmup
+    progress = min(1.0, max(0, at - begin) / (length - begin)) if begin < length else 0.0
+    return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left(progress))
 
 
-def annealed_rate(begin_rate: float, done: int, cfg: Optim) -> float:
-    """The rate after `done` steps of a run that left a schedule at begin_rate; 0 after cfg.anneal_steps."""
-    return begin_rate * max(0.0, 1 - done / cfg.anneal_steps)
+def annealed_lr(begin_lr: float, done: int, cfg: Optim) -> float:
+    """The learning rate `done` steps after a run left its schedule at begin_lr; 0 after cfg.anneal_steps."""
+    return begin_lr * max(0.0, 1 - done / cfg.anneal_steps)
 
 
 def clip_limit(step: int, cfg: Optim) -> float:
-    """The limit of the gradient's norm, looser in the first steps where asked (OLMo-7B: 10 x for 1,000)."""
+    """The limit of the gradient norm, looser in the first steps if asked (OLMo-7B: 10 x for 1,000 steps)."""
     return cfg.grad_clip * (cfg.grad_clip_start_factor if step < cfg.grad_clip_start_steps else 1.0)
 
 
@@ -55,39 +62,35 @@ def clip_limit(step: int, cfg: Optim) -> float:
 
 
 def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[dict]:
-    """Parameters by their weight decay, and by `lr_scale`, what their learning rate is multiplied by.
+    """Parameters by weight decay and by `lr_scale`, the factor of their learning rate.
 
     decay="all": every parameter, norms and embeddings included (Amber's released code has one group).
-    decay="linear": only weights of linear layers (OLMo-1), so not a tied head: it is the embedding's matrix.
+    decay="linear": only weights of linear layers (OLMo-1); a tied head is the embedding, so it does not.
     decay="matrices": those and embeddings; no norm, no bias (Pythia, CrystalCoder).
     decay="not_embeddings": all but the embedding (OLMo 2).
 
-    Under muP the matrices inside the layers learn at mup_scale = mup_base_width / d_model of the rate, and
-    embeddings, norms, biases and the head at the whole of it (Yang et al. 2022, table 8; CrystalCoder's
-    parameters). Decay is times a group's own rate, as everywhere here. `inner`: matrices inside the layers.
+    Under muP the matrices inside the layers learn at mup_scale = mup_base_width / d_model of the learning
+    rate; embeddings, norms, biases and the head at all of it (Yang et al. 2022, table 8; CrystalCoder's
+    parameters). Decay is multiplied by a group's own learning rate. `inner`: the matrices for Muon.
     """
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linear_weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
     groups = {}
     for name, p in model.named_parameters():
         table = {
             "all": True,
-            "linear": id(p) in linear,
+            "linear": id(p) in linear_weights,
             "matrices": p.ndim > 1,
             "not_embeddings": id(p) not in embeddings,
         }
         decays = choose("optim.decay", cfg.decay, table)
         inner = name.startswith("layers.") and p.ndim > 1
-        groups.setdefault((decays, mup_scale if inner else 1.0, inner), []).append(p)
-    special = mup_scale != 1 or cfg.optimizer == "muon"
-    assert not special or any(inner for *_, inner in groups), (
-        "muP and Muon know matrices by the name layers.*"
-    )
-    if cfg.optimizer == "adamw":  # to which they differ only in their rate
-        merged = {}
-        for (decays, scale, _), parameters in groups.items():
-            merged.setdefault((decays, scale, False), []).extend(parameters)
-        groups = merged
+        key = (decays, mup_scale if inner else 1.0, inner and cfg.optimizer == "muon")
+        groups.setdefault(key, []).append(p)
+    if mup_scale != 1 or cfg.optimizer == "muon":
+        assert any(scale != 1 or inner for _, scale, inner in groups), "no matrix has the name layers.*"
+
     return [
         {"params": p, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale, "inner": inner}
         for (decays, scale, inner), p in sorted(groups.items(), key=lambda item: item[0], reverse=True)
@@ -95,42 +98,34 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
 
 
 def adamw(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) in PyTorch's fused form, one pass over memory a step."""
+    """AdamW (Loshchilov & Hutter 2019) in PyTorch's fused form: one pass over memory each step."""
     groups = parameter_groups(model, cfg, mup_scale)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
 def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[torch.optim.Optimizer]:
-    """What a config asks for: AdamW; or Muon for the matrices inside the layers and AdamW for all else.
+    """The optimizers of a config: AdamW; or Muon for the matrices inside the layers and AdamW for the rest.
 
-    Muon (Jordan 2024) makes each update of a matrix orthogonal. Scaled to AdamW's usual size (Liu et al.
-    2025, section 2.2: 0.2 sqrt(max(rows, columns))) it has use for AdamW's rate and decay.
+    Muon (Jordan 2024) makes each update of a matrix orthogonal. Its updates are scaled to AdamW's usual size
+    (Liu et al. 2025, section 2.2: 0.2 sqrt(max(rows, columns))), so that AdamW's learning rate and decay fit.
     """
     if cfg.optimizer == "adamw":
         return [adamw(model, cfg, mup_scale)]
     if cfg.optimizer != "muon":
         raise unknown("optim.optimizer", cfg.optimizer)
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"optim.optimizer='muon' needs torch 2.9 or newer; this is {torch.__version__}")
     groups = parameter_groups(model, cfg, mup_scale)
-    inner, rest = ([g for g in groups if g["inner"] == wanted] for wanted in (True, False))
-    muon = torch.optim.Muon(inner, lr=cfg.lr, momentum=cfg.muon_momentum, adjust_lr_fn="match_rms_adamw")
+    inner = [group for group in groups if group["inner"]]
+    rest = [group for group in groups if not group["inner"]]
     return [
-        muon,
+        torch.optim.Muon(inner, lr=cfg.lr, momentum=cfg.muon_momentum, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True),
     ]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group its share of the rate of this step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
 def shrink_embedding_gradient(model: nn.Module, share: float) -> None:
-    """From now on the embedding's gradient is `share` of itself (GLM-130B, section 2.2: 0.1 against spikes).
+    """From now on multiplies the embedding's gradient by `share` (GLM-130B, section 2.2: 0.1 against spikes).
 
-    Of the embedding's own: a head that is tied to it gives its part whole.
+    Only the gradient through the embedding: a head that is tied to it still gives its whole part.
     """
 
     def shrink(module, arguments, out):
@@ -141,38 +136,52 @@ def shrink_embedding_gradient(model: nn.Module, share: float) -> None:
         model.embed_tokens.register_forward_hook(shrink)
 
 
-# ---- gradients --------------------------------------------------------------------------------------------
+# ---- from the gradient to the update ----------------------------------------------------------------------
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The L2 norm of all of them as one vector: of the whole, where each process holds a part."""
+def l2_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The L2 norm of all tensors as one vector; of the whole tensors, where each process holds a shard."""
     total = torch.nn.utils.get_total_norm(tensors)
     return total.full_tensor() if hasattr(total, "full_tensor") else total  # a DTensor, where sharded
 
 
-def norms_by_layer(model: nn.Module) -> dict[str, float]:
-    """The gradient's norm in each layer, and outside them: {"embed_tokens": 0.3, "layers.0": 0.1, ...}."""
-    groups = {}
+def grad_norm(model: nn.Module) -> Tensor:
+    """The global L2 norm of the gradient, a scalar that is still on the device."""
+    return l2_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def grad_norms_by_layer(model: nn.Module) -> dict[str, float]:
+    """The norm of each layer's gradient, and of what is outside: {"embed_tokens": 0.3, "layers.0": 0.1}."""
+    layers = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
             parts = name.split(".")
-            groups.setdefault(".".join(parts[: 2 if parts[0] == "layers" else 1]), []).append(p.grad)
-    return {name: norm(tensors).item() for name, tensors in groups.items()}
+            layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+            layers.setdefault(layer, []).append(p.grad)
+    return {layer: l2_norm(gradients).item() for layer, gradients in layers.items()}
 
 
-def scale_gradients(model: nn.Module, total: float, limit: float) -> None:
-    """Scales all gradients, whose norm is `total`, so that it is at most `limit`; 0: no limit."""
-    if limit and math.isfinite(total) and total + 1e-6 > limit:
-        local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients(model)]
-        torch._foreach_mul_(local, limit / (total + 1e-6))
+def clip_gradients(model: nn.Module, grad_norm: float, limit: float) -> None:
+    """Scales all gradients so that their norm, which is `grad_norm` now, is at most `limit`; 0: no limit.
+
+    A norm that is not finite scales nothing: incidents.py judges it.
+    """
+    if limit and math.isfinite(grad_norm) and grad_norm + 1e-6 > limit:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        torch._foreach_mul_(local, limit / (grad_norm + 1e-6))
 
 
-def clip(model: nn.Module, limit: float) -> Tensor:
-    """Both: returns the norm, and scales to at most `limit`. A norm that is not finite scales nothing."""
-    total = norm(gradients(model))
-    scale_gradients(model, total.item(), limit)
-    return total
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every parameter group its share of this step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def update(model: nn.Module, optimizers: list, lr: float, grad_norm: float, limit: float) -> None:
+    """Moves the weights by the gradient, clipped to `limit`, and drops the gradient."""
+    clip_gradients(model, grad_norm, limit)
+    for optimizer in optimizers:
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,25 +1,24 @@
-"""One process or many: who am I, on which device, in which precision; and the few things that need all of us.
+"""One process or many: who am I, on which device, in which precision; and what all processes do together.
 
-The only file that knows ranks. Everything else says `world.sum(...)` or `world.once(...)` and is the
-same program on a laptop and on a hundred nodes. torchrun starts the processes and sets RANK, LOCAL_RANK,
+The only file that knows ranks. Everything else says `world.sum(...)` or `world.once(...)` and is the same
+program on a laptop and on a hundred nodes. torchrun starts the processes and sets RANK, LOCAL_RANK and
 WORLD_SIZE:
 
-    python train.py configs/demo.py                                                     # one process
-    torchrun --nproc_per_node=2 -- train.py configs/demo.py                             # two: DDP
-    torchrun --nproc_per_node=8 -- train.py configs/7b.py                               # its strategy is FSDP
-    torchrun --nproc_per_node=8 -- train.py configs/7b.py --parallel.tp=2               # matrices in two
-    torchrun --nnodes=4 --nproc_per_node=8 ... -- train.py 7b --parallel.shard=8        # hybrid sharding
+    python train.py configs/demo.py                                                # one process
+    torchrun --nproc_per_node=2 -- train.py configs/demo.py                        # two processes: DDP
+    torchrun --nproc_per_node=8 -- train.py configs/7b.py                          # its config says FSDP
+    torchrun --nproc_per_node=8 -- train.py configs/7b.py --parallel.tp=2          # tensor parallel over two
+    torchrun --nnodes=4 --nproc_per_node=8 ... -- train.py 7b --parallel.shard=8   # HSDP: sharded in a node
 
 The `--` matters with --run=...: without it torchrun takes that for an option of its own.
 
-Processes stand in a mesh of three dimensions, (replicate, shard, tp), and process r holds rank r of it in
-row-major order: neighbours share a model's matrices (tp), groups of them shard one copy of the weights, and
-copies are replicated. All of it is applied to the model from outside, by PyTorch's own engines; model.py
-knows nothing of it.
+The processes form a mesh of three dimensions, (replicate, shard, tp), in row-major order: neighbours share a
+model's matrices (tp), groups of them shard one set of weights, and the groups are replicas. replicate x shard
+is dp_size, the number of processes that see different rows. All of it is applied to the model from outside,
+by PyTorch's own DDP, FSDP2 and tensor parallel; model.py knows nothing of it.
 """
 
 import contextlib
-import ctypes
 import datetime
 import functools
 import os
@@ -35,7 +34,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import hardware
+import sharding
 from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
+from sharding import is_sharded
 
 # ---- who and where ----------------------------------------------------------------------------------------
 
@@ -45,19 +47,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def first_on_node() -> bool:
-    """Whether this process does what one of each node has to do, such as hashing files that all read."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
 def processes_here() -> int:
-    """Those of them on this machine, which share its memory."""
+    """Those of them on this machine: they share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_first() -> bool:
     """Whether this process speaks for all, known before any of them has met another."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def first_on_node() -> bool:
+    """Whether this process does the work of its node, such as hashing files that all processes read."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def device(choice: str) -> torch.device:
@@ -78,117 +80,114 @@ def device(choice: str) -> torch.device:
 
 
 def precision(choice: str, device: torch.device) -> torch.dtype:
-    """auto, fp32 or bf16 -> the dtype of matrix products. ConfigError where a GPU has no BF16.
+    """auto, fp32 or bf16 -> the dtype of matmuls. ConfigError where a GPU has no BF16.
 
-    auto is BF16 on CUDA with hardware for it, else FP32: on a processor without BF16 instructions the same
-    products are some thirty times slower than in FP32.
+    auto is BF16 on CUDA with hardware for it, else FP32: on a CPU without BF16 instructions a BF16 matmul is
+    some thirty times slower than one in FP32.
     """
     cuda = device.type == "cuda"
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if choice == "bf16" and cuda and not has_bf16:
         raise ConfigError(
-            f"train.precision=bf16, and {torch.cuda.get_device_name(device)} has no BF16 arithmetic (which "
-            "came with compute capability 8.0, A100); use --train.precision=fp32"
+            f"train.precision=bf16, and {torch.cuda.get_device_name(device)} has no BF16 arithmetic (it came "
+            "with compute capability 8.0, A100); use --train.precision=fp32"
         )
     wanted = choose("train.precision", choice, {"auto": has_bf16, "fp32": False, "bf16": True})
     return torch.bfloat16 if wanted else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Matrix products in dtype over FP32 weights: a context manager around a forward."""
+    """Where BF16 is decided: matmuls in `dtype` over FP32 weights. A context manager around a forward."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
+# ---- all processes, seen from one of them -----------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, seen from one of them."""
+    """All processes of a run. `with parallel.start(...) as world:` parts from the others at its end."""
 
     rank: int
     size: int
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of matmuls
     shape: tuple[int, int, int] = (1, 1, 1)  # (replicate, shard, tp)
-    sharded: bool = False  # by FSDP2, which also does the replicating beside tensor parallel
+    sharded: bool = False  # by FSDP2, which also averages over replicas and serves tensor parallel
     mesh: DeviceMesh | None = None
 
     @property
-    def copies(self) -> int:
-        """Replicas x shards: processes that see different rows, each with tp - 1 others that see the same."""
-        return self.size // self.shape[2]
+    def tp_size(self) -> int:
+        """Processes that share matrices and see the same rows."""
+        return self.shape[2]
+
+    @property
+    def dp_size(self) -> int:
+        """Processes that see different rows: replicas x shards."""
+        return self.size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's number among them."""
+        return self.rank // self.tp_size
 
     def share(self, n: int) -> slice:
-        """This process's contiguous share of n items that divide by the number of copies."""
-        each, mine = n // self.dp_size, self.rank // self.shape[2]
-        return slice(mine * each, (mine + 1) * each)
+        """This process's contiguous share of n items; n is a multiple of dp_size."""
+        each = n // self.dp_size
+        return slice(self.dp_rank * each, (self.dp_rank + 1) * each)
 
     # ---- what is done to a model --------------------------------------------------------------------------
 
     def spread(self, model: nn.Module, cfg: Config) -> nn.Module:
-        """A model on the meta device -> the same on this one, empty, as a module to run forward and backward.
+        """A model on the meta device -> the same model on this device, empty, ready for forward and backward.
 
-        Split, compiled, recomputed, sharded and replicated as the config asks. Its gradients are averaged
-        over the copies after the last micro-batch of a step (see accumulate). Fill it with `put`.
+        It is split, compiled, recomputed, sharded and replicated as the config asks. Gradients are averaged
+        over the dp_size processes after the last micro-batch of a step (see accumulate). Fill it with `fill`.
         """
-        if self.shape[2] > 1:
-            split_matrices(model, self.mesh["tp"])
-            # PyTorch: norms over two dimensions of a mesh may differ in a last bit; train.py takes their mean
+        # Tensor parallel first: FSDP then shards what is left of each matrix.
+        if self.tp_size > 1:
+            sharding.split_matrices(model, self.mesh["tp"])
+            # PyTorch: norms over two mesh dimensions may differ in the last bit; train.py takes their mean.
             warnings.filterwarnings("ignore", message=".*_NormPartial")
+
+        # Each block's forward is wrapped, not the module: hooks stay outside, names in a state dict stay as
+        # they are, and all blocks, being the same code, share one compilation.
         table = {"auto": self.device.type == "cuda", "on": True, "off": False}
         compiles = choose("train.compile", cfg.train.compile, table)
         every = cfg.train.activation_checkpointing
         for i, block in enumerate(model.layers):
-            # the forward, not the module: hooks stay outside, names in state_dict as they are, and all
-            # blocks, being the same code, share one compilation
             if compiles:
                 block.forward = torch.compile(block.forward)
             if every and i % every == 0:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+        # FSDP, one process, or DDP.
         if self.sharded:
-            self.shard_weights(model, cfg.parallel.reshard)
+            sharding.shard_weights(model, self.mesh, self.dtype, cfg.parallel.reshard)
         model.to_empty(device=self.device)
         if self.sharded or self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # A gradient is then a view into the buffer that is reduced: one copy less of all gradients. There is
-        # nothing to broadcast yet: see `alike`.
+        # Gradients are views into the buffers that are reduced, which saves a copy of all gradients. `fill`
+        # gives all processes the same weights, so DDP need not.
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
 
-    def shard_weights(self, model: nn.Module, reshard: bool) -> None:
-        """FSDP2: every block is gathered when it is its turn, in BF16 where that is the precision.
-
-        What is sharded, and what the optimizer sees, stays FP32; gradients are reduced in FP32.
-        """
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # see `is_sharded`
-        from torch.distributed.tensor import Shard
-
-        replicate, shard, tp = self.shape
-        param_dtype = None if self.dtype == torch.float32 else self.dtype
-        # inputs stay as they are: the residual stream is FP32, and autocast casts what products read
-        policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
-
-        def along(parameter):  # the dimension that tensor parallel has not split
-            split = is_sharded(parameter) and parameter.placements == (Shard(0),) and parameter.ndim > 1
-            return Shard(1) if split else Shard(0)
-
-        for name, parameter in model.named_parameters():
-            if along(parameter) == Shard(1) and parameter.shape[1] % shard:
-                raise ConfigError(
-                    f"{name} is {parameter.shape[1]} wide, which does not divide by {shard} shards"
-                )
-        mesh = self.mesh["replicate", "shard"] if replicate > 1 else self.mesh["shard"]
-        how = {"mesh": mesh, "mp_policy": policy, "shard_placement_fn": along if tp > 1 else None}
-        for block in model.layers:
-            fully_shard(block, reshard_after_forward=reshard, **how)
-        fully_shard(model, reshard_after_forward=False, **how)  # embedding and head, in use from end to end
+    def fill(self, model: nn.Module, values) -> None:
+        """Gives every parameter its value: whole ones on the CPU, in the order of the model's parameters."""
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            put(parameter, value)
+        if self.size > 1 and not self.sharded:  # the same to the last bit, whatever each process computed
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
 
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module, last: bool):
-        """Around forward and backward: what can wait for the last micro-batch before it travels, waits.
+        """Around forward and backward: delays gradient communication to the last micro-batch, where possible.
 
-        Sharded gradients cannot: whole ones would fill the memory that sharding saves. Between replicas they
-        can.
+        Sharded gradients cannot wait: whole ones would fill the memory that sharding saves. Between replicas
+        they can.
         """
         if self.sharded:
             if self.shape[0] > 1:
@@ -203,16 +202,15 @@ class World:
     # ---- what all do together -----------------------------------------------------------------------------
 
     def sum(self, *values) -> list[float]:
-        """Each value (number or one-element tensor) summed over all processes, in float64."""
-        total = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in values]
-        )
+        """Each value (a number or a tensor of one element) summed over all processes, in float64."""
+        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in values]
+        total = torch.stack(numbers)
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def collect(self, value: object) -> list:
-        """What each process has to say, by rank."""
+        """Every process's value, by rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -236,7 +234,7 @@ class World:
             raise problem
 
     def first(self, function: Callable, *arguments) -> object:
-        """function(*arguments) by the first process, told to all: what each reads for itself might differ."""
+        """function(*arguments) of the first process, told to all: what each reads for itself might differ."""
         told = [None]
 
         def ask():
@@ -248,69 +246,75 @@ class World:
         return told[0]
 
     def aside(self, action: Callable, *arguments) -> None:
-        """Runs action(*arguments) in the first process, and nobody waits for it."""
+        """Runs action(*arguments) in the first process; nobody waits for it."""
         if self.rank == 0:
             action(*arguments)
-
-    def alike(self, model: nn.Module) -> None:
-        """Gives all copies of a model that is not sharded the first one's parameters, to the last bit."""
-        if self.size > 1 and not self.sharded:
-            for parameter in model.parameters():
-                dist.broadcast(parameter.data, src=0)
 
     def leave(self) -> None:
         """Parts from the others, when all are done."""
         if self.size > 1:
-            # gloo's threads need the interpreter's lock to let go of the tensors they were given, and whoever
-            # destroys the group waits for them with the lock in hand, for ever. Barriers hold no tensor, and
-            # free the lock while they wait.
+            # PyTorch 2.13: gloo's threads need the interpreter's lock to free their tensors, and destroying
+            # the group waits for them while it holds the lock, for ever. A barrier holds no tensor, and frees
+            # the lock while it waits. This can go when destroy_process_group no longer deadlocks.
             for _ in range(2):
                 dist.barrier()
             time.sleep(0.05)
             dist.destroy_process_group()
 
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self.leave()
+
 
 def alone() -> World:
-    """One process on the CPU, for what has no need of a config."""
+    """One process on the CPU, for what needs no config."""
     return World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def start(train: Train, settings: Parallel) -> World:
-    """Meets the other processes. Raises ConfigError before any of that where the device is not to be had."""
+    """Meets the other processes. Raises ConfigError before that where the device is not to be had."""
     here, n = device(train.device), world_size()
     dtype, shape = precision(train.precision, here), mesh_shape(settings, n)
+
+    # This process: its device, its arithmetic.
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a check for bugs that costs a pass over memory
+            False  # a bug check that costs a pass over memory
         )
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        if dtype == torch.bfloat16:  # the few products outside autocast may then be TF32; fp32 means FP32
+        if dtype == torch.bfloat16:  # the few matmuls outside autocast may then be TF32; fp32 means FP32
             torch.set_float32_matmul_precision("high")
     else:
-        keep_freed_memory()
+        hardware.keep_freed_memory()
+
+    # All processes: the process group, and a mesh where something is sharded.
     sharded = n > 1 and (settings.strategy == "fsdp" or settings.tp > 1)
     mesh = None
     if n > 1:
-        patience = datetime.timedelta(seconds=settings.timeout_seconds)
-        meet("nccl" if here.type == "cuda" else "gloo", patience)
+        timeout = datetime.timedelta(seconds=settings.timeout_seconds)
+        meet("nccl" if here.type == "cuda" else "gloo", timeout)
         if sharded:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
-            for group in mesh.get_all_groups():  # which would wait as long as PyTorch thinks right
-                dist.distributed_c10d._set_pg_timeout(patience, group)
+            for group in mesh.get_all_groups():  # groups of a mesh do not inherit the timeout
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
     return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
 
 
-def meet(backend: str, patience: datetime.timedelta) -> None:
-    """Joins the process group, on a restart by torchrun too.
+def meet(backend: str, timeout: datetime.timedelta) -> None:
+    """Joins the process group, also after a restart by torchrun.
 
     torchrun 2.13 keeps one store through all its restarts, without a prefix, so that a restarted process may
     find the addresses that dead ones left there, and wait for them for ever. On one node the number of the
-    restart is a prefix on which all agree. On several it is not: each node counts its own.
+    restart is a prefix on which all agree. On several it is not: each node counts its own. This can go when
+    torchrun prefixes its store.
     """
-    store, rank, n = next(dist.rendezvous("env://", timeout=patience))
+    store, rank, n = next(dist.rendezvous("env://", timeout=timeout))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and os.environ.get("LOCAL_WORLD_SIZE") == str(n):
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -319,97 +323,21 @@ def meet(backend: str, patience: datetime.timedelta) -> None:
             "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
             "environment, on every node; without it restarted processes can wait for dead ones for ever"
         )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=timeout)
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether this is how the collectives tell that another process is gone or hangs."""
+    """Whether a collective failed because another process is gone or hangs."""
     signs = ("gloo", "nccl", "connection closed", "timed out", "connection reset")
     return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
 
 
-# ---- tensor parallel --------------------------------------------------------------------------------------
+# ---- models and tensors ----------------------------------------------------------------------------------------
 
 
-def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Tensor parallel (Shoeybi et al. 2019), sequence parallel (Korthikanti et al. 2022): PyTorch's styles.
-
-    Between blocks each process has its own T / tp tokens of every row: embedding, norms, the residual
-    stream and the loss are computed for those alone. Attention and feed-forward gather all tokens, work
-    with H / tp heads and F / tp hidden values, and their sums are scattered back over tokens. Embedding
-    and head are whole on each.
-    """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    mine = functools.partial(torch.chunk, chunks=mesh.size(), dim=-1)
-
-    def own_tokens(module, arguments, mesh):  # (..., T) -> (..., T / tp)
-        tokens = arguments[0]
-        part = mine(tokens)[mesh.get_local_rank()].contiguous()
-        return (DTensor.from_local(part, mesh, [Shard(tokens.ndim - 1)]), *arguments[1:])
-
-    def local(module, out, mesh):
-        return out.to_local()
-
-    for name in ("embed_tokens", "embed_positions"):
-        if getattr(model, name) is not None:
-            distribute_module(getattr(model, name), mesh, input_fn=own_tokens, output_fn=local)
-    tokens, everything = Shard(1), Replicate()
-    gather = {"desired_input_layouts": (everything, None, None, None), "use_local_output": True}
-    plan = {
-        "self_attn": PrepareModuleInput(input_layouts=(tokens, None, None, None), **gather),
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(output_layouts=tokens),
-        "mlp": PrepareModuleInput(
-            input_layouts=tokens, desired_input_layouts=everything, use_local_output=True
-        ),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=tokens),
-    }
-    norms = ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
-    plan |= {name: SequenceParallel(use_local_output=True) for name in norms}
-    for block in model.layers:
-        here = {name: style for name, style in plan.items() if has_parameters(block, name)}
-        parallelize_module(block, mesh, here)
-    if has_parameters(model, "norm"):
-        parallelize_module(model, mesh, {"norm": SequenceParallel(use_local_output=True)})
-    if model.lm_head is not None:
-        distribute_module(model.lm_head, mesh)
-
-    def own_loss(module, arguments):
-        h, head, targets = arguments  # h is this process's tokens already
-        if is_sharded(head):
-            head = head.to_local(grad_placements=[Partial()])  # each one's gradient is of its own tokens
-        return h, head, mine(targets)[mesh.get_local_rank()]
-
-    model.loss.register_forward_pre_hook(own_loss)
-
-
-def has_parameters(module: nn.Module, name: str) -> bool:
-    """Whether there is something to split: not where a model has no such part, or a norm without a weight."""
-    for part in name.split("."):
-        module = getattr(module, part)
-        if module is None:
-            return False
-    return any(True for _ in module.parameters())
-
-
-# ---- whole tensors ----------------------------------------------------------------------------------------
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor. Importing those takes more than a second, so only who uses them does."""
-    return hasattr(tensor, "placements")
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, out of DDP's wrapper."""
+    return getattr(model, "module", model)
 
 
 @torch.no_grad()
@@ -424,20 +352,5 @@ def put(tensor: Tensor, whole: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. All processes call this together."""
+    """The whole of a tensor, on every process. All processes call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc to keep what a CPU process frees.
-
-    Without this every large tensor of every step is fresh memory from the kernel, which first has to be
-    zeroed page by page: about 3 GB/s, a tenth of the speed of a copy.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # not glibc (macOS, musl): correct all the same, only slower
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

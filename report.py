@@ -4,8 +4,12 @@
     python report.py runs/demo --out page/demo.html # -> page/demo.html and page/figures/*.svg
 
 The page is one file: figures are inline SVG, report.css is copied into it, nothing is fetched, no script
-runs. Where a part of the run is missing, the page says so, and which command makes it. All text is escaped,
-because a run may come from a stranger. results.py says what a run folder holds.
+runs. Where a part of the run is missing, the page says so, and names the command that makes it. All text is
+escaped, because a run may come from a stranger. results.py says what a run folder holds.
+
+A new metric reaches the page by itself. A column of metrics.jsonl that the page does not know becomes a small
+figure with its name as title; an unknown kind of line in evals.jsonl becomes curves over checkpoints and a
+table. A column needs no figure if it never varies, or if another figure shows it already (NO_FIGURE).
 """
 
 if __name__ == "__main__":  # before packages that take a second to import
@@ -31,10 +35,16 @@ import config
 import configurator
 import figures
 import files
-from figures import DASHED, INK, MUTED, SOLID, count_full, short
+import run_folder
+from figures import DASHED, INK, MUTED, SOLID, count_full, one_line, short, title_of
 from results import NONE, Run, duration, fits, load, moment, plural, show
 
 MOST_ROWS = 20  # of the table of rows that are reproduced in full
+# Columns of metrics.jsonl without a figure of their own: those of named figures, the axes, the clock, and the
+# time of a step, which the figure of the speed shows.
+NO_FIGURE = ("loss", "lr", "grad_norm", "tokens_per_second", "step", "tokens", "chunk", "time", "seconds")
+# A run may come from a stranger: of kinds of evaluation that the page does not know, so much is shown.
+MOST_KINDS, MOST_FIELDS, MOST_CURVES, MOST_RESULTS = 8, 8, 12, 500
 
 
 # ---- markup -----------------------------------------------------------------------------------------------
@@ -51,7 +61,8 @@ def escape(value: object) -> str:
 def captioned(run: Run, panels: dict[str, Figure | None], caption: str) -> str:
     """One <figure>: file name -> what is drawn (None: left out). Fills run.figures."""
     title = html.unescape(re.search("<b>(.*?)</b>", caption, re.S)[1])
-    panels, boxes = {name: figure for name, figure in panels.items() if figure}, ""
+    panels = {name: figure for name, figure in panels.items() if figure}
+    boxes = ""
     for name, figure in panels.items():
         run.figures[name], svg = figures.svg(figure, name, title)
         boxes += f'<div class="scroll">{svg}</div>'
@@ -59,8 +70,16 @@ def captioned(run: Run, panels: dict[str, Figure | None], caption: str) -> str:
     return f'<figure class="{kind}">{boxes}<figcaption>{caption}</figcaption></figure>' if panels else ""
 
 
+def file_name(taken: dict, *words: str) -> str:
+    """A name for a figure that is not taken yet: file_name({}, "metric", "norms/a") -> "metric_norms_a"."""
+    name = "_".join(re.sub("[^a-z0-9]+", "_", word.lower())[:40].strip("_") for word in words)
+    others = (f"{name}_{n}" for n in range(2, len(taken) + 3))
+    return next(free for free in (name, *others) if free not in taken)
+
+
 def table(rows: list[dict], fold: str = "") -> str:
     """Rows of {column: value} in a box that scrolls; `fold`: folded away under this title."""
+    # Columns in which every value is a number or a count are aligned to the right.
     count = re.compile(rf"[\d{NONE}][\d,.]*( of [\d,]+| %)?")
     head = list(rows[0]) if rows else []
     numbers = {column for column in head if all(count.fullmatch(show(row[column])) for row in rows)}
@@ -82,12 +101,6 @@ def folded(title: str, body: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{body}</details>" if title and body else body
 
 
-def evenly(items: list, n: int) -> list:
-    """n items, evenly spaced, the first and the last included; all where there are fewer."""
-    places = np.linspace(0, len(items) - 1, min(n, len(items)))
-    return [items[i] for i in places.round().astype(int)]
-
-
 # ---- the parts of the page: "" where nothing is recorded --------------------------------------------------
 
 
@@ -99,53 +112,68 @@ def part_head(run: Run) -> str:
 {plural(len(manifest.get("chunks", [])), "data chunk")}, with {plural(len(run.checkpoints), "checkpoint")}:
 what each one learned, and what it kept of the text it has seen."""
     tiles = []
+
+    # Training: loss, steps, speed.
     if len(m["step"]):
         train = run.about["config"].get("train", {})
         whole = manifest.get("rows", 0) // train.get("batch_size", 2**53)  # one pass over the data
-        planned = show(min(whole, train.get("steps") or whole) or None)
-        planned += f", where the data have {whole:,}" * (0 < (train.get("steps") or whole) < whole)
-        tail, seconds = m["loss"][-50:], duration(np.nansum(m["seconds"]))
+        asked = train.get("steps") or whole
+        planned = show(min(whole, asked) or None)
+        if 0 < asked < whole:
+            planned += f", where the data have {whole:,}"
+        tail = m["loss"][-50:]
         what = f"nats per token, training loss: median of the last {len(tail)} steps; the last {tail[-1]:.3f}"
         tiles.append((f"{np.nanmedian(tail):.3f}", what))
         tiles.append((show(int(m["step"][-1])), f"steps of {planned}: {short(m['tokens'][-1])} tokens"))
-        what = f"tokens per second in the median step; {seconds} in all steps"
+        what = f"tokens per second in the median step; {duration(np.nansum(m['seconds']))} in all steps"
         tiles.append((short(np.nanmedian(m["tokens_per_second"])), what))
+
+    # Validation loss, by source.
     for source, lines in run.losses.items():
-        (first, before), (last, now) = (
-            (step, lines[step]["bits_per_byte"]) for step in (min(lines), max(lines))
+        first, last = min(lines), max(lines)
+        before, now = lines[first]["bits_per_byte"], lines[last]["bits_per_byte"]
+        what = (
+            f"bits per byte on validation text of {source} at step {last:,}; {before:.3f} at step {first:,}"
         )
-        what = f"bits per byte on held-out {source} at step {last:,}; {before:.3f} at step {first:,}"
         tiles.append((f"{now:.3f}", what))
-    for kind in ("seen", *run.controls()) if run.scores else ():
+
+    # Memorization: seen rows, and validation rows to compare them with.
+    for kind in ("seen", *run.validation_kinds()) if run.scores else ():
         rows = run.matches(max(run.scores), kind)
         if len(rows):
-            what = "seen training rows" if kind == "seen" else f"held-out {kind[11:]} rows, the control,"
-            what += f" reproduced in full at step {max(run.scores):,}; mean score {rows.mean() / run.l:.3f}"
-            tiles.append((count_full(rows, run.l), what))
+            whose = "seen training" if kind == "seen" else f"{source_of(kind)} validation"
+            what = f"{whose} rows reproduced in full at step {max(run.scores):,}"
+            tiles.append((count_full(rows, run.l), f"{what}; mean score {rows.mean() / run.l:.3f}"))
+
     blocks = "".join(f"<div><b>{escape(value)}</b>{escape(text)}</div>" for value, text in tiles)
     return f'<p class="lede">{escape(lede)}</p><div class="tiles">{blocks}</div>'
+
+
+def source_of(kind: str) -> str:
+    """source_of("validation:code") -> "code"."""
+    return kind.removeprefix("validation:")
 
 
 def part_words(run: Run) -> str:
     k, l = run.k or "k", run.l or "l"
     return f"""<dl>
 <div><dt>Step, chunk, checkpoint</dt><dd>A step is one update of the weights. A chunk is a file of training
-rows; chunks are read in order and numbered from 0. A checkpoint is the model as it stands after a step; step
-0 is the untrained model.</dd></div>
+rows; chunks are read in order and numbered from 0. A checkpoint is the model as it is after a step; step 0
+is the untrained model.</dd></div>
 <div><dt>Loss</dt><dd>The mean of &minus;ln p(correct token) over all target tokens of a batch, in nats per
 token. Lower is better.</dd></div>
-<div><dt>Bits per byte</dt><dd>The loss on held-out text, in bits, per UTF-8 byte of the text instead of per
-token, so that models with different tokenizers compare. Lower is better.</dd></div>
+<div><dt>Bits per byte</dt><dd>The loss on validation text, in bits, per UTF-8 byte of the text instead of
+per token, so that models with different tokenizers compare. Lower is better.</dd></div>
 <div><dt>Score</dt><dd>The model is given the first {k} tokens of a row and continues greedily for {l}. The
-score is the share of those {l} that equal the row's own tokens, place by place: 0 is none, 1 is
+score is the share of those {l} that equal the row's own tokens, each at its own place: 0 is none, 1 is
 all.</dd></div>
 <div><dt>Full match</dt><dd>A row of score 1: all {l} tokens are reproduced; the row is {k}-extractible. Given
-as a count out of the rows that were asked for.</dd></div>
+as a count out of the rows that were scored.</dd></div>
 <div><dt>Seen, unseen</dt><dd>A checkpoint has seen a training row when it was trained on text of that row: on
 the row itself, in any repeat of its stage, on the same tokens in another pass over their source, or on the
-same document read by another source. All other training rows, and held-out rows, whose text was set
-aside before training, are unseen: a match there is prediction, not memory, unless another document has the
-same words, which is not looked for.</dd></div></dl>"""
+same document read by another source. All other training rows are unseen, and so are validation rows, whose
+text was held out before training. A match in an unseen row is prediction, not memory, unless another document
+has the same words; such copies are not looked for.</dd></div></dl>"""
 
 
 def part_training(run: Run) -> str:
@@ -155,48 +183,130 @@ def part_training(run: Run) -> str:
     raw, lost = "every step as recorded", int((~finite).sum())
     if n > 2 * figures.COLUMNS:
         raw = f"lowest and highest of each {n / figures.COLUMNS:.0f} of {n:,} steps"
+
+    # The loss, large.
     median = f"Thick line: the running median of {window} steps, for the eye only." * bool(window)
     lost = f"{plural(lost, 'step')} without a finite loss cannot be drawn." * bool(lost)
     caption = f"""<b>Training loss.</b> Thin line: {raw}. {median} Ticks along the bottom are checkpoints. The
 dashed line is the loss of a model for which all tokens are equally likely. {lost}"""
     out = captioned(run, {"loss": figures.draw_loss(run)}, caption)
+
+    # The rest, small.
     clip = run.about["config"].get("optim", {}).get("grad_clip") or 0
     panels = {
-        "learning_rate": figures.draw_column(run, "lr", "learning rate"),
-        "gradient_norm": figures.draw_column(run, "grad_norm", "gradient norm", clip),
-        "speed": figures.draw_column(run, "tokens_per_second", "tokens per second"),
+        "learning_rate": figures.draw_column(run, "lr"),
+        "gradient_norm": figures.draw_column(run, "grad_norm", clip),
+        "speed": figures.draw_column(run, "tokens_per_second"),
     }
-    caption = f"""<b>Learning rate, gradient norm, speed:</b> {raw}. The norm is the L2 norm over all
+    caption = f"""<b>Learning rate, gradient norm, speed:</b> {raw}. The gradient norm is the L2 norm over all
 parameters, before clipping."""
-    return out + captioned(run, panels, caption)
+    return out + captioned(run, panels, caption) + other_metrics(run, raw)
 
 
-def part_heldout(run: Run) -> str:
-    none = run.without_held_out()
+def other_metrics(run: Run, raw: str) -> str:
+    """A small figure for each other column of metrics.jsonl that varies."""
+    panels, constant = {}, []
+    for column, values in run.metrics.items():
+        known = values[np.isfinite(values)]
+        if column in NO_FIGURE or not len(known):
+            continue
+        if known.min() == known.max():
+            constant.append(f"{one_line(column)} ({short(known[0])})")
+        else:
+            panels[file_name(panels, "metric", column)] = figures.draw_column(run, column, from_zero=False)
+    caption = f"""<b>Other metrics of training:</b> {raw}. A vertical axis begins at 0, except where
+all values are close together."""
+    if constant:
+        caption += f" Without a figure, because they never vary: {escape(', '.join(constant))}."
+    return captioned(run, panels, caption)
+
+
+def part_evaluation(run: Run) -> str:
+    """Loss on validation text, then whatever other kinds of results evals.jsonl holds."""
+    loss, others = validation_loss(run), other_evaluations(run)
+    if others and not loss:
+        loss = '<p class="missing">The loss on validation text is not measured yet; eval.py measures it.</p>'
+    return loss + others
+
+
+def validation_loss(run: Run) -> str:
+    none = run.without_validation()
     if not run.losses:
         nothing = none and len(none) == len(run.manifest["sources"])
-        return "<p>No text is held out, so there is no loss on held-out text.</p>" if nothing else ""
+        return "<p>No text is held out, so there is no loss on validation text.</p>" if nothing else ""
     lines, sizes = [], []
     for source, found in run.losses.items():
         values, last = {step: found[step]["bits_per_byte"] for step in sorted(found)}, found[max(found)]
         lines.append((source, values, figures.source_colour(run, source), SOLID))
         n_bytes = round(last["bytes"]) if fits(last.get("bytes"), float) else None
         sizes.append(f"{source}: {show(last.get('rows'))} rows, {show(n_bytes)} bytes")
-    caption = f"""<b>Bits per byte on held-out text</b>, by source, at every checkpoint; the number is the
-newest one's. Measured on text that training never sees ({escape("; ".join(sizes))}).
+    caption = f"""<b>Bits per byte on validation text</b>, by source, at every checkpoint; the number is the
+newest one's. Training never sees this text ({escape("; ".join(sizes))}).
 {escape(f"Nothing is held out of {', '.join(none)}." * bool(none))}"""
     return captioned(run, {"bits_per_byte": figures.draw_lines(run, lines, "bits per byte")}, caption)
+
+
+def other_evaluations(run: Run) -> str:
+    """Each kind of evaluation that the page does not know by name."""
+    kinds = list(run.evaluations.items())
+    out = "".join(evaluation(run, kind, by_name) for kind, by_name in kinds[:MOST_KINDS])
+    return out + left_out(len(kinds), MOST_KINDS, "kind", "p")
+
+
+def evaluation(run: Run, kind: str, by_name: dict[str, dict]) -> str:
+    """A figure for each field of a kind of evaluation, with a curve for each name, and a table of all."""
+    heading = escape(one_line(kind))
+    fields = list(dict.fromkeys(f for by_step in by_name.values() for line in by_step.values() for f in line))
+    out = f"<h3>{heading}</h3>"
+    for field in fields[:MOST_FIELDS]:
+        curves = []
+        for name, by_step in by_name.items():
+            values = {step: by_step[step][field] for step in sorted(by_step) if field in by_step[step]}
+            if values:
+                curves.append((name, values))
+        # No figure of what is the same at all checkpoints (a number of questions), or measured at one only.
+        if all(len(set(values.values())) == 1 for _, values in curves):
+            continue
+        lines = []
+        for i, (name, values) in enumerate(curves[:MOST_CURVES]):
+            dashes = DASHED if i >= len(figures.LINES) else SOLID  # the colours come twice
+            lines.append((name, values, figures.LINES[i % len(figures.LINES)], dashes))
+        title = title_of(field)
+        caption = f"""<b>{heading}: {escape(title)}</b> at every measured checkpoint; the number is the newest
+one's. {left_out(len(curves), MOST_CURVES, "curve")}"""
+        panels = {file_name(run.figures, "eval", kind, field): figures.draw_lines(run, lines, title)}
+        out += captioned(run, panels, caption)
+
+    rows = []
+    for name, by_step in by_name.items():
+        for step in sorted(by_step):
+            row = {"name": one_line(name), "step": str(step)}
+            rows.append(row | {title_of(field): by_step[step].get(field) for field in fields[:MOST_FIELDS]})
+    out += table(rows[:MOST_RESULTS], fold=f"Table: every result of {one_line(kind)}")
+    return (
+        out + left_out(len(fields), MOST_FIELDS, "field", "p") + left_out(len(rows), MOST_RESULTS, "row", "p")
+    )
+
+
+def left_out(n: int, most: int, word: str, tag: str = "span") -> str:
+    """left_out(5000, 12, "curve") -> "4,988 of 5,000 curves are left out."; "" where all are shown."""
+    return f"<{tag}>{n - most:,} of {plural(n, word)} are left out.</{tag}>" if n > most else ""
 
 
 def part_memorization(run: Run) -> str:
     if not run.scores:
         return ""
-    l, steps = run.l, list(run.scores)
-    some = evenly(steps, 10) if len(steps) > figures.SHADES else steps
-    which = f"Drawn: {len(some)} of {len(steps):,} checkpoints, evenly spaced." * (len(some) < len(steps))
+    l, steps, validation = run.l, list(run.scores), run.validation_kinds()
+    some, which = steps, ""
+    if len(steps) > figures.SHADES:
+        some = [steps[i] for i in np.linspace(0, len(steps) - 1, 10).round().astype(int)]
+        which = f"Drawn: {len(some)} of {len(steps):,} checkpoints, evenly spaced."
 
+    # Mean scores of every kind of row over all checkpoints, as curves and as a table.
     kinds = {"seen": ("seen training", INK, SOLID), "unseen": ("unseen training", MUTED, DASHED)}
-    kinds |= {c: (f"held-out {c[11:]}", figures.source_colour(run, c[11:]), DASHED) for c in run.controls()}
+    for kind in validation:
+        source = source_of(kind)
+        kinds[kind] = (f"{source} validation", figures.source_colour(run, source), DASHED)
     lines, body = [], [{"step": str(step)} for step in steps]
     for kind, (name, *style) in kinds.items():
         rows = {step: run.matches(step, kind) for step in steps}
@@ -206,21 +316,25 @@ def part_memorization(run: Run) -> str:
         for line, step in zip(body, steps):
             line[f"{name} rows: full matches"] = count_full(rows[step], l)
             line[f"{name} rows: mean score"] = means.get(step)
-    without = "No text is held out, so there is no control." * (not run.controls())
+    without = "No text is held out, so there are no validation rows to compare with." * (not validation)
     caption = f"""<b>Memory or prediction?</b> Mean score of rows that a checkpoint has seen (solid) and of
 rows that it has not (dashed). What both share is prediction; what the solid line has above the dashed ones,
 beyond chance, is memory. {without}"""
-    counts = {step: [len(run.matches(step, kind)) for kind in ("seen", "unseen")] for step in steps}
-    if gone := [step for step, (seen, unseen) in counts.items() if seen and not unseen]:
+    gone = []  # checkpoints for which no row is unseen any more
+    for step in steps:
+        if len(run.matches(step, "seen")) and not len(run.matches(step, "unseen")):
+            gone.append(step)
+    if gone:
         caption += f"""
 At {plural(len(gone), "checkpoint")}, first at step {gone[0]:,}, no sampled training row is unseen: the text
-of all of them has been trained on. {"Compare with held-out rows there." * bool(run.controls())}"""
+of all of them has been trained on. {"Compare with validation rows there." * bool(validation)}"""
     out = captioned(run, {"score": figures.draw_lines(run, lines, "mean score")}, caption)
     out += table(body, fold="Table: full matches and mean score of every checkpoint")
 
-    outlined = "; outlined, as a control: held-out rows" * (not without)
-    caption = f"""<b>How much of a row is kept.</b> A histogram a checkpoint, with {l + 1} bins for 0 to {l}
-matching tokens. Filled: training rows that it has seen{outlined}. A height is
+    # The distribution behind each mean.
+    outlined = "; outlined, to compare: validation rows" * bool(validation)
+    caption = f"""<b>How much of a row is kept.</b> One histogram for each checkpoint, with {l + 1} bins for 0
+to {l} matching tokens. Filled: training rows that it has seen{outlined}. A height is
 the square root of the share of rows, so that rare bins show; the scale is at the lower right. The last bin,
 in orange, holds the full matches. {which}"""
     out += captioned(run, {"ridge": figures.draw_ridge(run, some)}, caption)
@@ -236,31 +350,35 @@ def by_chunk(run: Run, some: list[int], which: str) -> str:
     pool = -(-len(chunks) // 40)
     figure, error = figures.draw_chunks(run, some, pool)
     sizes = sorted({len(line["rows"]) for lines in by_step.values() for line in lines.values()})
+
+    # Rows beyond the newest finished chunk of a checkpoint (right of its dot) can be seen all the same.
     newest = {state["step"]: state["chunk"] for state in run.checkpoints}
-    later = [  # right of each checkpoint's dot
-        line["kind"] == "seen"
-        for step, lines in by_step.items()
-        for chunk, line in lines.items()
-        if chunk > newest.get(step, chunk)
-    ]
-    known, right = sum(int(seen.sum()) for seen in later), ""
-    if known:
-        right = f"""Right of the dots, {known:,} of {sum(map(len, later)):,} rows are seen too: their chunk
-was begun, or their text was trained on in another pass or by another source."""
-    caption = f"""<b>Score by data chunk.</b> One curve a checkpoint; its dot is the newest chunk that it has
-finished. Solid: rows that it has seen. Dashed: rows that it has not; either is left out where it is less than
-a quarter of the rows. {right}
+    n_later = n_seen = 0
+    for step, lines in by_step.items():
+        for chunk, line in lines.items():
+            if chunk > newest.get(step, chunk):
+                n_later += len(line["kind"])
+                n_seen += int((line["kind"] == "seen").sum())
+    right = ""
+    if n_seen:
+        right = f"""Right of the dots, {n_seen:,} of {n_later:,} rows are seen too: their chunk was begun, or
+their text was trained on in another pass or by another source."""
+    caption = f"""<b>Score by data chunk.</b> One curve for each checkpoint; its dot is the newest chunk that
+it has finished. Solid: rows that it has seen. Dashed: rows that it has not seen. Either is left out where it
+is less than a quarter of the rows. {right}
 {f"A point pools the rows of up to {pool} neighbouring chunks." * (pool > 1)}
 Each chunk has {sizes[0]:,}{f" to {sizes[-1]:,}" * (len(sizes) > 1)} sampled rows.
 The standard error of a point is about {error:.2g}, so differences of that size between chunks can be chance.
-Every checkpoint is asked for the same rows, so curves compare more finely than chunks do. {which}"""
+Every checkpoint is scored on the same rows, so curves compare more finely than chunks do. {which}"""
     out = captioned(run, {"score_by_chunk": figure}, caption)
-    l, none, body = run.l, {"matches": np.empty(0)}, [{"chunk": str(chunk)} for chunk in chunks]
-    for line, chunk in zip(body, chunks):
+    l, none, body = run.l, {"matches": np.empty(0)}, []
+    for chunk in chunks:
         found = {step: by_step[step].get(chunk, none)["matches"] for step in some}
-        line |= {f"step {step:,}": count_full(rows, l) for step, rows in found.items()}
+        counts = {f"step {step:,}": count_full(rows, l) for step, rows in found.items()}
+        body.append({"chunk": str(chunk)} | counts)
     out += table(body, fold="Table: full matches by chunk")
 
+    # How alike the checkpoints are, row by row.
     values = run.common_rows(some)
     panels = {
         "correlation_score": figures.draw_correlation(values, some, "score"),
@@ -275,6 +393,7 @@ correlation. {which}"""
 
 def best_rows(run: Run) -> str:
     """The training rows that the newest checkpoint continues best, and the documents they are from."""
+    # Every training row with a match, by descending matches.
     step, rows = max(run.scores), []
     for chunk, line in run.training_lines(step).items():
         for i in np.flatnonzero(line["matches"] > 0):
@@ -289,7 +408,7 @@ def best_rows(run: Run) -> str:
     unnamed = "A dash: the documents are not recorded." * any(row["source"] is None for row in rows)
     return f"""<h3>Training rows continued best</h3><p>At step {step:,}, rows reproduced in full: seen {seen},
 unseen {unseen}. The table has the {len(rows)} rows with the most right tokens, and the documents that their
-first {run.k} + {run.l} tokens are from. A position is the row's place in the training order. {unnamed}</p>
+first {run.k} + {run.l} tokens are from. Positions count rows in training order, from 0. {unnamed}</p>
 {table(rows)}"""
 
 
@@ -297,18 +416,22 @@ def part_data(run: Run) -> str:
     m = run.manifest
     if not m:
         return ""
+
+    # A row for each source.
     total, rows = sum(source["tokens"] for source in m["sources"].values()), []
     for name, source in m["sources"].items():
         row = {"source": name} | {what: source[what] for what in ("files", "documents", "tokens")}
         row |= {"share": f"{100 * source['tokens'] / max(total, 1):.1f} %", "bytes": source["bytes"]}
         row |= {"bytes per token": source["bytes"] / max(source["tokens"], 1)}
-        row |= {
-            f"held-out {what}": source.get(f"validation_{what}") for what in ("documents", "tokens", "rows")
-        }
+        for what in ("documents", "tokens", "rows"):
+            row[f"validation {what}"] = source.get(f"validation_{what}")
         inside = {True: "ends of documents", False: "documents"}.get(source.get("split_inside"))
-        row |= {"held out are": inside, "ids that came twice": source.get("duplicate_ids")}
+        row |= {"validation text is": inside, "ids that came twice": source.get("duplicate_ids")}
         rows.append(row | {"bad documents": sum(source["bad"].values())})
-    out, rows = table(rows), []
+    out = table(rows)
+
+    # A row for each source of each stage: its mixture, as asked for and as it became.
+    rows = []
     for stage in m["stages"]:
         for name, part in stage["mixture"].items():
             asked = sum(part.get("asked_tokens", 0) for part in stage["mixture"].values())
@@ -325,7 +448,10 @@ def part_data(run: Run) -> str:
     caption = f"""<b>What each chunk is made of:</b> target tokens by source, of {escape(m["rows"])} rows of
 {escape(m["seq_len"])} tokens in {plural(len(m["chunks"]), "chunk")}. The share on the right is that of all
 chunks together."""
-    out, rows = out + captioned(run, {"mixture": figures.draw_mixture(run)}, caption), []
+    out += captioned(run, {"mixture": figures.draw_mixture(run)}, caption)
+
+    # A row for each chunk, and what could not be read.
+    rows = []
     for i, chunk in enumerate(m["chunks"]):
         row = {"chunk": str(i), "first row": chunk["first"], "rows": chunk["rows"]}
         row |= {"target tokens": chunk["tokens"]}
@@ -334,13 +460,14 @@ chunks together."""
             row |= {f"{source}: {what}": part.get(what, 0) for what in ("tokens", "documents")}
         rows.append(row)
     out += table(rows, fold="Table: every chunk")
-    bad = [(name, text) for name, source in m["sources"].items() for text in source.get("bad_examples", [])]
-    fold = f"Table: unreadable documents, the first {len(bad)}"
-    return out + table([{"source": name, "file, line and reason": text} for name, text in bad], fold)
+    bad = []
+    for name, source in m["sources"].items():
+        bad += [{"source": name, "file, line and reason": text} for text in source.get("bad_examples", [])]
+    return out + table(bad, fold=f"Table: unreadable documents, the first {len(bad)}")
 
 
 def part_samples(run: Run) -> str:
-    blocks: dict[str, str] = {}
+    blocks: dict[str, str] = {}  # of each checkpoint
     for sample in run.samples:
         name, prompt = sample["checkpoint"], sample["prompt"]
         settings = [key for key in ("temperature", "top_k", "top_p", "seed") if key in sample]
@@ -367,13 +494,16 @@ def part_checkpoints(run: Run) -> str:
         row |= {name: f"{value:.3f}" if fits(value, float) else None for name, value in values.items()}
         full = count_full(run.matches(step, "seen"), run.l) if step in run.scores else None
         row |= {"seen rows: full matches": full, "written, UTC": moment(state.get("time"))}
-        brief = " ".join(h[:12] for h in state["weights"][:2]) + " ..." * (len(state["weights"]) > 2)
-        rows.append(row | {"weights, SHA\N{NON-BREAKING HYPHEN}256": Html(f"<code>{escape(brief)}</code>")})
+        brief = Html(f"<code>{escape(run_folder.weights_hash(state)[:12])}</code>")
+        rows.append(row | {"weights, SHA\N{NON-BREAKING HYPHEN}256": brief})
     return table(rows)
 
 
 def part_settings(run: Run) -> str:
-    rows, m, about = [], run.metrics, run.about
+    m, about = run.metrics, run.about
+
+    # The machine, and how long it took.
+    rows = []
     for name, value in about.items():
         if name not in ("config", "format"):
             pairs = value.items() if isinstance(value, dict) else [("", value)]
@@ -390,6 +520,8 @@ def part_settings(run: Run) -> str:
     out = "<h3>Hardware, versions, time</h3>" + table(
         [{"what": what, "value": value} for what, value in rows]
     )
+
+    # Every setting with its value, bold where it is not the default, and its line of the help.
     meaning = dict(re.findall(r"^  --([\w.]+)=.*?  +(\S.*)$", config.settings_help(), re.M))
     default, rows = config.to_dict(config.Config()), []
     for section, values in about["config"].items():
@@ -436,7 +568,7 @@ def part_hashes(run: Run) -> str:
 PARTS = {  # anchor: title, function, the command that makes what is missing
     "words": ("Words", part_words, ""),
     "training": ("Training", part_training, "train"),
-    "heldout": ("Held-out text", part_heldout, "loss"),
+    "evaluation": ("Evaluation", part_evaluation, "loss"),
     "memorization": ("Memorization", part_memorization, "memorization"),
     "data": ("Data", part_data, "train"),
     "samples": ("Samples", part_samples, "sample"),
@@ -455,10 +587,11 @@ def page(run: Run) -> str:
     commands |= {"sample": f'python sample.py {folder} --prompt "..." --save'}
     commands = {name: f"<code>{escape(command)}</code>" * bool(command) for name, command in commands.items()}
 
+    # Parts one by one: whatever a file holds, a part that fails takes no other with it.
     def safely(part: Callable, command: str = "") -> str:
         try:
             text = part(run)
-        except Exception as error:  # whatever a file holds, the rest of the page must stand
+        except Exception as error:
             return f'<p class="missing">This could not be shown: {escape(repr(error))}</p>'
         missing = f'<p class="missing">Nothing is recorded yet. It comes from {commands[command]}</p>'
         return text or missing * bool(command)
@@ -470,6 +603,8 @@ def page(run: Run) -> str:
     nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, (title, *_) in PARTS.items())
     notes = "".join(f"<li>{escape(text)} {commands[command]}</li>" for text, command in run.notes)
     notes = f'<div class="notes"><b>Before you read</b><ul>{notes}</ul></div>' if notes else ""
+
+    # The frame: name, colours for light and dark, style.
     name = escape(run.about["config"].get("name") or run.folder.resolve().name)
     light, dark = (
         " ".join(f"--{name}: {pair[i]};" for name, pair in figures.COLOURS.items()) for i in (0, 1)
@@ -501,7 +636,7 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
     (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, svg in run.figures.items():
         files.write(out.parent / "figures" / f"{name}.svg", svg.encode("utf-8", "backslashreplace"))
-    # an id in an old dataset may be no Unicode
+    # backslashreplace: an id in an old dataset may be no Unicode
     files.write(out, text.encode("utf-8", "backslashreplace"))
     return out
 

@@ -13,11 +13,11 @@
 # in it and in settings, and runs/, datasets/ and tokenizers/, which are made there.
 #
 # Ctrl-C or SIGTERM stops the stage that runs and ends the pipeline, with exit code 130 or 143; the same
-# command continues. Any other stage that fails ends it with its own code.
+# command continues. A stage that fails ends the pipeline with its own exit code.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
-setup() {  # setup REQUIREMENTS_FILE...: into .venv, unless these very files were installed before
+setup() {  # setup REQUIREMENTS_FILE...: installs them into .venv, unless this was done with the same files
   local python="${PYTHON:-}" candidate stamp
   if [ ! -x .venv/bin/python ]; then
     for candidate in $python python3 python3.13 python3.12 python3.11 python3.10; do
@@ -98,7 +98,7 @@ pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
     stage "$here/sample.py" "$run" --prompt "$prompt" --tokens 80 --temperature 0.8 --seed 1 --save
   done
   echo "== report";    stage "$here/report.py" "$run"
-  # A config that says what it expects of its result is held to it.
+  # Where the config says what it expects of the result, a worse result is an error.
   if grep -q "^eval.expect_bits_per_byte = {.*:" <<< "$settings"; then
     echo "== check";   stage "$here/eval.py" "$run" --check
   fi
@@ -109,7 +109,7 @@ case "${1:-demo}" in
   setup) cd "$here"; setup requirements.txt requirements-dev.txt ;;
   test)
     shift; cd "$here"; setup requirements.txt requirements-dev.txt
-    # All of them: a file at a time in each of two processes, of one thread, which is as much as they use.
+    # Without arguments, all tests run: two processes, each with one thread, take a whole file at a time.
     [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
     OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
     ;;

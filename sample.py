@@ -35,7 +35,8 @@ import parallel
 import run_folder
 import tokenizer as tokenizers
 from config import ConfigError
-from model import Cache, Transformer
+from masks import Cache
+from model import Transformer
 
 # Tokens of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation, which fits into
 # a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is

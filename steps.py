@@ -1,40 +1,50 @@
-"""Which rows each step trains on, and after which steps a checkpoint is saved: pure functions.
+"""The plan of a run and where the run is in it: pure functions of a config and of state.json. No torch.
 
-    steps = Steps(order=((0, 9000),), batch_size=16)
-    steps.pieces(3)                  # [(48, 64)]: step 3 trains on the rows 48 .. 63 of the dataset's order
-    steps.deferred(3, (0, 750))      # the same run, if the rest of the chunk (0, 750) is left for the end
+    plan = Steps(ranges=((0, 9000),), batch_size=16)
+    plan.batch(3)                  # [(48, 64)]: step 3 trains on positions 48 .. 63 of the dataset's order
+    plan.steps_of(50)              # [3]: and this is the step that trains on position 50
 
-A run consumes rows in the dataset's order, but for what an incident changed (incidents.py): `order` is the
-list of ranges of positions as they are consumed, (first, end) each. It is in every checkpoint's state.json,
-so that batch(step) stays a pure function of what is on disk. No torch.
+A run consumes rows in the dataset's order, except for what an incident changed (incidents.py). `ranges` are
+the (first, end) pairs of positions in the order in which they are consumed. They are in the state.json of
+every checkpoint, so batch(step) stays a pure function of what is on disk, on any number of processes.
+
+Steps count from 0 here: batch(s) is what the update after s finished steps sees.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from config import Config
 
-Order = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int], ...]  # (first, end) pairs of positions, end exclusive
+
+
+# ---- which rows each step trains on -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The rows of every step, from 0: `order` is consumed from its start, size(step) rows at a time."""
+    """The rows of every step: `ranges` are consumed from their start, size(step) rows at a time."""
 
-    order: Order
-    batch_size: int  # of the first step
-    double_rows: int = 0  # the batch doubles after every so many rows; 0: never
-    largest: int = 0  # and does not grow beyond this
+    ranges: Ranges
+    batch_size: int  # rows in the first batch
+    double_rows: int = 0  # the batch doubles each time this many rows have been consumed; 0: never
+    largest: int = 0  # and it does not grow beyond this many rows
+    stop: int = 0  # train.steps or annealing end the run after this many steps; 0: the data end it
 
     @property
     def n_rows(self) -> int:
-        return sum(end - first for first, end in self.order)
+        return sum(end - first for first, end in self.ranges)
 
     @property
     def n_steps(self) -> int:
-        """Of whole batches; what is left at the end of the order is not consumed."""
+        """Number of whole batches. A rest at the end that is smaller than a batch is not consumed."""
         first_step, row, size = self.phase_of_row(self.n_rows)
         return first_step + (self.n_rows - row) // size
+
+    @property
+    def last_step(self) -> int:
+        return min(self.n_steps, self.stop or self.n_steps)
 
     @property
     def phases(self) -> list[tuple[int, int, int]]:
@@ -42,8 +52,8 @@ class Steps:
         out = [(0, 0, self.batch_size)]
         while self.double_rows and out[-1][2] < self.largest:
             step, row, size = out[-1]
-            more = -(-(len(out) * self.double_rows - row) // size)  # steps until so many rows have been seen
-            out.append((step + more, row + more * size, 2 * size))
+            steps_left = -(-(len(out) * self.double_rows - row) // size)  # until the next doubling
+            out.append((step + steps_left, row + steps_left * size, 2 * size))
         return out
 
     def phase_of_row(self, row: int) -> tuple[int, int, int]:
@@ -62,105 +72,89 @@ class Steps:
         return row + (step - first_step) * size
 
     def step_after(self, row: int) -> int:
-        """The number of finished steps when the first `row` rows of the order have been consumed."""
+        """The number of finished steps when the first `row` rows of the ranges have been consumed."""
         first_step, before, size = self.phase_of_row(row)
         return first_step - (before - row) // size
 
-    def pieces(self, step: int, share: slice = slice(None)) -> list[tuple[int, int]]:
-        """Ranges of positions (first, end) that make up the batch of a step, or a share of its rows."""
+    def batch(self, step: int, share: slice = slice(None)) -> list[tuple[int, int]]:
+        """The ranges of positions that step `step` trains on, or those of a share of the batch's rows."""
         begin, size = self.consumed(step), self.size(step)
         first, end, _ = share.indices(size)
-        return list(cut(self.order, begin + first, begin + end)[1])
+        return list(cut(self.ranges, begin + first, begin + end)[1])
+
+    def steps_of(self, position: int, skipped: Ranges = ()) -> list[int]:
+        """The step that trains on a position, as `batch` counts them; [] if none does.
+
+        None does where the position was left out, is in the rest after the last step, or is in `skipped`, the
+        batches that moved no weight (they are in state.json).
+        """
+        before = 0  # rows consumed before the range at hand
+        for first, end in self.ranges:
+            if first <= position < end:
+                step = self.step_after(before + position - first + 1) - 1
+                is_skipped = any(a <= position < b for a, b in skipped)
+                return [step] if step < self.last_step and not is_skipped else []
+            before += end - first
+        return []
+
+    # ---- chunks: a checkpoint is taken when the last row of one has been consumed -------------------------
 
     def chunk_ends(self, chunks: list[tuple[int, int]]) -> dict[int, int]:
-        """By chunk, given as (first, end) positions: the rows consumed when its last one is.
+        """For each chunk, given as (first, end) positions: the rows consumed when its last one is.
 
-        A chunk of which no row is left in the order is not in it.
+        A chunk of which no row is left in the ranges is not in it.
         """
-        ends, at = {}, 0
-        for first, end in self.order:
+        ends, consumed = {}, 0
+        for first, end in self.ranges:
             for i, (chunk_first, chunk_end) in enumerate(chunks):
                 if first < chunk_end and chunk_first < end:
-                    ends[i] = at + min(end, chunk_end) - first
-            at += end - first
+                    ends[i] = consumed + min(end, chunk_end) - first
+            consumed += end - first
         return ends
 
     def chunk_steps(self, chunks: list[tuple[int, int]]) -> list[int]:
-        """For each chunk that is in the order, the step that consumes its last row, ascending."""
+        """For each chunk that is in the ranges: the steps finished when its last row is consumed."""
         return [self.step_after(row) for row in sorted(self.chunk_ends(chunks).values())]
 
     def newest_chunk(self, chunks: list[tuple[int, int]], step: int) -> int:
-        """The chunk whose last row was consumed latest, after `step` finished steps; -1 for none.
+        """The chunk whose last row was consumed latest, after `step` finished steps; -1 if there is none.
 
-        The tail of the order, shorter than a batch, is not consumed (the ledger names it), so the last
-        step uses up the last chunk.
+        A rest that is smaller than a batch is never consumed, so the last step completes the last chunk.
         """
         rows = self.n_rows if step >= self.n_steps else self.consumed(step)
         ends = {end: chunk for chunk, end in self.chunk_ends(chunks).items() if end <= rows}
         return ends[max(ends)] if ends else -1
 
-    def deferred(self, step: int, chunk: tuple[int, int]) -> "Steps | None":
-        """The same, with the rows of `chunk` that `step` and later ones would train on at the end.
 
-        None where a row of this step has been deferred already, or nothing else is left to train on.
-        """
-        reached = cut(self.order, 0, self.consumed(step) + self.size(step))[1]
-        if list(reached) != sorted(reached):
-            return None
-        before, after, _ = cut(self.order, self.consumed(step), self.n_rows)
-        rest, moved = [], []
-        for first, end in after:
-            inside = max(first, chunk[0]), min(end, chunk[1])
-            if inside[0] >= inside[1]:
-                rest.append((first, end))
-                continue
-            moved.append(inside)
-            rest += [(a, b) for a, b in ((first, inside[0]), (inside[1], end)) if a < b]
-        order = joined((*before, *rest, *moved))
-        return None if order == joined(self.order) else dataclasses.replace(self, order=order)
+def of(cfg: Config, n_rows: int, ranges: object = None, begin: int = 0) -> Steps:
+    """The plan of a config over a dataset of n_rows; with the ranges of a state.json, or the whole dataset.
 
-    def without(self, first_step: int, end_step: int) -> "Steps":
-        """The same without the positions of the steps first_step .. end_step - 1, which no step consumes."""
-        first, end = self.consumed(first_step), self.consumed(end_step)
-        before, _, after = cut(self.order, first, min(end, self.n_rows))
-        return dataclasses.replace(self, order=joined((*before, *after)))
-
-
-def trained_ranges(state: dict) -> Order:
-    """The positions that a checkpoint has been trained on, by its state.json, as ascending ranges."""
-    ranges = cut(state.get("order") or [(0, state["rows"])], 0, state["rows"])[1]
-    for first, end in state.get("skipped", []):  # batches that were consumed and moved nothing
-        sides = [side for a, b in ranges for side in ((a, min(b, first)), (max(a, end), b))]
-        ranges = [(a, b) for a, b in sides if a < b]
-    return joined(sorted(ranges))
-
-
-def trained(state: dict, positions):
-    """Which positions (an array) of the order a checkpoint has been trained on.
-
-    This is about positions: the text of a position that is not among them can still have been trained on,
-    at another one. seen.py asks for the text.
+    begin: the step at which annealing began.
     """
-    out = positions < 0
-    for first, end in trained_ranges(state):
-        out = out | (first <= positions) & (positions < end)
-    return out
+    ranges = tuple((first, end) for first, end in ranges) if ranges else ((0, n_rows),)
+    double_rows = -(-cfg.train.batch_double_tokens // cfg.model.seq_len)
+    ends = [cfg.train.steps, begin + cfg.optim.anneal_steps if cfg.optim.anneal_steps else 0]
+    stop = min((end for end in ends if end), default=0)
+    return Steps(ranges, cfg.train.batch_size, double_rows, cfg.train.batch_size_max, stop)
 
 
-def cut(order: Order, first: int, end: int) -> tuple[Order, Order, Order]:
-    """The order in three parts: before its row number `first`, from there to before `end`, and after."""
-    parts, at = ([], [], []), 0
-    for a, b in order:
-        marks = [a, *(min(max(a + mark - at, a), b) for mark in (first, end)), b]
+def cut(ranges: Ranges, first: int, end: int) -> tuple[Ranges, Ranges, Ranges]:
+    """Ranges in three parts: before row number `first` of them, from there to before `end`, and after it.
+
+    cut(((20, 30), (0, 5)), 8, 12) -> ((20, 28),), ((28, 30), (0, 2)), ((2, 5),)
+    """
+    parts, done = ([], [], []), 0
+    for a, b in ranges:
+        marks = [a, *(min(max(a + mark - done, a), b) for mark in (first, end)), b]
         for part, low, high in zip(parts, marks, marks[1:]):
             if low < high:
                 part.append((low, high))
-        at += b - a
+        done += b - a
     return tuple(tuple(part) for part in parts)
 
 
-def joined(ranges: Order) -> Order:
-    """Ranges that follow one another as one."""
+def joined(ranges: Ranges) -> Ranges:
+    """Ranges, with those that follow one another made one: ((0, 3), (3, 5)) -> ((0, 5),)."""
     out = []
     for first, end in ranges:
         if out and out[-1][1] == first:
@@ -169,34 +163,106 @@ def joined(ranges: Order) -> Order:
     return tuple(out)
 
 
-def of(cfg: Config, n_rows: int, order: Order | None = None) -> Steps:
-    """The steps of a config over a dataset of n_rows, in a checkpoint's order, or the dataset's own."""
-    order = tuple(map(tuple, order)) if order else ((0, n_rows),)
-    t = cfg.train
-    return Steps(order, t.batch_size, -(-t.batch_double_tokens // cfg.model.seq_len), t.batch_size_max)
+# ---- where a run is ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Where a run is: the fields of state.json. Saving writes it, resuming reads it."""
+
+    format: int = 1  # of the file; run_folder.py refuses any other
+    step: int = 0  # finished updates
+    begin: int = 0  # the step at which this run began: 0, or that of the checkpoint it anneals from
+    rows: int = 0  # rows of the plan that have been consumed
+    skipped: list = field(default_factory=list)  # ranges of consumed rows whose update was skipped
+    tokens: int = 0  # target tokens of the consumed rows
+    chunk: int = -1  # the chunk completed last; -1: none yet
+    eot: int | None = None  # id of the end-of-text token
+    dataset_sha256: str = ""
+    tokenizer_sha256: str = ""
+    world_size: int = 1  # processes that wrote the checkpoint
+    order: list = field(default_factory=list)  # the plan's ranges
+    incidents: int = 0  # incidents so far
+    recent: list = field(default_factory=list)  # (loss, grad_norm) of the last steps, if spikes are judged
+    time: float = 0.0  # when it was written, Unix seconds
+    files: dict = field(default_factory=dict)  # SHA-256 of every other file of the checkpoint
+
+    @classmethod
+    def read(cls, state: dict) -> "State":
+        """The state in a state.json whose fields run_folder.py has checked."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in state.items() if name in known})
+
+    def advance(self, plan: Steps, cfg: Config, chunks: list[tuple[int, int]]) -> None:
+        """Counts one finished step."""
+        self.step += 1
+        self.rows = plan.consumed(self.step)
+        self.tokens = self.rows * cfg.model.seq_len
+        self.chunk = plan.newest_chunk(chunks, self.step)
+
+    def remember(self, loss: float, grad_norm: float, cfg: Config) -> None:
+        """Keeps what the next steps are judged by, where spikes are judged."""
+        if cfg.train.spike_z:
+            self.recent = [*self.recent, (loss, grad_norm)][-cfg.train.spike_window :]
+
+
+def trained_ranges(state: dict) -> Ranges:
+    """The positions that a checkpoint was trained on, by its state.json, as ascending ranges."""
+    ranges = cut(state.get("order") or [(0, state["rows"])], 0, state["rows"])[1]
+    for first, end in state.get("skipped", []):  # consumed, without an update
+        sides = [side for a, b in ranges for side in ((a, min(b, first)), (max(a, end), b))]
+        ranges = [(a, b) for a, b in sides if a < b]
+    return joined(sorted(ranges))
+
+
+def trained(state: dict, positions):
+    """Which positions (an array) a checkpoint was trained on: an array of bool.
+
+    The text of another position can have been trained on too, at a position of its own: seen.py asks for the
+    text.
+    """
+    out = positions < 0
+    for first, end in trained_ranges(state):
+        out = out | (first <= positions) & (positions < end)
+    return out
+
+
+# ---- schedules and checkpoints ----------------------------------------------------------------------------
 
 
 def schedule_length(cfg: Config, n_steps: int) -> int:
-    """Length of the learning-rate schedule, in steps or in tokens; n_steps: those that the data has."""
+    """Length of the learning-rate schedule, in steps or in tokens. n_steps: those that all the data have."""
     return cfg.optim.schedule_tokens or cfg.optim.schedule_steps or n_steps
 
 
-def schedule_position(cfg: Config, steps: Steps, step: int) -> int:
-    """How far in its schedule the learning rate is after `step` finished steps, in steps or in tokens."""
-    return steps.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
+def schedule_position(cfg: Config, plan: Steps, step: int) -> int:
+    """Where in its schedule the learning rate is after `step` finished steps, in steps or in tokens."""
+    return plan.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
 
 
-def checkpoint_steps(cfg: Config, steps: Steps, chunks: list[tuple[int, int]], last_step: int) -> list[int]:
-    """Steps after which train.py saves a checkpoint: 0, the last, those that end a chunk, those asked for."""
-    every = set(range(0, last_step, cfg.train.checkpoint_every)) if cfg.train.checkpoint_every else set()
-    return sorted(every | kept_steps(cfg, steps, chunks, last_step))
+def checkpoint_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int = 0) -> list[int]:
+    """Steps after which a checkpoint is saved: those that are kept, and every train.checkpoint_every."""
+    every = cfg.train.checkpoint_every
+    others = set(range(0, plan.last_step, every)) if every else set()
+    return sorted(others | kept_steps(cfg, plan, chunks, begin))
 
 
-def kept_steps(cfg: Config, steps: Steps, chunks: list[tuple[int, int]], last_step: int) -> set[int]:
-    """Those of them that train.keep_others never deletes."""
-    kept = {0, last_step}
+def kept_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int = 0) -> set[int]:
+    """Those of them that train.keep_others never deletes: first, last, ends of chunks, powers of two."""
+    kept = {0, begin, plan.last_step}
     if cfg.train.checkpoint_chunks:
-        kept |= set(steps.chunk_steps(chunks))
+        kept |= set(plan.chunk_steps(chunks))
     if cfg.train.checkpoint_powers_of_two:
-        kept |= {2**i for i in range(last_step.bit_length())}
-    return {step for step in kept if step <= last_step}
+        kept |= {2**i for i in range(plan.last_step.bit_length())}
+    return {step for step in kept if step <= plan.last_step}
+
+
+def deleted_steps(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
+    """The steps whose checkpoints are deleted once the last one of `saved`, ascending, is on disk."""
+    if not cfg.train.keep_others:
+        return []
+    kept = set(kept)
+    if cfg.train.on_incident == "rollback":  # and the newest one that a rollback now would go back to
+        kept |= set([step for step in saved if step <= saved[-1] - cfg.train.rollback_steps][-1:])
+    others = [step for step in saved if step not in kept]
+    return others[: -cfg.train.keep_others]

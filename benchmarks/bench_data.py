@@ -1,11 +1,12 @@
-"""A whole `python data.py` against bare tiktoken on the same text: how much of its speed is left?
+"""Compares a whole `python data.py` with bare tiktoken on the same text: how much of the speed is left?
 
     python benchmarks/bench_data.py --tokenizer tokenizers/demo [FILES ...] [--workers 2] [--runs 5]
 
-Without FILES the text is Python's standard library, tests included. Bare: `encode_ordinary_batch` with as
-many threads as the build has workers, on strings that are in memory already. The build reads, encodes,
-shuffles, writes and hashes; starting its processes and waiting for the disk (fsync) is in its time. Runs
-alternate, so that a busy neighbour meets both. Prints medians and their ratio; the goal is a ratio of 0.85.
+Without FILES the text is Python's standard library, tests included. Bare tiktoken is
+`encode_ordinary_batch` with as many threads as the build has workers, on strings that are already in memory.
+The build reads, encodes, shuffles, writes and hashes; its time includes starting its processes and waiting
+for the disk (fsync). The two take turns, so that other programs on the machine slow down both. Prints
+medians and their ratio; the goal is a ratio of 0.85.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import tiktoken
 import data
 import tokenizer
 from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train, fail
+from dataset import Dataset
 from formats import documents
 
 
@@ -52,7 +54,7 @@ def compare(arguments: argparse.Namespace) -> None:
     source = Source("text", paths=paths, exclude=("site-packages/*", "dist-packages/*"))
     texts = [document.text for document in documents.read(source)]
     n_bytes = sum(len(text.encode()) for text in texts)
-    # right where ids are in the order of merges, as in GPT-2's tokenizer and in ours
+    # This is right if ids are in the order of merges, as in GPT-2's tokenizer and in ours.
     special = set(tok.special_tokens.values())
     ranks = {token: id for id, token in enumerate(tok.token_bytes) if token and id not in special}
     pattern = tokenizer.split_of(json.loads(tok.content)["pre_tokenizer"], arguments.tokenizer)
@@ -85,7 +87,7 @@ def compare(arguments: argparse.Namespace) -> None:
             with contextlib.redirect_stdout(nowhere):
                 data.build(config)
             times["data.py"].append(time.perf_counter() - start)
-            built = data.Dataset(config.dataset).manifest["sources"]["text"]["tokens"]
+            built = Dataset(config.dataset).manifest["sources"]["text"]["tokens"]
         if built != n_tokens:
             raise ConfigError(
                 f"data.py wrote {built:,} tokens, bare tiktoken gives {n_tokens:,}: compare with a tokenizer "

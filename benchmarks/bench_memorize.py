@@ -105,10 +105,10 @@ def main() -> None:
     import transformers
 
     import config
-    import parallel
+    import hardware
 
     torch.set_num_threads(args.threads)
-    parallel.keep_freed_memory()
+    hardware.keep_freed_memory()
     print(f"{cpu()}, {args.threads} threads, FP32; batch {args.batch_size} a core against {THEIR_BATCH}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     models = {

@@ -3,12 +3,13 @@
     python benchmarks/bench_memory.py                 # CUDA where there is one, else the CPU
     python benchmarks/bench_memory.py --device cpu
 
-Every model is a process of its own, or two, and takes a few steps of learner.py, as train.py does. On CUDA
-the peak is PyTorch's own count of allocated bytes. On a CPU it is the process's peak of resident memory, less
-what it held after a step of a tiny model (Python, PyTorch and the libraries that a first step loads). It is
-taken twice: with every large tensor a mapping of its own, which is gone when the tensor is, so that tensors
-are measured; and as train.py runs, where malloc keeps what is freed (parallel.keep_freed_memory) and leaves
-gaps. Two processes that share a model are measured by PyTorch's profiler, which sees tensors come and go.
+Each model is trained for a few steps, as train.py does it, in a process of its own, or in two. On CUDA the
+peak is PyTorch's count of allocated bytes. On a CPU it is the peak of the process's resident memory, less its
+memory after a step of a tiny model (Python, PyTorch and the libraries that a first step loads). A CPU is
+measured twice: with a mapping of its own for each large tensor, which is unmapped when the tensor is freed,
+so that tensors are measured; and as train.py runs, where malloc keeps what is freed
+(hardware.keep_freed_memory) and leaves gaps. Two processes that share a model are measured by PyTorch's
+profiler, which records each allocation of a tensor and its end.
 """
 
 import argparse
@@ -26,16 +27,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import cost
+import memory
 from config import Config, Model, Parallel, Train
 
 LLAMA = Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1024)
 DEEP = Model(vocab_size=1000, seq_len=64, d_model=256, n_layers=6, n_heads=4, d_ff=1024)
-# Name: model, rows a micro-batch, micro-batches a step, every n-th block computed again, how it is spread
-# over two processes. Most bytes are activations; the vocabulary; weights.
+# Name: model, rows a micro-batch, micro-batches a step, activation checkpointing of every n-th block, how it
+# is spread over two processes. Together they have one of each: most bytes are activations, the vocabulary, or
+# weights.
 SHAPES = {
     "LLaMA, many tokens": (LLAMA, 12, 1, 0, None),
-    "the same, every block again": (LLAMA, 12, 1, 1, None),
-    "the same, every 2nd again": (LLAMA, 12, 1, 2, None),
+    "the same, every block recomputed": (LLAMA, 12, 1, 1, None),
+    "the same, every 2nd recomputed": (LLAMA, 12, 1, 2, None),
     "tied, large vocabulary": (
         Model(vocab_size=50257, seq_len=256, d_model=256, n_layers=3, n_heads=4, d_ff=700,
               tie_embeddings=True),
@@ -53,18 +56,20 @@ SHAPES = {
     ),
     "FSDP": (DEEP, 2, 2, 0, Parallel(strategy="fsdp")),
     "FSDP, not resharded": (DEEP, 2, 1, 0, Parallel(strategy="fsdp", reshard=False)),
-    "FSDP, every 2nd again": (DEEP, 16, 1, 2, Parallel(strategy="fsdp")),
+    "FSDP, every 2nd recomputed": (DEEP, 16, 1, 2, Parallel(strategy="fsdp")),
     "tensor parallel": (DEEP, 8, 2, 0, Parallel(tp=2)),
 }  # fmt: skip
 
 
 def settings(name: str, device: str) -> Config:
     model, micro, accumulation, every, spread = SHAPES[name]
-    copies = config.mesh_shape(spread, 2)[0] * config.mesh_shape(spread, 2)[1] if spread else 1
+    replicate, shard, _ = config.mesh_shape(spread, 2) if spread else (1, 1, 1)
     train = Train(
-        batch_size=micro * accumulation * copies, micro_batch_size=micro, activation_checkpointing=every,
+        batch_size=micro * accumulation * replicate * shard,
+        micro_batch_size=micro,
+        activation_checkpointing=every,
         device=device,
-    )  # fmt: skip
+    )
     return Config(model=model, train=train, parallel=spread or Parallel()).resolved()
 
 
@@ -73,7 +78,7 @@ def processes(name: str) -> int:
 
 
 def free_at_once() -> None:
-    """Undoes parallel.keep_freed_memory: what has 64 KiB or more is mapped alone, and unmapped when freed."""
+    """Undoes hardware.keep_freed_memory: 64 KiB or more are a mapping of their own, unmapped when freed."""
     M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     mallopt(M_MMAP_MAX, 2**20)
@@ -81,9 +86,8 @@ def free_at_once() -> None:
 
 
 def begin(cfg: Config, world):
-    """A learner with weights, and what takes one step of it on random tokens."""
+    """A model with weights and its optimizers, and a function that trains it for one step."""
     import torch
-
     from learner import Learner
 
     learner, T, n = Learner(cfg, world, 0), cfg.model.seq_len, cfg.train.batch_size
@@ -106,14 +110,15 @@ def take_steps(cfg: Config, world, n_steps: int) -> None:
 def tensors_at_the_peak(cfg: Config, world, steps: int = 3) -> int:
     """Bytes of this process's tensors at the peak of a step, by PyTorch's profiler.
 
-    The least of a few steps: it does not see what gloo's own threads free, which can only add.
+    The smallest of a few steps: the profiler does not see what gloo's own threads free, so a step can only
+    seem larger than it is.
     """
     import torch
 
     learner, step = begin(cfg, world)
     step()
     state = [value for o in learner.optimizers for values in o.state.values() for value in values.values()]
-    standing = [getattr(t, "_local_tensor", t) for t in (*learner.model.parameters(), *state)]
+    always = [getattr(t, "_local_tensor", t) for t in (*learner.model.parameters(), *state)]
     peaks = []
     for _ in range(steps):
         with torch.profiler.profile(
@@ -132,11 +137,11 @@ def tensors_at_the_peak(cfg: Config, world, steps: int = 3) -> int:
                 now += event["Bytes"]
             most = max(most, now)
         peaks.append(most)
-    return sum(t.nbytes for t in standing) + min(peaks)
+    return sum(t.nbytes for t in always) + min(peaks)
 
 
 def one_of_two(name: str, device: str, path: str) -> None:
-    """What torchrun starts: writes the larger of the two peaks."""
+    """Torchrun starts this in each of two processes. Writes the larger of their peaks."""
     import torch
 
     import parallel
@@ -150,7 +155,7 @@ def one_of_two(name: str, device: str, path: str) -> None:
 
 
 def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) -> None:
-    """Sends the peak of `steps` training steps, in bytes."""
+    """Sends the peak of `steps` training steps through the pipe, in bytes."""
     import torch
 
     import parallel
@@ -184,7 +189,7 @@ def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = 
     here, there = spawn.Pipe()
     process = spawn.Process(target=measure, args=(name, device, threads, steps, keep, there), daemon=True)
     process.start()
-    there.close()  # so that a process that dies is an EOFError here, not a wait without end
+    there.close()  # if the process dies, recv raises EOFError instead of waiting for ever
     try:
         return here.recv()
     finally:
@@ -192,7 +197,7 @@ def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = 
 
 
 def planned(name: str, device: str) -> dict[str, float]:
-    return cost.memory(settings(name, device), processes(name), device == "cuda")
+    return memory.peak(settings(name, device), processes(name), device == "cuda")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What checkpoints cost a training that goes on while they are written.
+"""How much training slows down while a checkpoint is written.
 
     python benchmarks/bench_save.py                      # 34 M parameters on a CPU, 162 M on CUDA
     python benchmarks/bench_save.py --sync               # train.save_async=false: training waits for the disk
     python benchmarks/bench_save.py --folder /mnt/disk   # the disk that matters
 
-Rounds alternate, so that a noisy machine is noisy to both: `--steps` steps without a checkpoint, then one is
-begun (checkpoint.Saving, as train.py does) and as many steps follow, or more if it is not written by then.
-Steps are learner.py's own. A checkpoint costs what training waits for it (begin, finish), and what each step
-beside the writing takes longer than the median step without; at one a minute that is a share of 60 seconds.
+A round has two parts, so that noise of the machine reaches both: `--steps` steps without a checkpoint; then
+one is begun (checkpoint.Saving, as train.py does), and as many steps follow, or more if it is not written by
+then. The cost of a checkpoint is the time that training waits for it (begin, finish), plus the time by which
+each step during the writing is slower than the median step without. The share of 60 seconds is the cost of
+one checkpoint a minute. Steps are those of train.py.
 Writes checkpoints into a folder that is deleted afterwards, and the file that --json names.
 """
 
@@ -31,13 +32,13 @@ SIZES = {"cpu": (8, 512, 8, 1408, 8192, 256, 2), "cuda": (12, 768, 12, 2048, 503
 def measure(args, folder: str) -> dict:
     """Prints a table and returns its figures."""
     import torch
+    from learner import Learner
 
     import checkpoint
     import optim
     import parallel
     import run_folder
     from config import Config, Model, Train
-    from learner import Learner
 
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
@@ -67,7 +68,7 @@ def measure(args, folder: str) -> dict:
         action(*arguments)
         return time.perf_counter() - start
 
-    for _ in range(3):  # compilation, allocation; and a first save makes room for the copies
+    for _ in range(3):  # compilation and allocation; the first save allocates the copies
         step()
     saving.begin({"step": made, "eot": None}, {})
     saving.finish()
@@ -107,7 +108,7 @@ def measure(args, folder: str) -> dict:
         "write_seconds": statistics.median(writes), "slower_seconds": slower, "cost_seconds": cost,
         "cost_share": cost / 60, "direct_share": direct / 60, "rounds": args.rounds,
     }  # fmt: skip
-    how = "waiting for the disk" if args.sync else "while training goes on"
+    how = "waiting for the disk" if args.sync else "during training"
     print(f"{figures['parameters']:,} parameters, {size / 1e6:,.0f} MB a checkpoint, saved {how}; {device}, "
           f"{args.threads} threads, {args.rounds} rounds of {args.steps} steps, medians")  # fmt: skip
     print(f"  a step without          {median:8.4f} s   ({min(without):.4f} to {max(without):.4f})")

@@ -4,7 +4,7 @@
     python benchmarks/bench_train.py --vocab_size 4096 --steps 20
     python benchmarks/bench_train.py --compile                      # ours each block, theirs the whole model
 
-nano360 is learner.py's own step, as train.py makes it. Beside it: LlamaForCausalLM of `transformers` and GPT
+nano360 is the step that train.py makes. Beside it: LlamaForCausalLM of `transformers` and GPT
 of `litgpt`, each where it is installed, and `plain`, a LLaMA as one would write it by hand, below, with whole
 logits. All take fused AdamW, clip the gradient's norm, and on CUDA multiply in BF16 under autocast.
 
@@ -55,13 +55,13 @@ def plain(m):
         def forward(self, x, cos, sin):
             B, T, D = x.shape
             q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, m.n_heads, -1).permute(2, 0, 3, 1, 4)
-            q, k = turn(q, cos, sin), turn(k, cos, sin)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
             gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
             return x + self.down(F.silu(gate) * up)
 
-    def turn(x, cos, sin):
+    def rotate(x, cos, sin):
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -152,12 +152,13 @@ def other(name: str, m, weights: dict):
 
 
 def stepper(name: str, m, args):
-    """A function: tokens (B, T+1) -> their loss, and a step is learned; and the device it wants them on."""
+    """(step, device): step takes tokens (B, T+1) on that device, trains on them and returns their loss."""
     import torch
+    from learner import Learner
 
+    import hardware
     import parallel
     from config import Config, Optim, Parallel, Train
-    from learner import Learner
     from model import Transformer
 
     train = Train(
@@ -184,7 +185,7 @@ def stepper(name: str, m, args):
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")
     if args.malloc_for_all and device.type == "cpu":
-        parallel.keep_freed_memory()
+        hardware.keep_freed_memory()
     first = Transformer(m)
     first.init_weights(0)
     net, loss_of = other(name, m, first.state_dict())
@@ -241,7 +242,7 @@ def compare(vocab_size: int, args) -> dict:
         pipes[name], there = spawn.Pipe()
         processes.append(spawn.Process(target=side, args=(name, vocab_size, args, there), daemon=True))
         processes[-1].start()
-        there.close()  # so that a side that dies is an EOFError here, not a wait without end
+        there.close()  # if the side dies, recv raises EOFError instead of waiting for ever
     results = {name: [] for name in names}
     for step in range(args.steps + WARM_UP):
         for i in range(len(names)):
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     known = ("nano360", "transformers", "litgpt", "plain")
     parser.add_argument("--sides", nargs="+", choices=known, help="nano360 is always one")
-    help = "on a CPU the others, too, keep freed memory as train.py does (parallel.keep_freed_memory)"
+    help = "on a CPU the others also keep freed memory as train.py does (hardware.keep_freed_memory)"
     parser.add_argument("--malloc-for-all", action="store_true", help=help)
     parser.add_argument("--json", help="a file to write the figures to")
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""What it costs to compare hashes: opening a model folder with and without, and a chunk for the first time.
+"""How long comparing hashes takes: a model folder and a chunk, opened with and without verification.
 
     python benchmarks/bench_verify.py                 # about 1 GB of weights, and a chunk of 1 GB
     python benchmarks/bench_verify.py --gb 13         # about 13 GB: needs as much memory and disk
     python benchmarks/bench_verify.py --folder /mnt/disk --cold
 
-The two ways alternate, and medians are given. In a round with verification every file is hashed anew, beside
-the reading. Files are in the page cache, but for --cold, where they are dropped from it before every round
-(as far as the kernel does what posix_fadvise asks), so that the disk is measured too. Weights are made-up
-numbers, written once into a folder that is deleted afterwards, in files of 5 GB as train.py has them.
+The two ways alternate, and medians are printed. With verification, each round reads every file and also
+hashes it. Files are in the page cache; --cold drops them from it before every round (if the kernel follows
+posix_fadvise), so that the disk is measured too. Weights are random numbers, written once into a folder that
+is deleted afterwards, in files of 5 GB as train.py writes them.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def write_dataset(folder: Path, gb: float) -> int:
     """As much of a dataset folder as a chunk needs in order to be opened. Returns the chunk's bytes."""
     import numpy as np
 
-    import dataset
     import files
+    import manifest
 
     rows = round(gb * 1e9 / (2 * (LENGTH + 1)))
     (folder / "chunks").mkdir(parents=True)
@@ -74,12 +74,12 @@ def write_dataset(folder: Path, gb: float) -> int:
     about |= {"files": {"chunks/000.bin": files.sha256(path)}, "sources": {}, "stages": []}
     about |= {"file_bytes": {"chunks/000.bin": path.stat().st_size}}
     about |= {"chunks": [{"file": "chunks/000.bin", "first": 0, "rows": rows}]}
-    files.write_json(folder / "manifest.json", {**dict.fromkeys(dataset.KEYS, 0), **about})
+    files.write_json(folder / "manifest.json", {**dict.fromkeys(manifest.KEYS, 0), **about})
     return path.stat().st_size
 
 
 def drop(folder: Path) -> None:
-    """Asks the kernel to forget a folder's files, so that the next to read them waits for the disk."""
+    """Asks the kernel to forget a folder's files, so that the next reader waits for the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -92,13 +92,13 @@ def compare(what: str, action, folder: Path, size: int, args: argparse.Namespace
     """Prints and returns the medians of action(verify), with and without, in turn."""
     import checkpoint
 
-    action(False)  # once for what is imported and allocated
+    action(False)  # imports and first allocations are not measured
     seconds = {True: [], False: []}
     for i in range(2 * args.rounds):
         verify = i % 2 == 0
         if args.cold:
             drop(folder)
-        checkpoint.hash_of.cache_clear()  # as in another process
+        checkpoint.hash_of.cache_clear()  # as in a new process
         start = time.perf_counter()
         action(verify)
         seconds[verify].append(time.perf_counter() - start)
@@ -124,10 +124,10 @@ def main() -> None:
     args = parser.parse_args()
 
     import checkpoint
-    import parallel
+    import hardware
     from dataset import Dataset
 
-    parallel.keep_freed_memory()  # as scripts do on a CPU
+    hardware.keep_freed_memory()  # as scripts do on a CPU
     print(
         f"medians of {args.rounds} rounds, {os.cpu_count()} cores, page cache {'cold' * args.cold or 'warm'}"
     )

@@ -11,7 +11,7 @@ precision        loss curves in BF16 and in FP32 of a small model of local text,
 attention        compiled flex attention in a model's gradients, against the CPU's with the mask written out
 deterministic    train.deterministic twice, in two processes: the same bits
 
-Each part is a process of its own; one that fails is recorded as failed, and the others go on. Writes
+Each part is a process of its own; one that fails is recorded as failed, and the others continue. Writes
 benchmarks/gpu-<device>-<date>.json after every part. Exit code 1 where a part failed, 2 without a GPU.
 """
 
@@ -35,15 +35,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from learner import Learner
 
 import configurator
 import optim
 import parallel
 from config import Config, Model, Train
-from learner import Learner
 
 ROOT, SPAWN = Path(__file__).parents[1], multiprocessing.get_context("spawn")
-SMOKE = {  # what a CPU does in seconds
+SMOKE = {  # sizes that a CPU finishes in seconds
     "steps": "--model.d_model=32 --model.n_layers=2 --model.n_heads=2 --model.d_ff=48 "
     "--model.n_kv_heads=1 --model.seq_len=64 --train.micro_batch_size=1 --train.batch_size=2",
     "others": "--layers 1 --width 32 --heads 2 --length 32 --rows 2 --vocab_size 300 --steps 2 --threads 1",
@@ -63,13 +63,13 @@ def script(*command: object) -> dict:
 
 
 def alone(action, *arguments):
-    """Calls it in a process of its own: what it held is free again, and what it set is forgotten."""
+    """Calls it in a process of its own, so that its memory is free and its settings are gone afterwards."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         return pool.submit(action, *arguments).result()
 
 
 def steps(smoke: bool) -> dict:
-    """Real steps of three configs, of a few micro-batches each, which tell as much as hundreds."""
+    """Real steps of three configs. A step has a few micro-batches, which show as much as hundreds would."""
     configs = {"124m": ["--train.batch_size=128"], "1b": ["--train.batch_size=32"]}
     configs["7b"] = ["--train.batch_size=10", "--train.activation_checkpointing=1"]
     if not smoke and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
@@ -141,7 +141,9 @@ def precision(smoke: bool) -> dict:
     smooth = {name: curve.unfold(0, width, 1).mean(1) for name, curve in curves.items()}
     report = {"steps": n_steps, "smoothed_over": width, "final": {k: c[-1].item() for k, c in smooth.items()}}
     for name in ("bf16", "other seed"):
-        apart = (smooth[name] - smooth["fp32"])[n_steps // 8 :]  # the first fall steeply, and differ by when
+        apart = (smooth[name] - smooth["fp32"])[
+            n_steps // 8 :
+        ]  # the first losses fall steeply, and differ with every small delay
         values = {"max": apart.abs().max(), "mean_absolute": apart.abs().mean(), "mean": apart.mean()}
         report[f"{name} - fp32"] = {key: value.item() for key, value in values.items()}
     print(json.dumps(report))

@@ -34,45 +34,47 @@ from matplotlib.figure import Figure
 
 import figures
 import files
+import hardware
 import optim
-import parallel
 from config import Model, Optim
-from ledger import processor
 from model import Transformer
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 PARAMETRISATIONS = ("standard", "muP")
 ACTIVATIONS = ("embedding", "attention", "residual stream", "logits")
-RATE = 2**-8  # amid the widths' best rates without muP (mup_lr_sweep.py)
+LR = 2**-8  # in the middle of the widths' best learning rates without muP (mup_lr_sweep.py)
 ROWS = 4  # of a batch
 
 
 def settings(width: int, mup: bool) -> Model:
-    # 3 x width is the multiple next to LLaMA's 8/3 that has no remainder at any width
+    # d_ff: near LLaMA's 8/3 of the width, without a remainder at any width
     sizes = dict(vocab_size=256, seq_len=64, d_model=width, n_layers=2, n_heads=width // 32, d_ff=3 * width)
     return Model(**sizes, **(dict(init="mup", mup_base_width=64) if mup else dict(init="gpt2")))
 
 
-def changes(cfg: Model, rate: float, steps: int, seed: int, mup_scale: float = 0) -> dict[str, list[float]]:
+def changes(cfg: Model, lr: float, steps: int, seed: int, mup_scale: float = 0) -> dict[str, list[float]]:
     """How far activations are from where they began, after each of `steps` updates: name -> mean |x_t - x_0|.
 
-    `mup_scale` is what the rate of matrices inside the layers is multiplied by; 0: the model's own.
+    `mup_scale` multiplies the learning rate of matrices inside the layers; 0: the model's own factor.
     """
-    data, length = torch.tensor(list(LICENSE.read_bytes())), cfg.seq_len
+    # Gradients shrink with the width; eps stays far below them, so that it has no effect.
     net = Transformer(cfg)
     net.init_weights(seed)
-    # gradients shrink with the width; eps stays far below them, so that it hides nothing
-    optimizer = optim.adamw(net, Optim(lr=rate, weight_decay=0, eps=1e-12), mup_scale or cfg.mup_scale)
-    optim.set_rate(optimizer, rate)
+    optimizer = optim.adamw(net, Optim(lr=lr, weight_decay=0, eps=1e-12), mup_scale or cfg.mup_scale)
+    optim.set_lr(optimizer, lr)
+
+    # Hooks put the activations of a forward over the fixed batch `probe` into `now`.
+    data, length = torch.tensor(list(LICENSE.read_bytes())), cfg.seq_len
+    probe = data[: ROWS * length].view(ROWS, length)
     now: dict[str, torch.Tensor] = {}
 
     def keep(name):
         return lambda module, inputs, output: now.update({name: output.detach()})
 
-    probe = data[: ROWS * length].view(ROWS, length)
     generator = torch.Generator().manual_seed(seed)
     first, found = {}, {name: [] for name in ACTIVATIONS}
     for step in range(steps + 1):
+        # How far have the activations moved?
         watched = (net.embed_tokens, net.layers[-1].self_attn, net.layers[-1])
         hooks = [module.register_forward_hook(keep(name)) for module, name in zip(watched, ACTIVATIONS)]
         with torch.no_grad():
@@ -83,6 +85,7 @@ def changes(cfg: Model, rate: float, steps: int, seed: int, mup_scale: float = 0
         if step:
             for name in ACTIVATIONS:
                 found[name].append((now[name] - first[name]).abs().mean().item())
+        # One update on random rows of the data.
         if step < steps:
             starts = torch.randint(len(data) - length, (ROWS, 1), generator=generator)
             rows = data[starts + torch.arange(length + 1)]  # (ROWS, length + 1)
@@ -98,7 +101,11 @@ def growth(widths: list[int], sizes: list[float]) -> float:
 
 
 def draw(widths: list[int], sizes: dict) -> Figure:
-    """A row an activation, standard left, muP right, a line a step: sizes[name][activation][width][step]."""
+    """One row per activation, standard left, muP right, one line per step.
+
+    sizes[parametrisation][activation][width][step]: the change of the activation.
+    """
+    # One panel for each activation and parametrisation, with a line for each step.
     steps = len(sizes["muP"]["logits"][0])
     figure = Figure((7.2, 7.4))
     panels = figure.subplots(len(ACTIVATIONS), 2, sharex=True, sharey="row")
@@ -108,10 +115,8 @@ def draw(widths: list[int], sizes: dict) -> Figure:
             by_width = sizes[name][activation]
             for step in range(steps):
                 colour = figures.COLOURS[f"s{12 * (step + 1) // steps}"][0]
-                y, label = (
-                    [s[step] for s in by_width],
-                    f"after step {step + 1}" if step == 0 else f"{step + 1}",
-                )
+                y = [s[step] for s in by_width]
+                label = "after step 1" if step == 0 else f"{step + 1}"
                 panel.plot(widths, y, color=colour, marker="o", markersize=2.5, label=label)
             power = growth(widths, [s[-1] for s in by_width]) + 0.0
             text = f"last step: width to the power {power:.2f}".replace("-", "\N{MINUS SIGN}")
@@ -121,11 +126,15 @@ def draw(widths: list[int], sizes: dict) -> Figure:
             panel.set_yscale("log")
             panel.set_xticks(widths, [f"{w:,}" for w in widths])
             panel.minorticks_off()
+
+        # Both panels of a row share their scale, with room for the text at the top.
         row[0].set_ylabel(activation)
         low, high = row[0].get_ylim()
-        row[0].set_ylim(low, high * (high / low) ** 0.22)  # room for the text
+        row[0].set_ylim(low, high * (high / low) ** 0.22)
         for panel in row:
             panel.set_yticks(*powers_of_ten(*row[0].get_ylim()))
+
+    # Titles, labels and the legend of the steps.
     figure.align_ylabels(panels[:, 0])
     for panel, title in zip(panels[0], ("standard parametrisation", "muP")):
         panel.set_title(title, color=figures.INK)
@@ -139,7 +148,7 @@ def draw(widths: list[int], sizes: dict) -> Figure:
 
 
 def powers_of_ten(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Ticks at 1, or at 1 and 3, of every decade between, and what to write beside them."""
+    """Ticks at 1, or at 1 and 3, of every decade between, and their labels."""
     digits = (1,) if high / low > 100 else (1, 3)
     ticks = [d * 10.0**e for e in range(-6, 7) for d in digits if low <= d * 10.0**e <= high]
     return ticks, [f"{tick:,g}" for tick in ticks]
@@ -154,34 +163,37 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
     args = parser.parse_args()
+
+    # sizes[parametrisation][activation][width][step]: geometric means over the seeds
     torch.set_num_threads(1)
-    parallel.keep_freed_memory()
+    hardware.keep_freed_memory()
     sizes = {name: {activation: [] for activation in ACTIVATIONS} for name in PARAMETRISATIONS}
     for width in args.widths:
         for name in PARAMETRISATIONS:
             cfg = settings(width, name == "muP")
-            each = [changes(cfg, RATE, args.steps, seed) for seed in range(args.seeds)]
+            each = [changes(cfg, LR, args.steps, seed) for seed in range(args.seeds)]
             for activation in ACTIVATIONS:
                 mean = [statistics.geometric_mean(at) for at in zip(*(found[activation] for found in each))]
                 sizes[name][activation].append([float(f"{size:.4g}") for size in mean])
             last = "  ".join(f"{a} {sizes[name][a][-1][-1]:<8.3g}" for a in ACTIVATIONS)
             print(f"{name:<9}{width:>6} wide  {last}", flush=True)
-    powers = {
-        name: {
-            a: [round(growth(args.widths, list(at)), 3) for at in zip(*sizes[name][a])] for a in ACTIVATIONS
-        }
-        for name in PARAMETRISATIONS
-    }
+
+    # powers[parametrisation][activation][step]: the exponent by which the change grows with the width
+    powers = {name: {} for name in PARAMETRISATIONS}
     for name in PARAMETRISATIONS:
+        for activation, by_width in sizes[name].items():
+            by_step = zip(*by_width)
+            powers[name][activation] = [round(growth(args.widths, list(at)), 3) for at in by_step]
         print(f"{name:<9}growth after the last step:", {a: powers[name][a][-1] for a in ACTIVATIONS})
+
     about = {
         "format": 1,
         "script": "benchmarks/mup_coordinate_check.py",
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{processor()}, 1 thread",
+        "device": f"{hardware.processor()}, 1 thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "rate": RATE,
+        "rate": LR,
         "widths": args.widths,
         "seeds": args.seeds,
         "change": sizes,  # parametrisation -> activation -> [width][step - 1], geometric means over the seeds

@@ -1,14 +1,14 @@
-"""Is a narrow model's best learning rate a wide one's too? Loss by rate and width, with muP and without.
+"""Is the best learning rate of a narrow model the best of a wide one? With muP and without.
 
     python benchmarks/mup_lr_sweep.py                 # took 19 minutes on a shared core
     python benchmarks/mup_lr_sweep.py --widths 32 64 --steps 50 --out /tmp
 
 Models of 2 layers and heads of 16 read the bytes of some modules of Python's standard library: every machine
 has them, though each version of Python a little different ones. The standard parametrisation starts matrices
-alike at every width, as GPT-2 does, and has one rate. muP is based on the narrowest width, where both are the
-same model but for attention's scale. All runs of a seed see the same rows. The loss is that of 256 held-out
-rows after the last step. The best rate is also estimated between those tried: where the parabola through the
-best point and its two neighbours is lowest.
+alike at every width, as GPT-2 does, and has one learning rate. muP is based on the narrowest width, where
+both are the same model but for attention's scale. All runs of a seed see the same rows. The loss is that of
+256 validation rows after the last step. The best learning rate is also estimated between those tried: where
+the parabola through the best point and its two neighbours is lowest.
 
 Writes mup_lr_sweep.json, after every run, and mup_lr_sweep.svg beside this file, or where --out says. Runs
 that the JSON already has are not repeated.
@@ -31,17 +31,16 @@ from matplotlib.figure import Figure
 
 import figures
 import files
+import hardware
 import optim
-import parallel
 from config import ConfigError, Model, Optim, fail
-from ledger import processor
 from model import Transformer
 
 PARAMETRISATIONS = ("standard", "muP")
 MODULES = ("argparse.py", "ast.py", "doctest.py", "inspect.py", "tarfile.py", "turtle.py", "typing.py")
-HELD_OUT = 64 * 1024  # bytes at the end of the text
+VALIDATION = 64 * 1024  # bytes at the end of the text, which no model trains on
 ROWS, LENGTH = 8, 64  # of a batch
-# Deviation of the initial weights: 1 / sqrt(width) keeps a sum's size, which is 0.18 for 32 and 0.06 for 256.
+# Deviation of the initial weights. 1 / sqrt(width), 0.18 for 32 and 0.06 for 256, would keep a sum's size.
 # At these widths both parametrisations ended lower with 0.1 than with 0.02 (2.22 and 2.43 with muP, 32 wide;
 # 2.06 and 2.13 without, 128 wide; with less text than here).
 INIT_STD = 0.1
@@ -63,32 +62,36 @@ def settings(width: int, mup: bool, base: int) -> Model:
     return Model(**sizes, init_std=INIT_STD, **named)
 
 
-def train(cfg: Model, rate: float, steps: int, seed: int, data: torch.Tensor) -> float:
-    """The held-out loss, in nats a byte, after `steps` steps. Seeds choose the weights and the rows."""
-    # CrystalCoder's optimizer, with a short warm-up and a line down to 0
-    recipe = Optim(lr=rate, warmup_steps=steps // 10, schedule="linear", final_lr_fraction=0, eps=1e-9,
+def train(cfg: Model, peak: float, steps: int, seed: int, data: torch.Tensor) -> float:
+    """The validation loss, in nats per byte, after `steps` steps with the peak learning rate `peak`.
+
+    The seed chooses the weights and the rows.
+    """
+    # CrystalCoder's optimizer, with a short warm-up and a linear decay to 0.
+    recipe = Optim(lr=peak, warmup_steps=steps // 10, schedule="linear", final_lr_fraction=0, eps=1e-9,
                    decay="matrices")  # fmt: skip
     net = Transformer(cfg)
     net.init_weights(seed)
     optimizer = optim.adamw(net, recipe, cfg.mup_scale)
-    seen, held_out = data[:-HELD_OUT], data[-HELD_OUT:]
+
+    # Training on random rows of all text but the end.
+    text_of_training, validation = data[:-VALIDATION], data[-VALIDATION:]
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        starts = torch.randint(len(seen) - LENGTH, (ROWS, 1), generator=generator)
-        rows = seen[starts + torch.arange(LENGTH + 1)]  # (ROWS, LENGTH + 1)
+        starts = torch.randint(len(text_of_training) - LENGTH, (ROWS, 1), generator=generator)
+        rows = text_of_training[starts + torch.arange(LENGTH + 1)]  # (ROWS, LENGTH + 1)
         (net(rows[:, :-1], rows[:, 1:]) / (ROWS * LENGTH)).backward()
-        optim.clip(net, recipe.grad_clip)
-        optim.set_rate(optimizer, optim.learning_rate(step, steps, recipe))
-        optimizer.step()
-        optimizer.zero_grad()
-    rows = held_out[: 256 * (LENGTH + 1)].view(256, LENGTH + 1)
+        lr = optim.learning_rate(step, steps, recipe)
+        optim.update(net, [optimizer], lr, optim.grad_norm(net).item(), recipe.grad_clip)
+
+    rows = validation[: 256 * (LENGTH + 1)].view(256, LENGTH + 1)
     with torch.no_grad():
         nats = sum(net(part[:, :-1], part[:, 1:]).item() for part in rows.split(32))
     return nats / (256 * LENGTH)
 
 
 def curve(runs: list[dict], name: str, width: int) -> tuple[list[float], list[float]]:
-    """log2 of the rates, and the losses there, means over the seeds; inf where one is not finite."""
+    """log2 of the learning rates, and their losses, means over the seeds; inf where one is not finite."""
     losses = {}
     for run in runs:
         if (run["parametrisation"], run["width"]) == (name, width):
@@ -98,18 +101,18 @@ def curve(runs: list[dict], name: str, width: int) -> tuple[list[float], list[fl
 
 
 def best(x: list[float], y: list[float]) -> dict:
-    """The best rate tried, and the best between rates: None where the former has no neighbour on a side."""
+    """The best learning rate tried, and the best between those tried; None if it has no two neighbours."""
     i = y.index(min(y))
     found = {"log2_rate": x[i], "loss": y[i], "log2_rate_between": None}
     if 0 < i < len(y) - 1 and math.isfinite(y[i - 1] + y[i + 1]):
-        # rates are equally far apart in log2: the vertex of the parabola through three points
+        # The vertex of the parabola through three points, which are equally far apart in log2.
         bend = y[i - 1] - 2 * y[i] + y[i + 1]
         found["log2_rate_between"] = round(x[i] + (x[i + 1] - x[i]) * (y[i - 1] - y[i + 1]) / (2 * bend), 2)
     return found
 
 
 def draw(runs: list[dict], widths: list[int]) -> Figure:
-    """Loss against learning rate, a line a width, a panel a parametrisation; a ring at each line's best."""
+    """Loss against learning rate: one line per width, one panel per parametrisation, a ring at the best."""
     figure = Figure((7.2, 3.2))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     figure.subplots_adjust(0.075, 0.125, 0.985, 0.86, wspace=0.08)
@@ -126,7 +129,7 @@ def draw(runs: list[dict], widths: list[int]) -> Figure:
         panel.set(
             xlabel="peak learning rate", xticks=x, xticklabels=["2" + str(e).translate(RAISED) for e in x]
         )
-        panel.set_ylim(lowest - 0.06, lowest + 0.8)  # beyond are rates that nobody would take
+        panel.set_ylim(lowest - 0.06, lowest + 0.8)  # beyond are learning rates that nobody would take
         panel.grid(axis="x")
     panels[0].set_ylabel("held-out loss, nats a byte")
     lines, labels = panels[0].get_legend_handles_labels()
@@ -143,7 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--widths", type=int, nargs="+", default=[32, 64, 128, 256], help="the first: muP's base"
     )
-    parser.add_argument("--rates", type=int, nargs="+", default=list(range(-10, -3)), help="as powers of two")
+    parser.add_argument("--rates", type=int, nargs="+", default=list(range(-10, -3)), help="powers of two")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
@@ -156,12 +159,12 @@ def main() -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    parallel.keep_freed_memory()
+    hardware.keep_freed_memory()
     path, data = args.out / "mup_lr_sweep.json", text()
     about = {
         "format": 1,
         "script": "benchmarks/mup_lr_sweep.py",
-        "device": f"{processor()}, 1 thread",
+        "device": f"{hardware.processor()}, 1 thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "text_bytes": len(data),

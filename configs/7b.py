@@ -4,8 +4,8 @@
     python data.py 7b                                                           # once, on one machine
     torchrun --nproc_per_node=8 train.py configs/7b.py                          # on every node
 
-Figures: the LLM360 paper's Tables 2 and 3, and the released training code, which is where they differ. The
-source paths are where this config looks for the text; put yours there, or change them.
+Figures: the LLM360 paper's Tables 2 and 3, and, where they differ, the released training code. The source
+paths are where this config looks for the text; put yours there, or change them.
 """
 
 from config import Config, Data, Eval, Model, Optim, Parallel, Source, Tokenizer, Train
@@ -29,9 +29,9 @@ config = Config(
         expected_tokens=360 * 1_706_976 * 2048,
     ),
     optim=Optim(lr=3e-4, final_lr_fraction=0.1, schedule="cosine", warmup_steps=2000, decay="all"),
-    # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step. Every block is computed again, as
-    # published: ten sequences would leave 104 GiB of activations. Eight GPUs of 80 GB will do as well.
-    # The seed is that of its first process, 11111 + 0; it keys the weights here, and not the order.
+    # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step. Every block is recomputed in the backward
+    # pass, as published: ten sequences would leave 104 GiB of activations. Eight GPUs of 80 GB are enough.
+    # The seed is that of Amber's first process, 11111 + 0; here it keys the weights, not the order.
     train=Train(batch_size=2240, micro_batch_size=10, activation_checkpointing=1, seed=11111),
     parallel=Parallel(strategy="fsdp"),
     eval=Eval(rows_per_chunk=1000),  # as Analysis360

@@ -9,9 +9,9 @@ Moments of AdamW start anew in each phase, as they did: hence the short warm-ups
 Mixtures are met in whole documents, to within a few steps: if a phase of yours ends at another step than
 named below, name its checkpoint with --init_from=FOLDER.
 
-muP: what was tuned at a width of 256 holds at 4,096 when matrices learn at m = 256 / 4096 = 1/16 of the rate,
-0.012 -> 7.5e-4, and start at 0.073 x sqrt(m) = 0.01825, those that end a sub-layer at 0.01825 / sqrt(2 x 32);
-logits are multiplied by 2.22 m = 0.13875, and attention divides by d_head, not by its root.
+muP: what was tuned at a width of 256 holds at 4,096 when matrices learn at m = 256 / 4096 = 1/16 of the
+learning rate, 0.012 -> 7.5e-4, and start at 0.073 x sqrt(m) = 0.01825, those that end a sub-layer at 0.01825
+/ sqrt(2 x 32); logits are multiplied by 2.22 m = 0.13875, and attention divides by d_head, not by its root.
 
 Not offered: fill-in-the-middle of the code (0.9 of its documents in phase 2, 0.3 in phase 3), and Cerebras'
 own scaling of the gate's initialisation, whose factor is not public.
@@ -32,7 +32,7 @@ SHARES = {
 }
 
 # Phase 1 is on a line to 1.2408e-4 that takes 294,337 steps after warm-up, and leaves it at step 79,721;
-# phase 2 goes on from there.
+# phase 2 continues from there.
 LEFT_AT = 0.012 - (0.012 - 1.2408e-4) * (79_721 - 86) / 294_337  # 0.008787
 
 PHASES = [
@@ -61,7 +61,7 @@ MODEL = Model(
     mup_base_width=256,
     init="mup",
     init_std=0.073,
-    init_cut=2,
+    init_trunc=2,
 )
 
 
@@ -93,7 +93,7 @@ def phase(name, steps, english, warmup_steps, lr, final_lr, every, before) -> Co
             seed=1,
             checkpoint_every=every,
             checkpoint_chunks=False,
-            activation_checkpointing=1,  # of 11 sequences, without which a GPU of 80 GB would be too small
+            activation_checkpointing=1,  # without it, 11 sequences do not fit into 80 GB
         ),
         parallel=Parallel(strategy="fsdp"),  # on GPUs; a CS-2 has no need of it
         init_from=f"runs/crystalcoder-{before}" if before else "",

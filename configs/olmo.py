@@ -19,7 +19,7 @@ config said a batch of 512 at first, and was corrected to 1,024 (OLMo@809d2f1e).
 The released 7B has 1,000 steps to 0 after the end of its data; here they need data that is left.
 
 65B's batch doubles every 100 B tokens from 1,024 to 8,192 sequences, which was done by hand. Its cosine and
-warm-up count tokens: over steps, which become longer, the rate would be too low by up to 42 %.
+warm-up count tokens: over steps, which become longer, the learning rate would be too low by up to 42 %.
 """
 
 from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
@@ -35,7 +35,7 @@ SIZES = [
 ]
 # fmt: on
 WARMUP_TOKENS = {"65b": 5000 * 1024 * 2048}  # 10.486 B
-# The limit of the gradient's norm is this many times looser in the first steps. 65b and 1.7 count them as
+# The limit of the gradient norm is this many times looser in the first steps. 65b and 1.7 count them as
 # 2,097,152,000 tokens: 1000 steps of 1024 x 2048, or 500 of 1024 x 4096.
 LOOSER = {"7b": (10, 1000), "65b": (5, 1000), "1.7-7b": (5, 500)}  # factor, steps
 

@@ -35,7 +35,7 @@ configs = {
             rope_theta=500_000,
             init="normal",
             init_std=0.02,
-            init_cut=3,
+            init_trunc=3,
         ),
         # 100,278 entries, padded in the model to 100,352 = 784 x 128
         tokenizer=Tokenizer(path="/data/olmo2/tokenizer.json", vocab_size=100278),

@@ -7,8 +7,9 @@ Figures: the released configs. They differ from the README at 1b, where its tabl
 and 12b began: their configs leave out the initialisation of the others, so that they have GPT-NeoX's default
 (the README's erratum). That norms and biases do not decay is GPT-NeoX's default too.
 
-Checkpoints, as published: steps 0, 1, 2, 4, ..., 512 and every 1,000 to 143,000: 154. Ours go on with 1,024,
-2,048, ..., 131,072: 8 more. A chunk of data is 1,000 steps. In BF16 here; all but 1b were trained in FP16.
+Checkpoints, as published: steps 0, 1, 2, 4, ..., 512 and every 1,000 to 143,000: 154. Ours continue with
+1,024, 2,048, ..., 131,072: 8 more. A chunk of data is 1,000 steps. Here training is in BF16; all but 1b were
+trained in FP16.
 """
 
 from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train
@@ -28,7 +29,7 @@ SIZES = [
     ("12b",  5120, 36, 40, 1.2e-4,  8, 50688),
 ]
 # fmt: on
-FSDP = ("6.9b", "12b")  # which no GPU of 80 GB holds whole: 16 bytes a parameter
+FSDP = ("6.9b", "12b")  # no GPU of 80 GB holds these whole: 16 bytes a parameter
 
 configs = {
     name: Config(

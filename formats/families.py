@@ -14,12 +14,14 @@ The first that can say a model is taken: a plain LLaMA of baichuan's sizes is a 
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from config import ConfigError, Model
+from formats.shards import open_weights
 
 # What the settings that families differ in must be; a family may leave some of them open.
 LLAMA = dict(
@@ -317,3 +319,52 @@ def to_family(tensors: dict[str, Tensor], cfg: Model, family: str = "") -> dict[
         else:
             out[theirs] = torch.cat(three)
     return out
+
+
+def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
+    """What reads a tensor of a model folder, by our name for it; for use inside `compared`.
+
+    ConfigError unless names and shapes agree. The files' headers tell them: no tensor is read for that, but a
+    second copy of a tied head.
+    """
+    # Our tensors, and where the family keeps them.
+    model, family = getattr(model, "module", model), read_config(folder)["model_type"]
+    cfg, tensors = model.cfg, open_weights(folder)
+    ours = {name: (value.shape, *place(name, family)) for name, value in model.state_dict().items()}
+    theirs = {stored for _, stored, _ in ours.values()}
+
+    # Names. Some writers store a tied head a second time.
+    names = {name for name in tensors if not name.endswith(NOT_WEIGHTS)}
+    head, shared = (place(f"{name}.weight", family)[0] for name in ("lm_head", "embed_tokens"))
+    twice = cfg.tie_embeddings and names - theirs == {head}
+    if twice:
+        names -= {head}
+    if names != theirs:
+        strange, missing = sorted(names - theirs)[:3], sorted(theirs - names)[:3]
+        raise ConfigError(
+            f"the weights in {folder} are of another model: they have {strange} that this one lacks, and not "
+            f"{missing}"
+        )
+
+    # Types and shapes.
+    for shape, name, part in ours.values():
+        header = tensors[name].get_slice(name)
+        stored, wanted = tuple(header.get_shape()), ((1 if part is None else 3) * shape[0], *shape[1:])
+        if not header.get_dtype().startswith(("F", "BF")):  # F32, BF16, F8_E4M3, ..., not I8 or U8
+            dtype = tensors[name].get_tensor(name).dtype
+            raise ConfigError(
+                f"{folder}: {name} is {dtype}, not numbers but codes; quantised weights are not read"
+            )
+        if stored != wanted:
+            raise ConfigError(f"{folder}: {name} is {stored}, the model wants {wanted}")
+    if twice and not torch.equal(tensors[head].get_tensor(head), tensors[shared].get_tensor(shared)):
+        raise ConfigError(
+            f"{folder}: config.json ties the head to the embedding, and {head} is not {shared}; if the "
+            'model has a head of its own, set "tie_word_embeddings": false there'
+        )
+
+    def read(name: str) -> torch.Tensor:
+        _, stored, part = ours[name]
+        return unpack(tensors[stored].get_tensor(stored), part, cfg, family)
+
+    return read

@@ -48,3 +48,25 @@ def open_tensors(path: Path):
         raise ConfigError(
             f"{path} cannot be read: {error}; if it is damaged, get it again, or take its folder away"
         ) from None
+
+
+SHARD_BYTES = 5_000_000_000  # of tensors in one file; processes write files side by side
+
+
+def size(tensor) -> int:
+    """Bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def layout(stem: str, sizes: dict[str, int]) -> dict[str, list[str]]:
+    """File -> names of its tensors, in order: one file, or as many as SHARD_BYTES demands. sizes: in bytes."""
+    shards, room = [[]], SHARD_BYTES
+    for name, n_bytes in sizes.items():
+        if n_bytes > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= n_bytes
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}

@@ -95,6 +95,16 @@ def whole(recipe, tmp_path_factory) -> Path:
     return run
 
 
+def save(run: Path, model, optimizers: list, state: dict, tokenizer_files: dict | None = None) -> Path:
+    """Writes a checkpoint and returns its folder."""
+    import checkpoint
+    from steps import State
+
+    saving = checkpoint.Saving(run, model, optimizers, tokenizer_files=tokenizer_files)
+    saving.begin(State(**state))
+    return saving.finish()
+
+
 def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
-"""The family of `model.py` a second time: float64 NumPy, one head and one position after another, no torch.
+"""The family of `model.py` a second time: float64 NumPy, one head and one token after another, no torch.
 
-Written from the papers, and for CrystalCoder from its released parameters; it shares no line, no trick with
-`model.py`, so where the two agree (test_model_reference.py) both have understood the paper alike. Slow and
-plain on purpose:
+Written from the papers, and for CrystalCoder from its released parameters. It shares no line and no trick
+with `model.py`: where the two agree (test_model_reference.py), both understood the paper in the same way.
+Slow and plain on purpose:
 
     logits(cfg, {name: array}, tokens) -> scores of the next token
 
@@ -46,20 +46,20 @@ def nats(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def documents(tokens: np.ndarray, eot: int | None) -> tuple[list[int], list[int]]:
-    """Of each token: the number of its document, and its place in it.
+    """For each token the number of its document, and its position in it.
 
     An end-of-text token belongs to the document that it ends. documents([5, 0, 6, 7], 0) -> [0, 0, 1, 1],
     [0, 1, 0, 1]; without eot the row is one document.
     """
     document, position = [], []
-    number = place = 0
+    number = at = 0
     for token in tokens:
         document.append(number)
-        position.append(place)
+        position.append(at)
         if eot is not None and token == eot:
-            number, place = number + 1, 0
+            number, at = number + 1, 0
         else:
-            place += 1
+            at += 1
     return document, position
 
 
@@ -130,7 +130,7 @@ def attention(cfg: Model, w: dict, x: np.ndarray, document: list[int], position:
     if cfg.qk_norm:
         q, k = normed(cfg, part(w, "q_norm."), q), normed(cfg, part(w, "k_norm."), k)
 
-    # trained q and k agree, so their product grows with Dh, not its root (muP: Yang et al. 2022, 4.1)
+    # trained q and k agree, so that q.k grows with Dh, not with its root (muP: Yang et al. 2022, 4.1)
     scale = 1 / Dh if cfg.mup_base_width else 1 / math.sqrt(Dh)
     slopes = alibi_slopes(H) if cfg.positions == "alibi" else [0.0] * H
     found = np.zeros((T, H * Dh))
@@ -139,8 +139,8 @@ def attention(cfg: Model, w: dict, x: np.ndarray, document: list[int], position:
         mine, theirs = slice(h * Dh, (h + 1) * Dh), slice(shared * Dh, (shared + 1) * Dh)
         queries, keys, values = q[:, mine], k[:, theirs], v[:, theirs]
         if cfg.positions == "rope":
-            queries = np.array([turned(cfg, row, p) for row, p in zip(queries, position)])
-            keys = np.array([turned(cfg, row, p) for row, p in zip(keys, position)])
+            queries = np.array([rotated(cfg, row, p) for row, p in zip(queries, position)])
+            keys = np.array([rotated(cfg, row, p) for row, p in zip(keys, position)])
         for i in range(T):
             seen = [j for j in range(i + 1) if sees(cfg, i, j, document)]
             scores = [queries[i] @ keys[j] * scale - slopes[h] * (i - j) for j in seen]
@@ -162,10 +162,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return raised / sum(raised)
 
 
-def turned(cfg: Model, x: np.ndarray, position: int) -> np.ndarray:
+def rotated(cfg: Model, x: np.ndarray, position: int) -> np.ndarray:
     """One head's query or key (Dh,) after rotary embedding (Su et al. 2021, eq. 15).
 
-    Pair i of the first r = fraction x Dh dimensions turns by position x frequency(i); the others stay.
+    Pair i of the first r = fraction x Dh dimensions is rotated by position x frequency(i); the others stay.
     "neighbours" is the paper's pairing, 2i with 2i + 1; "halves" is GPT-NeoX's and LLaMA's, i with i + r/2.
     """
     r = round(cfg.d_head * cfg.rope_fraction)
@@ -179,7 +179,7 @@ def turned(cfg: Model, x: np.ndarray, position: int) -> np.ndarray:
 
 
 def frequency(cfg: Model, i: int, r: int) -> float:
-    """Radians that pair i of r/2 turns in a step, theta^(-2i/r); slow ones slower still, as in Llama 3.1.
+    """Radians per position of pair i of r/2, theta^(-2i/r); slow pairs slower still, as in Llama 3.1.
 
     Where a pair makes `turns` turns over the original context, it keeps its frequency above `high` turns,
     is divided by the factor below `low`, and between is the mix of both that is linear in turns.
@@ -195,7 +195,7 @@ def frequency(cfg: Model, i: int, r: int) -> float:
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """Of each head, what a step of distance costs (Press et al. 2022, section 3).
+    """For each head, how much a token of distance lowers a score (Press et al. 2022, section 3).
 
     For n heads, a power of two: 2^(-8/n), its square, ..., 2^-8. For others, as in the authors' code:
     those of the largest power of two below, then the 1st, 3rd, 5th, ... of twice that power.

@@ -1,4 +1,4 @@
-"""benchmark.py and what ledger.py measures: figures that belong together, and a trace that opens."""
+"""benchmark.py and what hardware.py measures: figures that belong together, and a trace that opens."""
 
 import json
 import os
@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 import config
 import cost
-import ledger
+import hardware
+import memory
 import parallel
+import preflight
 import train
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+def run(*arguments: object, processes: int = 1, script: str = "benchmark.py") -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / "train.py", *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
 
@@ -30,7 +33,7 @@ def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, processes):
     file = tmp_path / "figures.json"
-    asked = ("--train.batch_size=12", "--dataset=/nowhere", f"--run={tmp_path / 'run'}", "--benchmark", "4")
+    asked = ("--train.batch_size=12", "--dataset=/nowhere", f"--run={tmp_path / 'run'}", "--steps", "4")
     result = run(recipe, *asked, f"--json={file}", processes=processes)
     assert result.returncode == 0, result.stderr[-2000:]
     about = json.loads(file.read_text())
@@ -40,7 +43,7 @@ def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, pr
     assert about["processes"] == processes and about["memory_bytes"] > 50e6
     assert about["config"]["train"]["batch_size"] == 12
     cfg = config.load(str(recipe), [*asked[:3]])
-    planned = cost.total(cost.memory(cfg, processes, False)) / cost.GIB
+    planned = memory.total(memory.peak(cfg, processes, False)) / hardware.GIB
     assert f"{planned:.2f}" in result.stdout and f"{about['tokens_per_second']:,.0f}" in result.stdout
     assert result.stdout.count("tokens a second") == 1 and not (tmp_path / "run").exists()
 
@@ -48,12 +51,14 @@ def test_a_benchmark_needs_no_dataset_and_its_figures_agree(recipe, tmp_path, pr
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--benchmark"], "--benchmark needs a value"),
-        (["--benchmark", "0"], "at least 1"),
-        (["--benchmark=many"], "whole number"),
-        (["--profile=3"], "takes no value"),
-        (["--benchmark", "2", "--train.batch_size=7"], "does not divide"),
-        (["--benchmark", "2", "--parallel.tp=2"], "do not divide by parallel.tp=2"),
+        ([], "say how many steps: --steps 30"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps=many"], "whole number"),
+        (["--anyway=3"], "takes no value"),
+        (["--steps", "2", "--train.batch_size=7"], "does not divide"),
+        (["--steps", "2", "--parallel.tp=2"], "do not divide by parallel.tp=2"),
+        (["--steps", "2", "--json=/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )
 def test_wrong_flags_are_one_message(recipe, flags, message):
@@ -63,7 +68,7 @@ def test_wrong_flags_are_one_message(recipe, flags, message):
 
 def test_what_does_not_fit_is_refused_in_a_moment_before_any_memory_is_touched(tmp_path):
     began = time.perf_counter()
-    result = run("7b", "--train.device=cpu", "--benchmark", "1", f"--run={tmp_path / 'run'}")
+    result = run("7b", "--train.device=cpu", "--steps", "1", f"--run={tmp_path / 'run'}")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "this does not fit" in result.stderr and "--anyway tries all the same" in result.stderr
     assert time.perf_counter() - began < 15 and not (tmp_path / "run").exists()  # two seconds, if nobody else
@@ -73,37 +78,37 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
     cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", "--train.steps=2"])
     wide = [f"--run={tmp_path / 'wide'}", "--train.batch_size=60", "--train.micro_batch_size=60"]
     wide = config.load(str(recipe), wide)
-    need = cost.total(cost.memory(cfg, 1, False))
-    monkeypatch.setattr(cost, "machine_memory", lambda: need / cost.USABLE_ON_CPU)
-    train.main(cfg, {"--benchmark": "1"})  # it fits to the byte
+    need = memory.total(memory.peak(cfg, 1, False))
+    monkeypatch.setattr(hardware, "machine_memory", lambda: need / hardware.USABLE_ON_CPU)
+    benchmark.main(cfg, {"--steps": "1"})  # it fits to the byte
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and where two processes share the machine it does not
-    for flags in ({}, {"--benchmark": "1"}):
+    for main, flags in ((train.main, {}), (benchmark.main, {"--steps": "1"})):
         with pytest.raises(SystemExit) as ended:
-            train.main(cfg, flags)
+            main(cfg, flags)
         assert ended.value.code == 2 and "this does not fit: 0.0 GiB" in capsys.readouterr().err
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(SystemExit):
         train.main(wide, {})
-    (change,) = cost.smallest_change(wide, 1, "cpu")
+    (change,) = memory.smallest_change(wide, 1, "cpu")
     assert f"it would with {change}. --anyway" in capsys.readouterr().err
     assert not (tmp_path / "wide").exists()
-    train.main(wide, {"--anyway": "", "--benchmark": "1"})
+    benchmark.main(wide, {"--anyway": "", "--steps": "1"})
     assert "note     --anyway: this does not fit" in capsys.readouterr().out
 
 
 def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
     monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
-    about = types.SimpleNamespace(total_memory=cost.GPUS["rtx-4090"].memory)
+    about = types.SimpleNamespace(total_memory=hardware.GPUS["rtx-4090"].memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-    train.check_room(config.load("demo"), anyway=False)
+    preflight.check_memory(config.load("demo"), anyway=False)
     with pytest.raises(config.ConfigError) as refused:
-        train.check_room(config.load("7b"), anyway=False)
+        preflight.check_memory(config.load("7b"), anyway=False)
     with pytest.raises(config.ConfigError) as planned:
-        cost.check_memory(config.load("7b"), 1, "rtx-4090")
+        memory.check(config.load("7b"), 1, "rtx-4090")
     assert "--train.micro_batch_size=5 --gpus=8" in str(planned.value)
     said = str(planned.value).replace(" --gpus=8", " on 8 GPUs") + ". --anyway tries all the same"
     assert str(refused.value) == said
-    train.check_room(config.load("7b"), anyway=True)
+    preflight.check_memory(config.load("7b"), anyway=True)
     assert capsys.readouterr().out.startswith("note     --anyway: this does not fit")
 
 
@@ -117,18 +122,18 @@ def test_a_profile_is_a_trace_of_steps_with_the_matrix_products_in_it(recipe, tm
 
 def test_the_meter_reads_memory_and_says_nothing_of_what_it_cannot_know(recipe):
     cfg = config.load(str(recipe))
-    meter = ledger.Meter(cfg, parallel.alone())
+    meter = hardware.Meter(cfg, parallel.alone())
     before, room = meter.memory(), bytearray(200_000_000)
     assert meter.memory() >= before > 0 and len(room)
     assert meter.joules() == 0 and meter.totals() == {}
-    assert set(meter.about(100.0, 0.0)) == {"memory_bytes"}
+    assert set(meter.columns(100.0, 0.0)) == {"memory_bytes"}
 
 
 def test_energy_is_power_times_time_and_mfu_is_costs(recipe, monkeypatch):
     cfg = config.load("7b")
-    meter = ledger.Meter(cfg, parallel.alone())
+    meter = hardware.Meter(cfg, parallel.alone())
     meter.peak, meter.nvml, meter.watts, meter.use = 312e12, True, 350.0, 97
-    record = meter.about(2600.0, 7.2e6)
+    record = meter.columns(2600.0, 7.2e6)
     plain, palm = cost.mfu(cfg.model, 2600.0, 312e12)
     assert (record["mfu_6n"], record["mfu"], record["peak_flops"]) == (plain, palm, 312e12)
     assert palm == pytest.approx(0.364, abs=0.001)  # Amber's figure

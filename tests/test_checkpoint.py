@@ -17,12 +17,13 @@ import pytest
 import torch
 from test_incidents import Faults
 
+import audit
 import checkpoint
 import convert
 import eval as evaluation
 import files
 import incidents
-import ledger
+import integrity
 import memorize
 import optim
 import results
@@ -33,6 +34,7 @@ from config import ConfigError, Model, Optim, load_run
 from dataset import Dataset
 from formats import families, shards
 from model import Transformer
+from steps import State
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Model(vocab_size=67, seq_len=16, d_model=24, n_layers=2, n_heads=6, n_kv_heads=3, d_ff=28)
@@ -67,7 +69,7 @@ def state(step: int) -> dict:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, cfg, steps):
     net, adamw = trained(cfg, steps)
-    folder = checkpoint.save(tmp_path, net, adamw, state(steps), {})
+    folder = conftest.save(tmp_path, net, [adamw], state(steps), {})
     for _ in range(2):
         update(net, adamw)
 
@@ -75,7 +77,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, cfg, steps):
     other_adamw = optim.adamw(other, Optim(lr=1e-2))
     with torch.no_grad():
         checkpoint.load_weights(folder, other)
-    checkpoint.load_optimizer(folder, other, other_adamw)
+    checkpoint.load_optimizer(folder, other, [other_adamw])
     for _ in range(2):  # the random tokens too go on where they were
         update(other, other_adamw)
     for (name, a), b in zip(net.named_parameters(), other.parameters()):
@@ -87,7 +89,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, cfg, steps):
 def test_transformers_opens_a_checkpoint_as_it_stands(tmp_path, cfg):
     transformers = pytest.importorskip("transformers")
     net, adamw = trained(cfg)
-    folder = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    folder = conftest.save(tmp_path, net, [adamw], state(3), {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.randint(cfg.vocab_size, (3, 11))
     assert theirs.dtype == torch.float32
@@ -133,7 +135,7 @@ def test_a_model_that_we_do_not_compute_is_refused(tmp_path, change, expected):
 
 def test_weights_of_another_model_and_damaged_files_are_refused(tmp_path):
     net, adamw = trained(LLAMA)
-    folder = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    folder = conftest.save(tmp_path, net, [adamw], state(3), {})
     with pytest.raises(ConfigError, match="another model"):
         checkpoint.load_weights(folder, Transformer(OLMO))
     with pytest.raises(ConfigError, match="the model wants"):
@@ -149,7 +151,7 @@ def test_weights_of_another_model_and_damaged_files_are_refused(tmp_path):
 
 def test_hashes_in_the_state_are_those_of_the_files(tmp_path):
     net, adamw = trained(LLAMA)
-    folder = checkpoint.save(tmp_path, net, adamw, state(3), {"tokenizer.json": b"{}"})
+    folder = conftest.save(tmp_path, net, [adamw], state(3), {"tokenizer.json": b"{}"})
     (found,) = run_folder.checkpoints(tmp_path)
     assert found.step == 3 and found.path == folder
     names = {path.name for path in folder.iterdir()} - {"state.json"}
@@ -163,7 +165,7 @@ def test_hashes_in_the_state_are_those_of_the_files(tmp_path):
 def test_steps_are_numbers_and_incomplete_folders_are_ignored(tmp_path):
     net, adamw = trained(LLAMA)
     for step in (999_999, 100_000_000, 1_000_000, 5):
-        checkpoint.save(tmp_path, net, adamw, state(step), {})
+        conftest.save(tmp_path, net, [adamw], state(step), {})
     (tmp_path / "checkpoints" / "step-00000007").mkdir()
     (tmp_path / "checkpoints" / "step-notes").mkdir()
     (tmp_path / "checkpoints" / "step-00000005" / "state.json").write_text("{")
@@ -173,9 +175,9 @@ def test_steps_are_numbers_and_incomplete_folders_are_ignored(tmp_path):
 
 def test_a_step_that_is_saved_again_replaces_the_folder(tmp_path):
     net, adamw = trained(LLAMA)
-    first = files.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
+    first = files.sha256(conftest.save(tmp_path, net, [adamw], state(3), {}) / "model.safetensors")
     update(net, adamw)
-    second = files.sha256(checkpoint.save(tmp_path, net, adamw, state(3), {}) / "model.safetensors")
+    second = files.sha256(conftest.save(tmp_path, net, [adamw], state(3), {}) / "model.safetensors")
     assert first != second and len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
@@ -185,7 +187,7 @@ def test_a_kill_during_a_save_leaves_whole_checkpoints_only(tmp_path):
         "from test_checkpoint import *\n"
         "net, adamw = trained(LLAMA)\n"
         "for step in range(1, 10**6):\n"
-        "    checkpoint.save(sys.argv[3], net, adamw, state(step), {})\n"
+        "    conftest.save(sys.argv[3], net, [adamw], state(step), {})\n"
         "    print(step, flush=True)\n"
     )
     reached = 0
@@ -210,14 +212,14 @@ def test_a_kill_during_a_save_leaves_whole_checkpoints_only(tmp_path):
 
 def test_a_save_that_fails_leaves_nothing_behind_and_says_why(tmp_path, monkeypatch):
     net, adamw = trained(LLAMA)
-    good = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    good = conftest.save(tmp_path, net, [adamw], state(3), {})
 
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, net, adamw, state(4), {})
+        conftest.save(tmp_path, net, [adamw], state(4), {})
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
     assert [c.step for c in run_folder.checkpoints(tmp_path)] == [3]
 
@@ -235,7 +237,7 @@ def test_a_log_survives_half_a_line(tmp_path):
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     net, adamw = trained(LLAMA)
-    folder = checkpoint.save(tmp_path, net, adamw, state(3), {})
+    folder = conftest.save(tmp_path, net, [adamw], state(3), {})
     for path in folder.iterdir():
         assert path.suffix in (".json", ".safetensors")
     source = (ROOT / "checkpoint.py").read_text()
@@ -260,10 +262,10 @@ def slow_disk(monkeypatch):
 
 def test_what_is_saved_is_the_moment_when_saving_began(tmp_path, slow_disk):
     net, adamw = trained(LLAMA)
-    saving = checkpoint.Saving(tmp_path, net, adamw)
+    saving = checkpoint.Saving(tmp_path, net, [adamw])
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     moment = adamw.state[net.norm.weight]["exp_avg"].clone()
-    saving.begin(state(3), {"tokenizer.json": b"{}"})
+    saving.begin(State(**state(3)))
     assert saving.busy()
     for _ in range(3):
         update(net, adamw)  # while the disk is still at work
@@ -282,10 +284,10 @@ def test_what_is_saved_is_the_moment_when_saving_began(tmp_path, slow_disk):
 
 def test_the_memory_of_one_save_serves_the_next(tmp_path):
     net, adamw = trained(LLAMA)
-    saving, rooms = checkpoint.Saving(tmp_path, net, adamw), []
+    saving, rooms = checkpoint.Saving(tmp_path, net, [adamw]), []
     for step in (3, 4, 5):
-        saving.begin(state(step), {})  # waits for the one before
-        rooms.append({name: tensor.data_ptr() for name, tensor in saving.room.items()})
+        saving.begin(State(**state(step)))  # waits for the one before
+        rooms.append({name: tensor.data_ptr() for name, tensor in saving.copies.items()})
         update(net, adamw)
     saving.finish()
     assert rooms[0] == rooms[1] == rooms[2]
@@ -300,7 +302,7 @@ def test_a_disk_that_fails_in_the_background_is_told_and_leaves_the_last_checkpo
     tmp_path, monkeypatch, error
 ):
     net, adamw = trained(LLAMA)
-    checkpoint.save(tmp_path, net, adamw, state(3), {})
+    conftest.save(tmp_path, net, [adamw], state(3), {})
     write = checkpoint.save_file
 
     def fails(tensors, path, **named):
@@ -309,13 +311,13 @@ def test_a_disk_that_fails_in_the_background_is_told_and_leaves_the_last_checkpo
         write(tensors, path, **named)
 
     monkeypatch.setattr(checkpoint, "save_file", fails)
-    saving = checkpoint.Saving(tmp_path, net, adamw)
-    saving.begin(state(4), {})
+    saving = checkpoint.Saving(tmp_path, net, [adamw])
+    saving.begin(State(**state(4)))
     with pytest.raises(OSError, match=rf"step 4 is not saved: process 0: .*{error.strerror}"):
         saving.finish()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     monkeypatch.undo()
-    saving.begin(state(4), {})  # there is room again
+    saving.begin(State(**state(4)))  # there is room again
     saving.finish()
     assert [c.step for c in run_folder.checkpoints(tmp_path)] == [3, 4]
 
@@ -324,9 +326,9 @@ def test_a_disk_that_fails_in_the_background_is_told_and_leaves_the_last_checkpo
 def test_a_large_model_is_stored_in_shards_that_others_open_too(tmp_path, monkeypatch, cfg):
     transformers = pytest.importorskip("transformers")
     net, adamw = trained(cfg)
-    whole = checkpoint.save(tmp_path / "whole", net, adamw, state(3), {})
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 9000)  # the largest tensor has 4 x 71 x 24 = 6816
-    folder = checkpoint.save(tmp_path / "shards", net, adamw, state(3), {})
+    whole = conftest.save(tmp_path / "whole", net, [adamw], state(3), {})
+    monkeypatch.setattr(shards, "SHARD_BYTES", 9000)  # the largest tensor has 4 x 71 x 24 = 6816
+    folder = conftest.save(tmp_path / "shards", net, [adamw], state(3), {})
     names = sorted(p.name for p in folder.glob("*.safetensors"))
     assert names[0].startswith("model-00001-of-0000") and len(names) > 6
     assert all((folder / name).stat().st_size < 9000 + 2000 for name in names)  # with the header
@@ -339,7 +341,7 @@ def test_a_large_model_is_stored_in_shards_that_others_open_too(tmp_path, monkey
         assert torch.allclose(theirs(tokens).logits, many(tokens), atol=1e-5)
     other = Transformer(cfg)
     other_adamw = optim.adamw(other, Optim(lr=1e-2))
-    checkpoint.load_optimizer(folder, other, other_adamw)
+    checkpoint.load_optimizer(folder, other, [other_adamw])
     for a, b in zip(net.parameters(), other.parameters()):
         assert all(torch.equal(adamw.state[a][key], other_adamw.state[b][key]) for key in adamw.state[a])
     states = [run_folder.read(f).state for f in (whole, folder)]
@@ -347,9 +349,9 @@ def test_a_large_model_is_stored_in_shards_that_others_open_too(tmp_path, monkey
 
 
 def test_a_layout_fills_files_in_order_and_a_large_tensor_has_one_of_its_own(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10)
-    assert checkpoint.layout("model", {"a": 4, "b": 6}) == {"model.safetensors": ["a", "b"]}
-    assert checkpoint.layout("model", {"a": 4, "b": 7, "c": 25, "d": 1}) == {
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10)
+    assert shards.layout("model", {"a": 4, "b": 6}) == {"model.safetensors": ["a", "b"]}
+    assert shards.layout("model", {"a": 4, "b": 7, "c": 25, "d": 1}) == {
         "model-00001-of-00004.safetensors": ["a"],
         "model-00002-of-00004.safetensors": ["b"],
         "model-00003-of-00004.safetensors": ["c"],
@@ -371,11 +373,11 @@ def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
             part.zero_grad()
 
     both(net, parts)
-    folder = checkpoint.save(tmp_path, net, parts, state(1), {})
+    folder = conftest.save(tmp_path, net, [parts], state(1), {})
     both(net, parts)
     other = checkpoint.load_model(folder).requires_grad_(True)
     other_parts = optim.optimizers(other, cfg)
-    checkpoint.load_optimizer(folder, other, other_parts)
+    checkpoint.load_optimizer(folder, other, [other_parts])
     both(other, other_parts)
     for (name, a), b in zip(net.named_parameters(), other.parameters()):
         assert torch.equal(a, b), name
@@ -386,7 +388,7 @@ def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
 def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
     net, adamw = trained(LLAMA, 0)
     for step in range(9):
-        checkpoint.save(tmp_path, net, adamw, state(step), {})
+        conftest.save(tmp_path, net, [adamw], state(step), {})
     assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == [1, 2, 3, 5, 6]
     assert [c.step for c in run_folder.checkpoints(tmp_path)] == [0, 4, 7, 8]
     assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == []
@@ -449,7 +451,6 @@ def test_a_flipped_bit_is_one_clear_line_for_all_who_read_a_checkpoint(
     for asked in ((cut,), (tmp_path / "new", f"--init_from={newest.path}")):
         with pytest.raises(ConfigError, match=said):
             train.train(conftest.load(recipe, *asked))
-        ledger.LOCKS.clear()  # as the end of the process would
 
 
 def test_a_flipped_bit_in_the_moments_stops_whoever_needs_them(recipe, cut, tmp_path, monkeypatch, capsys):
@@ -459,7 +460,6 @@ def test_a_flipped_bit_in_the_moments_stops_whoever_needs_them(recipe, cut, tmp_
     for asked in ((cut,), (tmp_path / "annealed", *anneal)):
         with pytest.raises(ConfigError, match=r"optimizer\.safetensors is damaged: SHA-256"):
             train.train(conftest.load(recipe, *asked))
-        ledger.LOCKS.clear()
     code, _, errors = run_main(monkeypatch, capsys, sample, cut, "--tokens", 3)  # which reads only weights
     assert not code and not errors
     shutil.rmtree(newest)  # as the message says
@@ -533,7 +533,8 @@ def test_the_page_says_which_results_are_of_files_that_nobody_compared(cut, monk
         code, _, errors = run_main(monkeypatch, capsys, evaluation, cut, "--no-verify")
         assert not code, errors
     notes = " ".join(text for text, _ in results.load(cut).notes)
-    assert "held-out loss of step 0" in notes and "memorization of step 0" in notes and "--no-verify" in notes
+    assert "validation loss of step 0" in notes and "memorization of step 0" in notes
+    assert "--no-verify" in notes
     code, _, errors = run_main(monkeypatch, capsys, evaluation, cut)
     assert not code, errors
     assert "--no-verify" not in " ".join(text for text, _ in results.load(cut).notes)
@@ -553,13 +554,13 @@ def test_a_state_json_that_the_ledger_does_not_know_is_refused_even_if_it_makes_
     process = conftest.start(recipe, cut)
     _, errors = process.communicate()
     assert process.returncode == 2 and "state.json is damaged" in errors and errors.count("\n") == 1
-    assert not checkpoint.verify(cut)
+    assert not audit.audit(cut)
 
 
 def test_what_a_resumed_run_makes_again_is_not_compared_with_what_the_ledger_said_before(cut):
     known = run_folder.recorded(cut)
     last = max(known)
-    assert len(known) >= 2 and checkpoint.state_damage(run_folder.checkpoints(cut)[-1]) == []
+    assert len(known) >= 2 and integrity.state_damage(run_folder.checkpoints(cut)[-1]) == []
     files.append(cut / "ledger.jsonl", {"event": "resume", "step": run_folder.step_number(last) - 1})
     assert run_folder.recorded(cut) == {name: digest for name, digest in known.items() if name != last}
     first = min(known)
@@ -594,8 +595,7 @@ def test_a_wrong_state_is_a_message_and_no_run_resumes_from_it(
     files.write_json(newest.path / "state.json", {**newest.state, **change})
     with pytest.raises(ConfigError, match=expected):
         train.train(conftest.load(recipe, cut))
-    ledger.LOCKS.clear()
-    code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", cut)
+    code, out, _ = run_main(monkeypatch, capsys, audit, cut)
     damaged = [line for line in out.splitlines() if "DAMAGED" in line]
     assert code == 1 and damaged and all(newest.path.name in line for line in damaged)
     assert re.search(expected, out)
@@ -605,11 +605,11 @@ def test_verify_passes_every_kind_of_run(recipe, whole, tmp_path, monkeypatch, c
     data = Dataset(conftest.load(recipe, whole).dataset)
     bad = {data.chunk_range(1)[0] + 3: math.nan}
     double = ("--train.batch_double_tokens=1200", "--train.batch_size_max=24")
-    rollback = ("--train.on_spike=rollback", "--train.rollback_steps=2", "--train.rollback_skip=4")
+    rollback = ("--train.on_incident=rollback", "--train.rollback_steps=2", "--train.rollback_skip=4")
     for name, times, asked in (
         ("double", 0, double),
-        ("defer", 1, (*double, "--train.on_spike=defer")),
-        ("skip", 9, ("--train.on_spike=skip", "--train.checkpoint_every=7")),
+        ("defer", 1, (*double, "--train.on_incident=defer")),
+        ("skip", 9, ("--train.on_incident=skip", "--train.checkpoint_every=7")),
         ("rollback", 9, (*rollback, "--train.checkpoint_every=3")),
     ):
         with monkeypatch.context() as patched:
@@ -617,7 +617,7 @@ def test_verify_passes_every_kind_of_run(recipe, whole, tmp_path, monkeypatch, c
             train.train(conftest.load(recipe, tmp_path / name, *asked))
     capsys.readouterr()
     for name in (whole, *(tmp_path / name for name in ("double", "defer", "skip", "rollback"))):
-        code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", name)
+        code, out, _ = run_main(monkeypatch, capsys, audit, name)
         found = run_folder.checkpoints(name)
         assert code == 0, out
         assert out.splitlines()[-1] == f"the newest whole checkpoint is {found[-1].path.name}"
@@ -635,7 +635,7 @@ def test_verify_names_each_damage_and_the_newest_checkpoint_that_has_none(cut, t
     files.write_json(paths[-1] / "config.json", {**hf, "intermediate_size": 44, "eos_token_id": 7})
     other, adamw = trained(LLAMA)
     with torch.no_grad():
-        saved = checkpoint.save(tmp_path / "other", other, adamw, {"step": 3, "eot": 0}, {})
+        saved = conftest.save(tmp_path / "other", other, [adamw], {"step": 3, "eot": 0}, {})
     for name in ("model.safetensors", "optimizer.safetensors"):
         shutil.copy(saved / name, paths[-1] / name)
     for name in ("config.json", "model.safetensors", "optimizer.safetensors"):  # whose hashes are right
@@ -643,7 +643,7 @@ def test_verify_names_each_damage_and_the_newest_checkpoint_that_has_none(cut, t
     files.write_json(paths[-1] / "state.json", state)
     shutil.copytree(paths[-1], cut / "checkpoints" / "step-00000047")
     (cut / "checkpoints" / "step-00000046").mkdir()
-    code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", cut)
+    code, out, _ = run_main(monkeypatch, capsys, audit, cut)
     assert code == 1
     for said in (
         f"{paths[0].name}  DAMAGED: optimizer.safetensors is damaged: SHA-256",
@@ -658,12 +658,12 @@ def test_verify_names_each_damage_and_the_newest_checkpoint_that_has_none(cut, t
         assert said in out, out
     assert out.splitlines()[-1] == f"the newest whole checkpoint is {paths[-2].name}"
     net = Transformer(load_run(cut).model)
-    assert "has no parameter like it" in checkpoint.strange_moments(paths[-1], net)[0]
+    assert "has no parameter like it" in audit.strange_moments(paths[-1], net)[0]
     (cut / "dataset.json").unlink()
-    code, out, _ = run_main(monkeypatch, capsys, checkpoint, "verify", cut)
+    code, out, _ = run_main(monkeypatch, capsys, audit, cut)
     assert code == 1 and "dataset.json cannot be read" in out
-    for arguments in (("verify", tmp_path / "nowhere"), ("look", cut), ()):
-        assert run_main(monkeypatch, capsys, checkpoint, *arguments)[0] == 2
+    for arguments in ((tmp_path / "nowhere",), ("look", cut), ()):
+        assert run_main(monkeypatch, capsys, audit, *arguments)[0] == 2
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -681,7 +681,7 @@ def test_the_newest_checkpoint_is_called_whole_only_after_a_look(recipe, tmp_pat
     said = "step-00000004, is whole"
     if damaged:
         said = r"the newest checkpoint is not good: .*step-00000004/optimizer\.safetensors is damaged"
-    with pytest.raises(train.Stopped, match=said):
+    with pytest.raises(incidents.Stopped, match=said):
         train.train(cfg)
 
 
@@ -702,13 +702,13 @@ def test_two_processes_refuse_a_damaged_checkpoint_together(recipe, cut):
 ONE_SEES_DAMAGE = """
 import sys
 sys.path.insert(0, {root!r})
-import checkpoint, parallel
+import integrity, parallel
 from config import ConfigError, Parallel, Train
 world = parallel.start(Train(device="cpu"), Parallel(timeout_seconds=30))
 if world.rank == 1:
-    checkpoint.compare = lambda c, names: ["config.json is damaged: only this process sees it"]
+    integrity.compare = lambda c, names: ["config.json is damaged: only this process sees it"]
 try:
-    with checkpoint.compared({folder!r}, "model", world=world):
+    with integrity.compared({folder!r}, "model", world=world):
         pass
 except ConfigError as error:
     print(f"rank {{world.rank}}: {{error}}", flush=True)

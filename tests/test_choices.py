@@ -20,7 +20,9 @@ from torch import Tensor
 
 import config
 import cost
+import incidents
 import measure
+import memory
 import optim
 import parallel
 import plan
@@ -149,7 +151,7 @@ def after_an_incident(key: str, choice: str, get) -> tuple:
         faults = Faults(patch, Dataset(cfg.dataset), {3 * B: math.nan}, times=1)
         try:
             train.train(cfg)
-        except train.Stopped:
+        except incidents.Stopped:
             end = "stopped"
     return [batch[0] for batch in faults.seen], end
 
@@ -187,7 +189,7 @@ SETTINGS = {
     "train.device": (devices, False),
     "train.precision": (precisions, True),
     "train.compile": (compiled, False),
-    "train.on_spike": (after_an_incident, False),
+    "train.on_incident": (after_an_incident, False),
     "parallel.strategy": (meshes, True),
 }
 
@@ -268,12 +270,12 @@ def test_every_choice_of_the_model_is_written_into_a_checkpoint(key, another):
 def test_a_vector_begins_as_its_module_says():
     net = Transformer(Model(**SIZES, norm="layernorm", bias=True))
     norm = net.layers[1].post_attention_layernorm
-    norm.scale, norm.first["scale"] = torch.nn.Parameter(torch.empty(7)), 0.5
+    norm.scale, norm.first_values["scale"] = torch.nn.Parameter(torch.empty(7)), 0.5
     began = dict(zip([name for name, _ in net.named_parameters()], net.initial_weights(1), strict=True))
     assert torch.equal(began["layers.1.post_attention_layernorm.scale"], torch.full((7,), 0.5))
     assert torch.equal(began["layers.1.post_attention_layernorm.weight"], torch.ones(24))
     assert torch.equal(began["layers.1.self_attn.o_proj.bias"], torch.zeros(24))
-    del norm.first["scale"]  # and nobody guesses where it says nothing
+    del norm.first_values["scale"]  # and nobody guesses where it says nothing
     with pytest.raises(KeyError, match="scale"):
         list(net.initial_weights(1))
 
@@ -296,7 +298,7 @@ def test_every_choice_is_counted(key, choice):
             net = Transformer(model)
         assert sum(cost.parameters(model).values()) == sum(p.numel() for p in net.parameters())
         for bf16 in (False, True):
-            assert cost.activations(model, 3 * 14, bf16, cuda=False) == kept_by_autograd(model, 3, bf16)
+            assert memory.activations(model, 3 * 14, bf16, cuda=False) == kept_by_autograd(model, 3, bf16)
     if key == "optim.optimizer":
         net, made = learned(with_choice(key, choice))
         moments = [m for o in made for state in o.state.values() for m in state.values() if m.numel() > 1]
@@ -304,7 +306,7 @@ def test_every_choice_is_counted(key, choice):
         assert cost.optimizer_numbers(cfg) == sum(m.numel() for m in moments)
     for gpus in (1, 4):
         for cuda in (False, True):
-            assert 0 < cost.total(cost.memory(config_with(key, choice), gpus, cuda)) < 1e7
+            assert 0 < memory.total(memory.peak(config_with(key, choice), gpus, cuda)) < 1e7
 
 
 @pytest.mark.parametrize("key", LITERALS)
@@ -312,11 +314,11 @@ def test_a_choice_that_is_not_counted_is_an_error_of_the_plan_where_it_costs_som
     costs, cfg = SETTINGS[key][1], config_with(key, another(key))
     if not costs:
         plain = config_with(key, LITERALS[key][2][0])
-        assert cost.memory(cfg, 4, cuda=True) == cost.memory(plain, 4, cuda=True)
+        assert memory.peak(cfg, 4, cuda=True) == memory.peak(plain, 4, cuda=True)
         return
     with pytest.raises(ValueError, match=rf"{key}='another'"):
-        cost.memory(cfg, 4, cuda=True)
+        memory.peak(cfg, 4, cuda=True)
     if key in OF_THE_MODEL:
-        for count in (cost.parameters, cost.flops_per_token, lambda m: cost.activations(m, 28, True, True)):
+        for count in (cost.parameters, cost.flops_per_token, lambda m: memory.activations(m, 28, True, True)):
             with pytest.raises(ValueError, match=rf"{key}='another'"):
                 count(cfg.model)

@@ -1,6 +1,8 @@
 """config.py: one spelling in three places, and every mistake gets an answer."""
 
 import dataclasses
+import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import config
-from config import Config, ConfigError, Model, Optim, Stage
+import configurator
+import dataset
+from config import DATASET, LEARNED, MODEL, RUN, Config, ConfigError, Model, Optim, Stage, Train
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +45,7 @@ def test_init_from_is_spelled_with_either_dash():
 
 def test_three_names_mean_the_same_file():
     names = ("demo", "configs/demo.py", "config/demo.py", "configs/demo", str(ROOT / "configs" / "demo.py"))
-    assert len({str(config.find(name)[0].resolve()) for name in names}) == 1
+    assert len({str(configurator.find(name)[0].resolve()) for name in names}) == 1
 
 
 def test_an_override_is_spelled_like_the_setting_and_typed():
@@ -71,11 +75,14 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--model.tie_embeddings=yes", "true or false"),
         ("--model.n_kv_heads=3", "use one of [1, 2, 4]"),
         ("--model.d_head=33", "use an even number"),
-        ("--model.rope_fraction=0.3", "dimensions to turn"),
-        ("--model.init=mup", "both or neither"),
+        ("--model.rope_fraction=0.3", "rotary dimensions, and they form pairs"),
+        ("--model.init=mup", "muP needs both"),
         ("--model.n_layers=0", "at least 1"),
         ("--eval.prompt_tokens=250", "do not fit"),
-        ("--data.validation_fraction=1", "0 <= share < 1"),
+        ("--data.validation_fraction=1", "must be below 1"),
+        ("--data.max_bad_fraction=-0.1", "must be at least 0"),
+        ("--optim.beta2=1", "optim.beta2=1.0 must be below 1"),
+        ("--optim.final_lr_fraction=1.1", "must be at most 1"),
         ("--data.sources=x", "set it in the config file"),
         ("--lr=1", "did you mean 'optim.lr'?"),
         ("--optim.learning_rate=1", "did you mean 'optim.lr'?"),
@@ -106,8 +113,8 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--optim.muon_momentum=0.9", "would have no effect: it needs optim.optimizer=muon"),
         ("--optim.decay_fraction=0.2", "it needs optim.schedule=constant"),
         ("--optim.grad_clip_start_steps=5", "it needs optim.grad_clip_start_factor"),
-        ("--train.rollback_steps=5", "it needs train.on_spike=rollback"),
-        ("--train.max_incidents=5", "it needs train.on_spike=skip, defer or rollback"),
+        ("--train.rollback_steps=5", "it needs train.on_incident=rollback"),
+        ("--train.max_incidents=5", "it needs train.on_incident=skip, defer or rollback"),
         ("--train.spike_window=5", "it needs train.spike_z above 0"),
         ("--parallel.reshard=false", "it needs parallel.strategy=fsdp"),
         ("--model.rope_scaling_low=2", "it needs model.rope_scaling above 1"),
@@ -170,6 +177,18 @@ def test_help_lists_every_setting_with_its_comment():
     for setting in config.SETTINGS:
         assert f"--{setting}=" in text, setting
     assert "--optim.beta2=0.95" in text and "decay of the running mean of their squares" in text
+
+
+def test_help_takes_defaults_and_comments_from_the_source_however_they_are_written():
+    text = run("--help").stdout
+    assert re.search(
+        r"--train.on_incident=stop +after an incident: .*GLM-130B\) \[stop \| skip \| defer", text
+    )
+    assert re.search(r"--data.stages=\.\.\. +set in the config file\n", text)
+    assert re.search(r"--tokenizer.path=\.\.\. +folder or file", text)
+    assert re.search(r"\n    epochs=\.\.\. +passes over each source", text)
+    for line in text.partition("\nA config of your own")[0].splitlines():
+        assert not re.fullmatch(r" +-*[a-z_.]+=\S*( \[.*\])? *", line), f"no comment: {line}"
 
 
 def test_help_and_errors_take_less_than_a_second_and_no_torch():
@@ -249,6 +268,104 @@ def test_every_setting_named_as_without_effect_exists():
     )
     named = config.without_effect(nothing) | config.without_effect(Config())
     assert set(named) <= set(config.SETTINGS) and len(named) > 15
+
+
+# ---- what a setting is for --------------------------------------------------------------------------------
+
+# These lists are what resuming, rebuilding and --init_from go by. Who changes one changes what old runs,
+# datasets and models may be used for.
+IN_THE_DATASET = """
+    model.seq_len tokenizer.path tokenizer.kind tokenizer.vocab_size tokenizer.split tokenizer.eot
+    tokenizer.special_tokens data.sources data.stages data.n_chunks data.validation_fraction data.seed
+    data.validation_seed train.batch_size
+"""
+IN_THE_WEIGHTS = """
+    model.vocab_size model.d_model model.n_layers model.n_heads model.n_kv_heads model.d_head model.d_ff
+    model.ffn model.norm model.norm_eps model.norm_place model.qk_norm model.clip_qkv model.bias
+    model.parallel_residual model.positions model.rope_theta model.rope_fraction model.rope_pairs
+    model.rope_scaling model.rope_scaling_low model.rope_scaling_high model.rope_scaling_seq_len model.window
+    model.tie_embeddings model.embedding_multiplier model.logits_multiplier model.mup_base_width
+"""
+MAY_CHANGE_ON_RESUME = """
+    tokenizer.path tokenizer.kind tokenizer.vocab_size tokenizer.split tokenizer.eot tokenizer.special_tokens
+    data.workers data.max_bad_fraction data.expected_tokens
+    train.micro_batch_size train.steps train.device train.compile train.activation_checkpointing
+    train.deterministic train.log_every train.checkpoint_chunks train.checkpoint_every
+    train.checkpoint_powers_of_two train.keep_others train.save_async train.verify train.spike_z
+    train.spike_window train.on_incident train.rollback_steps train.rollback_skip train.max_incidents
+    parallel.strategy parallel.shard parallel.reshard parallel.tp parallel.timeout_seconds
+    eval.batch_size eval.max_rows eval.prompt_tokens eval.continuation_tokens eval.rows_per_chunk
+    eval.generate_batch_size eval.seed eval.expect_bits_per_byte
+    name run dataset
+"""
+
+
+def test_every_setting_says_what_it_is_for():
+    for name, f in configurator.fields_of(Config).items():
+        assert isinstance(f.metadata.get("purpose"), config.Purpose) and f.metadata["purpose"], name
+        assert (RUN in f.metadata["purpose"]) == (f.metadata["purpose"] == RUN), f"{name}: RUN is only RUN"
+
+
+def test_the_purposes_of_settings_are_these():
+    assert config.settings_for(DATASET) == IN_THE_DATASET.split()
+    assert config.settings_for(MODEL) == IN_THE_WEIGHTS.split()
+    every = [*config.SETTINGS, "name"]
+    assert sorted(set(every) - set(config.settings_for(LEARNED))) == sorted(MAY_CHANGE_ON_RESUME.split())
+    # the tokenizer may change because its hash is part of the dataset, and that may not
+    free = [name for name in MAY_CHANGE_ON_RESUME.split() if not name.startswith("tokenizer.")]
+    assert sorted(config.settings_for(RUN)) == sorted(free)
+
+
+def test_a_dataset_records_its_settings_in_the_order_of_every_manifest():
+    names = [name for name in IN_THE_DATASET.split() if name != "train.batch_size"]
+    recorded = dataset.settings(config.load("demo"))
+    assert list(recorded) == ["model.seq_len", "train.batch_size", *names[1:]]
+    assert recorded["tokenizer.special_tokens"] == [] and recorded["data.sources"][0]["name"] == "code"
+
+
+# ---- settings under a new name ----------------------------------------------------------------------------
+
+
+def test_a_setting_under_its_old_name_still_loads_with_a_note(tmp_path):
+    path = tmp_path / "old.py"
+    path.write_text(
+        "from config import *\nconfig = Config(model=Model(vocab_size=9, d_model=8, n_heads=2, init_cut=3), "
+        "train=Train(on_spike='skip'))"
+    )
+    result = run(str(path), "--print-config")
+    assert "model.init_trunc = 3.0\n" in result.stdout and "train.on_incident = 'skip'\n" in result.stdout
+    assert sorted(result.stderr.splitlines()) == [
+        "note: model.init_cut is now called model.init_trunc",
+        "note: train.on_spike is now called train.on_incident",
+    ]
+    result = run("demo", "--train.on-spike=rollback", "--train.rollback_steps=7", "--print-config")
+    assert "train.on_incident = 'rollback'\n" in result.stdout
+    assert result.stderr == "note: train.on_spike is now called train.on_incident\n"
+    assert run("demo", "--print-config").stderr == ""
+
+
+def test_a_mistake_in_a_setting_under_its_old_name_names_the_new_one():
+    result = run("demo", "--train.on_spike=jump")
+    assert result.returncode == 2 and "--train.on_incident=jump: use 'stop' or 'skip'" in result.stderr
+    with pytest.raises(ConfigError, match=r"train\.on_incident was called train\.on_spike: set it once"):
+        Train(on_spike="skip", on_incident="stop")
+
+
+def test_a_run_with_settings_under_old_names_is_the_same_run(tmp_path):
+    cfg = config.load("olmo2-1b", ["--train.on_incident=defer", f"--run={tmp_path}"])
+    values = config.to_dict(cfg)
+    values["model"]["init_cut"] = values["model"].pop("init_trunc")
+    values["train"]["on_spike"] = values["train"].pop("on_incident")
+    (tmp_path / "config.json").write_text(json.dumps({"config": values}))
+    assert config.load_run(tmp_path) == cfg and cfg.model.init_trunc == 3
+
+
+def test_names_that_settings_had_are_not_used_for_others():
+    for old, new in config.RENAMED.items():
+        assert old not in config.SETTINGS and new in config.SETTINGS
+
+
+# ---- processes --------------------------------------------------------------------------------------------
 
 
 def test_accumulation_follows_from_the_global_batch_and_errors_name_sizes_that_work():

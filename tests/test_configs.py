@@ -8,10 +8,12 @@ import torch
 from conftest import config_names
 
 import config
+import configurator
 import cost
+import memory
 import optim
 import steps as steps_module
-from dataset import settings
+from manifest import settings
 from model import Transformer
 
 NAMES = config_names()
@@ -79,7 +81,7 @@ def test_a_config_loads_under_its_name_and_survives_json(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_print_config_is_one_setting_a_line(name):
-    lines = config.readable(config.load(name)).splitlines()
+    lines = configurator.readable(config.load(name)).splitlines()
     assert f"name = {name!r}" in lines and all(" = " in line for line in lines if line)
     assert len(lines) < 150
 
@@ -165,7 +167,7 @@ def test_mup_gives_crystalcoder_the_multipliers_and_deviations_that_were_publish
     assert cfg.mup_scale == 0.0625 and cfg.logits_multiplier * cfg.mup_scale == pytest.approx(0.13875)
     hidden = cfg.init_std * cfg.mup_scale**0.5
     assert (hidden, hidden / (2 * cfg.n_layers) ** 0.5) == pytest.approx((0.01825, 0.00228125))
-    assert cfg.init_cut * cfg.init_std == pytest.approx(0.146)
+    assert cfg.init_trunc * cfg.init_std == pytest.approx(0.146)
     assert cfg.d_head * cfg.rope_fraction == 32
 
 
@@ -239,10 +241,10 @@ def test_a_config_is_sharded_where_a_gpu_of_80_gb_has_no_room_for_the_whole():
     assert {"124m", "1b"} < whole
     for name in set(NAMES) - {"demo"}:
         cfg = config.load(name)
-        ddp = cost.variant(cfg, "ddp", cfg.train.activation_checkpointing)
-        assert cost.fits(ddp, 8, "a100-80gb") == (name in whole), name
+        ddp = memory.variant(cfg, "ddp", cfg.train.activation_checkpointing)
+        assert memory.fits(ddp, 8, "a100-80gb") == (name in whole), name
     for gpus in (8, 224):  # a node, and Amber's own number
-        assert cost.fits(config.load("7b"), gpus, "a100-80gb")
+        assert memory.fits(config.load("7b"), gpus, "a100-80gb")
 
 
 def test_olmo2_leaves_its_cosine_where_the_next_stage_begins():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import reference
@@ -161,7 +162,7 @@ def test_the_newest_checkpoint_of_a_run_becomes_a_folder_for_others(tmp_path):
     for step in (999, 1000):
         net = randomised(Transformer(cfg), step)
         state = {"step": step, "eot": 5}
-        checkpoint.save(tmp_path / "run", net, optim.adamw(net, Optim()), state, {"tokenizer.json": b"{}"})
+        conftest.save(tmp_path / "run", net, [optim.adamw(net, Optim())], state, {"tokenizer.json": b"{}"})
     run(tmp_path / "run", tmp_path / "far" / "off" / "out")
     folder = tmp_path / "far" / "off" / "out"
     assert {p.name for p in folder.iterdir()} == {"config.json", WEIGHTS, "tokenizer.json"}
@@ -178,7 +179,7 @@ def test_a_model_of_no_family_keeps_our_names(tmp_path):
     crystal |= dict(tie_embeddings=True, embedding_multiplier=14.6, mup_base_width=8, document_mask=True)
     cfg = Model(vocab_size=61, seq_len=16, d_model=24, n_layers=2, n_heads=3, d_ff=20, **crystal)
     net = randomised(Transformer(cfg, eot=0), 3)
-    checkpoint.save(tmp_path / "run", net, optim.adamw(net, Optim()), {"step": 1, "eot": 0}, {})
+    conftest.save(tmp_path / "run", net, [optim.adamw(net, Optim())], {"step": 1, "eot": 0})
     run(tmp_path / "run", tmp_path / "out")
     again = checkpoint.load_model(tmp_path / "out")
     assert settings(tmp_path / "out")["model_type"] == "nano360" and again.cfg == net.cfg

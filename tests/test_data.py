@@ -11,8 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import chunks
 import data
+import encode
 from config import Config, ConfigError, Data, Model, Source, Stage, Tokenizer, Train
+from dataset import Dataset, shuffle, unshuffle
+from manifest import verify
 
 ROOT = Path(__file__).parents[1]
 T, B = 7, 3  # tokens of a row, rows of a batch
@@ -79,12 +83,12 @@ STAGES = (Stage("first", epochs={"a": 2.5}, repeats=2), Stage("second", epochs={
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> tuple[Config, data.Dataset]:
+def built(tmp_path_factory) -> tuple[Config, Dataset]:
     config = make(tmp_path_factory.mktemp("built"), stages=STAGES)
-    return config, data.Dataset(data.build(config))
+    return config, Dataset(data.build(config))
 
 
-def held_out(id: str, fraction: float = 0.2, seed: int = 11) -> bool:
+def for_validation(id: str, fraction: float = 0.2, seed: int = 11) -> bool:
     return hashed(f"{seed}/{id}") < fraction * 2**64
 
 
@@ -92,7 +96,7 @@ def documents_of(name: str, validation: bool = False) -> list[tuple[str, str, li
     """(source, id, tokens) in reading order: first the even ones, then the odd ones."""
     found = list(enumerate(texts(name, 97 if name == "a" else 60)))
     found = [(f"{name}-{i}", [*text.encode(), 256]) for i, text in found[0::2] + found[1::2]]
-    return [(name, id, tokens) for id, tokens in found if held_out(id) == validation]
+    return [(name, id, tokens) for id, tokens in found if for_validation(id) == validation]
 
 
 def hashed(text: str) -> int:
@@ -119,7 +123,7 @@ def a_last_pass(whole: list, wanted: int, stage: str, seeds: str = "11/11") -> l
     return [(source, id, taken[id]) for source, id, _ in whole if id in taken]
 
 
-def stream_of(d: data.Dataset, stage: int) -> list[tuple[str, str, list[int]]]:
+def stream_of(d: Dataset, stage: int) -> list[tuple[str, str, list[int]]]:
     if stage == 1:
         return documents_of("a") + documents_of("b")
     whole = documents_of("a")
@@ -149,45 +153,45 @@ def reference_shuffle(row: int, n: int, key: str) -> int:
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 97, 1000, 4096, 4097])
 def test_shuffle_is_a_bijection_and_unshuffle_its_inverse(n):
     for key in ("0/main/0", "0/main/1", "another"):
-        order = data.shuffle(np.arange(n), n, key)
+        order = shuffle(np.arange(n), n, key)
         assert sorted(order) == list(range(n))
-        assert (data.unshuffle(order, n, key) == np.arange(n)).all()
+        assert (unshuffle(order, n, key) == np.arange(n)).all()
         assert [reference_shuffle(row, n, key) for row in range(min(n, 50))] == order[:50].tolist()
 
 
 def test_shuffle_is_pinned_because_published_orders_must_not_change():
-    assert data.shuffle([0, 1, 2, 3, 4], 5, "1234/main/0").tolist() == [1, 3, 2, 0, 4]
+    assert shuffle([0, 1, 2, 3, 4], 5, "1234/main/0").tolist() == [1, 3, 2, 0, 4]
 
 
 @pytest.mark.parametrize("n", [2**40, 2**40 - 12345, 2**32 + 1])
 def test_shuffle_needs_no_table_for_a_trillion_rows(n):
     rows = np.random.default_rng(0).integers(0, n, 1000)
-    order = data.shuffle(rows, n, "key")
-    assert order.min() >= 0 and order.max() < n and (data.unshuffle(order, n, "key") == rows).all()
+    order = shuffle(rows, n, "key")
+    assert order.min() >= 0 and order.max() < n and (unshuffle(order, n, "key") == rows).all()
     assert [reference_shuffle(int(row), n, "key") for row in rows[:20]] == order[:20].tolist()
 
 
 def test_shuffle_keeps_shapes_and_refuses_rows_outside():
-    assert data.shuffle(3, 10, "k").shape == () and data.shuffle([[1, 2], [3, 4]], 10, "k").shape == (2, 2)
+    assert shuffle(3, 10, "k").shape == () and shuffle([[1, 2], [3, 4]], 10, "k").shape == (2, 2)
     for rows in (-1, 10, [0, 10]):
         with pytest.raises(IndexError, match=r"not within 0 \.\. 9"):
-            data.shuffle(rows, 10, "k")
+            shuffle(rows, 10, "k")
 
 
 @pytest.mark.parametrize("n", [10_007, 65_536])
 def test_shuffle_looks_like_a_random_permutation(n):
-    order = data.shuffle(np.arange(n), n, "1/main/0")
+    order = shuffle(np.arange(n), n, "1/main/0")
     # where do the rows of each 20th of the stream go? counts in a 20 x 20 table: chi-square with 19 x 19
     # degrees of freedom has mean 361 and standard deviation 27
     table = np.histogram2d(np.arange(n), order, bins=20)[0]
     assert 361 - 5 * 27 < ((table - n / 400) ** 2 / (n / 400)).sum() < 361 + 5 * 27
-    for lag in (1, 2, 16, 255, 256):  # correlation of a row's place with its neighbour's: 0 +- 1 / sqrt(n)
+    for lag in (1, 2, 16, 255, 256):  # correlation of neighbours' positions: 0 +- 1 / sqrt(n)
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / n**0.5
     assert (order == np.arange(n)).sum() <= 8  # fixed points: one is expected
     # gaps between a tenth of the rows are geometric: mean 10, std 9.5
     steps = np.diff(np.sort(order[: n // 10]))
     assert abs(steps.std() - 9.5) < 0.7
-    other = data.shuffle(np.arange(n), n, "1/main/1")
+    other = shuffle(np.arange(n), n, "1/main/1")
     assert abs(np.corrcoef(order, other)[0, 1]) < 5 / n**0.5 and (order == other).sum() <= 8
 
 
@@ -259,7 +263,7 @@ def test_validation_rows_are_of_documents_that_training_never_sees(built):
             stated["validation_rows"] == n and stated["validation_dropped_tokens"] == len(stream) - n * T - 1
         )
     seen = {document[1] for position in range(d.n_rows) for document in d.documents(position)}
-    assert seen and not any(held_out(id) for id in seen)
+    assert seen and not any(for_validation(id) for id in seen)
 
 
 def test_chunks_split_the_order_at_steps_and_state_their_sources(built):
@@ -293,9 +297,9 @@ def test_batch_is_a_pure_function_that_crosses_chunks(built):
     assert everything.dtype == np.int64 and everything.shape == (d.n_rows, T + 1)
     for size in (B, 10, 64):
         for step in reversed(range(d.n_rows // size)):  # in any order
-            assert (d.batch(step, size) == everything[step * size : (step + 1) * size]).all()
+            assert (d.rows(step * size, size) == everything[step * size : (step + 1) * size]).all()
         with pytest.raises(IndexError):
-            d.batch(d.n_rows // size, size)
+            d.rows(d.n_rows // size * size, size)
 
 
 def test_counts_in_the_manifest_are_those_of_the_text(built):
@@ -320,17 +324,17 @@ def test_counts_in_the_manifest_are_those_of_the_text(built):
 
 def test_the_dataset_is_the_same_for_any_number_of_workers_and_block_sizes(built, tmp_path, monkeypatch):
     config, d = built
-    monkeypatch.setattr(data, "BATCH_CHARACTERS", 700)
-    monkeypatch.setattr(data, "BLOCK_BYTES", 160)
-    monkeypatch.setattr(data, "BLOCK_DOCUMENTS", 10)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 160)
+    monkeypatch.setattr(chunks, "BLOCK_DOCUMENTS", 10)
     for workers in (1, 3):
         other = replace(
             config, dataset=str(tmp_path / str(workers)), data=replace(config.data, workers=workers)
         )
-        assert data.Dataset(data.build(other)).sha256 == d.sha256
+        assert Dataset(data.build(other)).sha256 == d.sha256
 
 
-def tokens_in_chunks(d: data.Dataset) -> dict[str, int]:
+def tokens_in_chunks(d: Dataset) -> dict[str, int]:
     """Target tokens by source, summed over all chunks."""
     chunks = d.manifest["chunks"]
     return {name: sum(chunk["sources"][name]["tokens"] for chunk in chunks) for name in d.sources}
@@ -340,7 +344,7 @@ def tokens_in_chunks(d: data.Dataset) -> dict[str, int]:
 @pytest.mark.parametrize("tokens", [300, 6001])  # less than a pass of either source; many passes
 def test_a_stage_gives_every_source_the_tokens_that_its_weights_ask_for(tmp_path, weights, tokens):
     stage = Stage("mix", weights=weights, tokens=tokens)
-    d = data.Dataset(data.build(make(tmp_path, stages=(stage,), n_chunks=3)))
+    d = Dataset(data.build(make(tmp_path, stages=(stage,), n_chunks=3)))
     mixture, got = d.manifest["stages"][0]["mixture"], tokens_in_chunks(d)
     assert sum(part["asked_tokens"] for part in mixture.values()) == tokens
     expected = []
@@ -379,7 +383,7 @@ def test_one_long_document_gets_the_share_that_it_is_asked_for(tmp_path, capsys)
         sources = *config.data.sources, Source("book", paths=(str(tmp_path / "book.txt"),))
         config = replace(config, data=replace(config.data, sources=sources, stages=(stage,)))
         config = replace(config, dataset=str(tmp_path / name))
-        d = data.Dataset(data.build(config))
+        d = Dataset(data.build(config))
         assert abs(tokens_in_chunks(d)["book"] - 5000 * weight) <= T + 1
         said = capsys.readouterr().out
         assert f"{100 * weight:.2f}" in said and f"{5000 * weight:,.0f} of " in said  # asked for; the cut
@@ -397,12 +401,12 @@ def test_a_source_that_would_get_nothing_is_refused(tmp_path):
 def test_the_order_has_a_seed_of_its_own_so_that_runs_in_other_orders_compare(built, tmp_path):
     config, d = built
     other = replace(config, dataset=str(tmp_path / "other"), data=replace(config.data, seed=12))
-    other = data.Dataset(data.build(other))
+    other = Dataset(data.build(other))
     for name in "ab":
         assert (other.validation(name) == d.validation(name)).all() and len(d.validation(name))
     assert other.n_rows == d.n_rows and (other.rows(0, 60) != d.rows(0, 60)).any()
     held = replace(config, dataset=str(tmp_path / "held"), data=replace(config.data, validation_seed=12))
-    assert data.Dataset(data.build(held)).validation("a").tolist() != d.validation("a").tolist()
+    assert Dataset(data.build(held)).validation("a").tolist() != d.validation("a").tolist()
 
 
 def test_ids_that_come_twice_are_made_unique_counted_and_named(tmp_path, capsys):
@@ -412,12 +416,12 @@ def test_ids_that_come_twice_are_made_unique_counted_and_named(tmp_path, capsys)
     (tmp_path / "twice.jsonl").write_text("\n".join(lines))
     source = Source("s", paths=(str(tmp_path / "twice.jsonl"),))
     config = replace(config, data=replace(config.data, sources=(source,), validation_fraction=0.3))
-    d = data.Dataset(data.build(config))
+    d = Dataset(data.build(config))
     expected = ["x", "y", "x#3", "x#2", "x#4", "y#2", "z", "x#2#2", *map(str, range(40))]
     found = [d.document("s", n) for n in range(48)]
     assert [document["id"] for document in found] == expected
-    # copies are held out together, by the id that they came with
-    assert [document["validation"] for document in found] == [held_out(id, 0.3) for id in ids]
+    # copies are for validation together, by the id that they came with
+    assert [document["validation"] for document in found] == [for_validation(id, 0.3) for id in ids]
     assert d.manifest["sources"]["s"]["duplicate_ids"] == 4
     assert "4 documents have an id that an earlier document has; they are called x#3, x#4, y#2, x#2#2" in (
         capsys.readouterr().out
@@ -438,7 +442,7 @@ def test_a_document_that_the_tokenizer_refuses_is_bad_and_does_not_end_the_build
     lines = [json.dumps({"id": str(n), "text": f"text {n}" + " a q in it" * (n == 20)}) for n in range(50)]
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     source = Source("s", paths=(str(tmp_path / "q.jsonl"),))
-    d = data.Dataset(data.build(replace(config, data=replace(config.data, sources=(source,)))))
+    d = Dataset(data.build(replace(config, data=replace(config.data, sources=(source,)))))
     stated = d.manifest["sources"]["s"]
     assert stated["bad"] == {"refused by the tokenizer": 1}
     assert stated["documents"] + stated["validation_documents"] == 49
@@ -450,7 +454,7 @@ def test_a_document_that_the_tokenizer_refuses_is_bad_and_does_not_end_the_build
     )
 
 
-# ---- held out inside documents ----------------------------------------------------------------------------
+# ---- documents that are split inside ----------------------------------------------------------------------
 
 
 def one_source(folder: Path, *texts: str, **changes) -> Config:
@@ -463,37 +467,40 @@ def one_source(folder: Path, *texts: str, **changes) -> Config:
     return replace(config, data=replace(config.data, sources=(source,)))
 
 
-def test_one_text_file_is_split_inside_with_a_gap_between_training_and_held_out_text(tmp_path, capsys):
+def test_one_text_file_is_split_inside_with_a_gap_between_training_and_validation_text(tmp_path, capsys):
     text = " ".join(f"word{i}é" for i in range(900))
-    d = data.Dataset(data.build(one_source(tmp_path, text, validation_fraction=0.05)))
+    d = Dataset(data.build(one_source(tmp_path, text, validation_fraction=0.05)))
     train, held = d.document("books", 0), d.document("books", 1)
-    (begin, end), (begin_held, end_held) = train["characters"], held["characters"]
-    assert begin == 0 < end < begin_held < end_held == len(text) and train["id"] == held["id"] == "0.txt"
+    (begin, end), (begin_validation, end_validation) = train["characters"], held["characters"]
+    assert (
+        begin == 0 < end < begin_validation < end_validation == len(text)
+        and train["id"] == held["id"] == "0.txt"
+    )
     assert (train["validation"], held["validation"]) == (False, True)
     # the gap is about a row of T tokens, which are bytes here, from the beginning of a word to another
-    gap = text[end:begin_held]
+    gap = text[end:begin_validation]
     assert gap.startswith("word") and gap.endswith(" ") and T <= len(gap.encode()) <= T + 12
     assert held["gap_bytes"] == d.manifest["sources"]["books"]["gap_bytes"] == len(gap.encode())
-    assert len(text[begin_held:].encode()) == pytest.approx(0.05 * len(text.encode()), abs=12)
-    stream = [*text[begin_held:].encode(), 256]
+    assert len(text[begin_validation:].encode()) == pytest.approx(0.05 * len(text.encode()), abs=12)
+    stream = [*text[begin_validation:].encode(), 256]
     rows = [stream[r * T : r * T + T + 1] for r in range((len(stream) - 1) // T)]
     assert d.validation("books").tolist() == rows
     stream, (_, _, row) = [*text[:end].encode(), 256], d.locate(np.arange(d.n_rows))
     assert all(d.rows(p, 1)[0].tolist() == stream[r * T : r * T + T + 1] for p, r in enumerate(row))
     assert len(row) == (len(stream) - 1) // T
     said = capsys.readouterr().out
-    assert "source 'books' has few documents: held out is the end of 1 of them" in said
+    assert "source 'books' has few documents: the end of 1 of them is for validation" in said
     assert f"{held['bytes']:,} bytes, after a gap of {len(gap.encode()):,} bytes" in said
 
 
 def test_a_source_of_few_documents_never_loses_half_of_them_to_validation(tmp_path):
     texts = [f"{n} " + "some words and a few more " * 40 for n in range(3)]
-    # of these ids the second is held out by its hash: a third of all text, where a tenth was asked for
+    # by its hash the second of these ids is for validation: a third of all text, where a tenth is asked for
     seed = next(
-        s for s in range(99) if [held_out(f"{n}.txt", 0.1, s) for n in range(3)] == [False, True, False]
+        s for s in range(99) if [for_validation(f"{n}.txt", 0.1, s) for n in range(3)] == [False, True, False]
     )
     config = one_source(tmp_path, *texts, validation_fraction=0.1, validation_seed=seed)
-    d = data.Dataset(data.build(config))
+    d = Dataset(data.build(config))
     stated = d.manifest["sources"]["books"]
     assert stated["split_inside"] and stated["documents"] == stated["validation_documents"] == 3
     assert 0.05 < stated["validation_tokens"] / (stated["tokens"] + stated["validation_tokens"]) < 0.15
@@ -501,12 +508,12 @@ def test_a_source_of_few_documents_never_loses_half_of_them_to_validation(tmp_pa
     assert stated["duplicate_ids"] == 0  # two parts of one document are not two documents
 
 
-def test_documents_too_short_to_be_split_keep_what_their_hashes_hold_out(tmp_path):
+def test_documents_too_short_to_be_split_keep_what_their_hashes_choose(tmp_path):
     texts = [f"{n} is short, so short" for n in range(6)]  # 3 rows each
     chosen = [False, True, False, False, True, False]  # a third, where a tenth was asked for
-    seed = next(s for s in range(999) if [held_out(f"{n}.txt", 0.1, s) for n in range(6)] == chosen)
+    seed = next(s for s in range(999) if [for_validation(f"{n}.txt", 0.1, s) for n in range(6)] == chosen)
     config = one_source(tmp_path, *texts, validation_fraction=0.1, validation_seed=seed, batch_size=1)
-    d = data.Dataset(data.build(config))
+    d = Dataset(data.build(config))
     assert [d.document("books", n)["validation"] for n in range(6)] == chosen
     assert (
         len(d.validation("books")) == (2 * 21 - 1) // T and not d.manifest["sources"]["books"]["split_inside"]
@@ -518,18 +525,18 @@ def test_short_documents_that_are_split_do_not_lose_much_more_than_is_asked_for(
     config = one_source(
         tmp_path, *(f"{n:02d} " + "words. " * 10 for n in range(60)), validation_fraction=0.02
     )
-    seed = next(s for s in range(999) if not any(held_out(f"{n}.txt", 0.02, s) for n in range(60)))
+    seed = next(s for s in range(999) if not any(for_validation(f"{n}.txt", 0.02, s) for n in range(60)))
     config = replace(config, data=replace(config.data, validation_seed=seed))
-    stated = data.Dataset(data.build(config)).manifest["sources"]["books"]
+    stated = Dataset(data.build(config)).manifest["sources"]["books"]
     assert stated["split_inside"] and stated["validation_rows"] >= 2
     share = stated["validation_tokens"] / (stated["tokens"] + stated["validation_tokens"])
     assert 0.005 < share < 0.06
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.45, 0.5, 0.8])
-def test_one_file_holds_out_the_fraction_that_is_asked_for_and_at_least_a_row(tmp_path, fraction):
+def test_one_file_gives_validation_the_fraction_that_is_asked_for_and_at_least_a_row(tmp_path, fraction):
     text = "word " * 300
-    d = data.Dataset(data.build(one_source(tmp_path, text, validation_fraction=fraction)))
+    d = Dataset(data.build(one_source(tmp_path, text, validation_fraction=fraction)))
     held = d.manifest["sources"]["books"]["validation_bytes"]
     assert abs(held - max(fraction * len(text), T)) < 12 and len(d.validation("books")) >= 1
 
@@ -538,16 +545,16 @@ def test_only_some_documents_of_many_are_split_inside(tmp_path):
     config = one_source(
         tmp_path, *(f"{n} " + "a few words " * 9 for n in range(300)), validation_fraction=1e-9
     )
-    stated = data.Dataset(data.build(config)).manifest["sources"]["books"]
+    stated = Dataset(data.build(config)).manifest["sources"]["books"]
     assert stated["split_inside"] and 0 < stated["validation_documents"] < 20 and stated["documents"] == 300
 
 
 def test_documents_too_short_to_be_split_are_all_trained_on_and_a_note_says_so(tmp_path, capsys):
     texts = [f"{n}" * 11 for n in range(9)]
-    seed = next(s for s in range(999) if not any(held_out(f"{n}.txt", 0.2, s) for n in range(9)))
-    d = data.Dataset(data.build(one_source(tmp_path, *texts, validation_seed=seed, batch_size=1)))
+    seed = next(s for s in range(999) if not any(for_validation(f"{n}.txt", 0.2, s) for n in range(9)))
+    d = Dataset(data.build(one_source(tmp_path, *texts, validation_seed=seed, batch_size=1)))
     assert d.validation("books").shape == (0, T + 1) and d.manifest["sources"]["books"]["documents"] == 9
-    assert "source 'books' holds nothing out" in capsys.readouterr().out
+    assert "source 'books' has no validation rows" in capsys.readouterr().out
 
 
 def test_a_flipped_byte_in_a_list_of_documents_or_the_tokenizer_is_found_when_it_is_read(tmp_path):
@@ -561,13 +568,13 @@ def test_a_flipped_byte_in_a_list_of_documents_or_the_tokenizer_is_found_when_it
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
         with pytest.raises(ConfigError, match=f"{name} is damaged: its content differs"):
-            read(data.Dataset(folder))
+            read(Dataset(folder))
         (folder / name).write_bytes(before)
-        read(data.Dataset(folder))
+        read(Dataset(folder))
 
 
 def test_a_file_that_two_sources_read_from_other_roots_is_one_document(tmp_path):
-    """Else it could be held out of one source and trained on in the other."""
+    """Otherwise it could be for validation in one source and trained on in the other."""
     config = make(tmp_path, validation_fraction=0.3)
     (tmp_path / "all" / "part").mkdir(parents=True)
     for n in range(50):
@@ -577,7 +584,7 @@ def test_a_file_that_two_sources_read_from_other_roots_is_one_document(tmp_path)
         Source("some", paths=(str(tmp_path / "all" / "part"),)),
         Source("all", paths=(str(tmp_path / "all"),)),
     )
-    d = data.Dataset(data.build(replace(config, data=replace(config.data, sources=sources))))
+    d = Dataset(data.build(replace(config, data=replace(config.data, sources=sources))))
     tables = {
         name: [json.loads(line) for line in open(d.folder / "documents" / f"{name}.jsonl")]
         for name in d.sources
@@ -590,24 +597,24 @@ def test_a_file_that_two_sources_read_from_other_roots_is_one_document(tmp_path)
 def test_ids_beyond_two_bytes_are_stored_in_four(tmp_path):
     config = make(tmp_path, vocab_size=70_001)
     byte_tokenizer(tmp_path / "tokenizer", eot=70_000)
-    d = data.Dataset(data.build(config))
+    d = Dataset(data.build(config))
     assert d.manifest["dtype"] == "uint32" and d.rows(0, d.n_rows).max() == 70_000
     assert Path(d.folder / "chunks/000.bin").stat().st_size == d.manifest["chunks"][0]["rows"] * (T + 1) * 4
 
 
-def test_a_file_in_two_sources_is_held_out_in_both_or_neither(tmp_path):
+def test_a_file_in_two_sources_is_for_validation_in_both_or_neither(tmp_path):
     config = make(tmp_path, validation_fraction=0.3)
     for i in range(40):
         (tmp_path / f"m{i}.py").write_text(f'"""Words of module {i}."""\n\nx = {i}\n')
     pattern = (str(tmp_path / "m*.py"),)
     sources = Source("code", paths=pattern), Source("docs", paths=pattern, read="docstrings")
-    d = data.Dataset(data.build(replace(config, data=replace(config.data, sources=sources))))
+    d = Dataset(data.build(replace(config, data=replace(config.data, sources=sources))))
     split = [[d.document(name, n)["validation"] for n in range(40)] for name in d.sources]
     assert split[0] == split[1] and 3 < sum(split[0]) < 25
 
 
-def test_a_fraction_of_zero_holds_out_nothing(tmp_path):
-    d = data.Dataset(data.build(make(tmp_path, validation_fraction=0.0)))
+def test_a_fraction_of_zero_gives_no_validation_rows(tmp_path):
+    d = Dataset(data.build(make(tmp_path, validation_fraction=0.0)))
     assert d.validation("a").shape == (0, T + 1) and d.manifest["sources"]["a"]["documents"] == 97
 
 
@@ -650,13 +657,13 @@ def test_mistakes_that_only_the_text_shows_say_numbers_and_what_to_change(tmp_pa
         change(sources=(bad,)), r"'bad': 2 of 22 .*(?s:.*)bad\.jsonl:21: not JSON\n.*bad\.jsonl:22: no `text`"
     )
     allowed = data.build(change(sources=(bad,), max_bad_fraction=0.1, validation_fraction=0.0, n_chunks=1))
-    stated = data.Dataset(allowed).manifest["sources"]["bad"]
+    stated = Dataset(allowed).manifest["sources"]["bad"]
     assert stated["bad"] == {"not JSON": 1, "no `text`": 1} and stated["documents"] == 20
 
 
 def test_a_source_in_no_stage_is_a_warning(tmp_path, capsys):
     config = make(tmp_path, stages=(Stage("only", epochs={"a": 1}),))
-    d = data.Dataset(data.build(config))
+    d = Dataset(data.build(config))
     assert "warning: source 'b' is in no stage" in capsys.readouterr().out
     assert len(d.validation("b")) and d.manifest["chunks"][0]["sources"]["b"] == {"tokens": 0, "documents": 0}
 
@@ -664,7 +671,7 @@ def test_a_source_in_no_stage_is_a_warning(tmp_path, capsys):
 def test_what_is_built_is_not_built_again_and_what_differs_is_named(tmp_path, capsys):
     config = make(tmp_path)
     folder = data.build(config)
-    before = data.Dataset(folder).sha256
+    before = Dataset(folder).sha256
     capsys.readouterr()
     data.build(replace(config, data=replace(config.data, workers=2)))  # workers do not change a dataset
     assert capsys.readouterr().out == f"{folder} is already built\n"
@@ -682,16 +689,16 @@ def test_what_is_built_is_not_built_again_and_what_differs_is_named(tmp_path, ca
     byte_tokenizer(tmp_path / "tokenizer", eot=299)
     with pytest.raises(ConfigError, match=r"tokenizer \w{12} \(now \w{12}\)"):
         data.build(replace(config, model=replace(config.model, vocab_size=300)))
-    assert data.Dataset(folder).sha256 == before
+    assert Dataset(folder).sha256 == before
 
 
 def test_a_folder_that_is_no_dataset_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"is not a finished dataset.*build it with data\.py"):
-        data.Dataset(tmp_path)
+        Dataset(tmp_path)
     for content in ("{", "[]", '{"format": 1}', '{"format": 2}'):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(ConfigError, match=r"manifest\.json is damaged"):
-            data.Dataset(tmp_path)
+            Dataset(tmp_path)
 
 
 # ---- verify -----------------------------------------------------------------------------------------------
@@ -699,34 +706,31 @@ def test_a_folder_that_is_no_dataset_is_an_error(tmp_path):
 
 def test_verify_names_what_was_changed_cut_added_or_removed(tmp_path):
     folder = data.build(make(tmp_path))
-    assert data.verify(folder) == []
+    assert verify(folder) == []
     flipped = bytearray((folder / "chunks/001.bin").read_bytes())
     flipped[5] ^= 1
     (folder / "chunks/001.bin").write_bytes(flipped)
     os.truncate(folder / "chunks/002.bin", 10)
     (folder / "validation/b.bin").unlink()
     (folder / "more.txt").write_text("more")
-    size = (
-        len(data.Dataset(folder).rows(0, 3))
-        and data.Dataset(folder).manifest["chunks"][2]["rows"] * (T + 1) * 2
-    )
-    assert data.verify(folder) == [
+    size = len(Dataset(folder).rows(0, 3)) and Dataset(folder).manifest["chunks"][2]["rows"] * (T + 1) * 2
+    assert verify(folder) == [
         "chunks/001.bin: its content differs",
         f"chunks/002.bin: has 10 bytes, should have {size}",
         "validation/b.bin: missing",
         "more.txt: is not in the manifest",
     ]
     for chunk, problem in ((1, "its content differs"), (2, "has 10 bytes, should have")):
-        d = data.Dataset(folder)
+        d = Dataset(folder)
         first, end = d.chunk_range(chunk)
         expected = rf"chunks/00{chunk}\.bin is damaged: {problem}.*; all of its files: python data\.py verify"
         with pytest.raises(ConfigError, match=expected):
             d.rows(first, end - first)
-        assert chunk == 2 or data.Dataset(folder, verify=False).rows(first, 1).shape == (1, T + 1)
+        assert chunk == 2 or Dataset(folder, verify=False).rows(first, 1).shape == (1, T + 1)
     with pytest.raises(ConfigError, match=r"002\.bin is missing or damaged; try: python data\.py verify"):
-        data.Dataset(folder, verify=False).rows(0, d.n_rows)
+        Dataset(folder, verify=False).rows(0, d.n_rows)
     with pytest.raises(ConfigError, match=r"validation/b\.bin is damaged: missing"):
-        data.Dataset(folder).validation("b")
+        Dataset(folder).validation("b")
     done = subprocess.run(
         [sys.executable, ROOT / "data.py", "verify", folder], capture_output=True, text=True
     )
@@ -741,7 +745,7 @@ def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path, name):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = "0" * 64
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    for call in (data.verify, data.Dataset):
+    for call in (verify, Dataset):
         with pytest.raises(ConfigError, match="lies outside the folder"):
             call(folder)
 
@@ -793,8 +797,8 @@ def test_a_build_killed_half_way_leaves_nothing_that_looks_finished_and_a_rerun_
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "big.partial").exists()
-    assert data.verify(tmp_path / "big") == [] and not (tmp_path / "big" / "work").exists()
-    counts = data.Dataset(tmp_path / "big").manifest["sources"]["s"]
+    assert verify(tmp_path / "big") == [] and not (tmp_path / "big" / "work").exists()
+    counts = Dataset(tmp_path / "big").manifest["sources"]["s"]
     assert counts["documents"] + counts["validation_documents"] == 3000
     again = subprocess.run(run, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.endswith("big is already built\n")
@@ -831,7 +835,8 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path):
 def test_memory_is_bounded_however_large_the_corpus(tmp_path):
     script = (
         "import resource, sys; sys.path.insert(0, sys.argv[1].rpartition('/')[0]); sys.argv = sys.argv[1:]\n"
-        "import data; data.BLOCK_BYTES = 1 << 22; data.main()\n"  # so that both corpora are many blocks
+        # so that both corpora are many blocks
+        "import chunks, data; chunks.BLOCK_BYTES = 1 << 22; data.main()\n"
         "peaks = [resource.getrusage(who).ru_maxrss for who in (0, -1)]\n"  # itself, workers
         "print(max(peaks) * (1 if sys.platform == 'darwin' else 1024))"
     )
@@ -866,6 +871,6 @@ def test_reading_a_batch_takes_well_under_a_millisecond(built):
     seconds = []
     for step in range(101):
         start = time.perf_counter()
-        d.batch(step, B)
+        d.rows(step * B, B)
         seconds.append(time.perf_counter() - start)
     assert sorted(seconds)[50] < 1e-3  # the median: other programs also run

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
 import files
 import results
 import run_folder
+from dataset import Dataset
+from manifest import verify
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,8 +44,8 @@ def run(folder: Path, script: str, *arguments: str) -> str:
 
 
 def test_a_dataset_of_an_earlier_version_opens_and_says_that_its_mixture_is_approximate(old):
-    d = data.Dataset(old / "dataset")
-    assert d.manifest["format"] == 1 and data.verify(old / "dataset") == []
+    d = Dataset(old / "dataset")
+    assert d.manifest["format"] == 1 and verify(old / "dataset") == []
     for position in range(0, d.n_rows, 29):
         for source, id, *_ in d.documents(position):
             assert position in d.positions(source, id)

@@ -153,7 +153,7 @@ def bytes_of_targets(dataset, n_rows=0):
 
 
 def by_document(dataset, held):
-    """Of each validation document: its text, its ids, and the bytes of those of its tokens that are targets."""
+    """Of each validation document: its text, its ids, and the bytes of its tokens that are targets."""
     tok, found, end = tokenizer.load(dataset.folder), bytes_of_targets(dataset).ravel(), 0
     for text in held:
         ids = tok.encode(text)
@@ -603,7 +603,7 @@ def test_one_source_of_one_document_of_which_nothing_is_held_out(tmp_path, monke
     page = report.write(cfg.run).read_text()
     assert "could not be shown" not in page and "No text is held out, so there is no loss" in page
     figures = re.findall("<svg.*?</svg>", page, re.S)
-    assert len(figures) >= 7 and "held-out" not in "".join(figures)
+    assert len(figures) >= 7 and "validation" not in "".join(figures)
 
 
 def test_a_source_without_validation_rows_is_an_error_that_says_what_to_raise(run):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import conftest
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ EVERYTHING = {**PUBLISHED, **OWN}
 def saved(net: Transformer, run) -> object:
     """A checkpoint's folder."""
     state = {"step": 3, "rows": 6, "tokens": 9, "chunk": -1, "eot": 5}
-    return checkpoint.save(run, net, optim.adamw(net, Optim()), state, {})
+    return conftest.save(run, net, [optim.adamw(net, Optim())], state)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -52,7 +53,7 @@ def test_a_folder_written_by_transformers_is_read_whole_and_in_shards(tmp_path, 
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     for folder in ("one", "many"):
         back = checkpoint.load_model(tmp_path / folder)
-        assert back.cfg == dataclasses.replace(net.cfg, init="normal", init_cut=0.0)
+        assert back.cfg == dataclasses.replace(net.cfg, init="normal", init_trunc=0.0)
         for ours, theirs_back in zip(net.parameters(), back.parameters()):
             assert torch.equal(ours, theirs_back)
 
@@ -64,7 +65,7 @@ def test_settings_and_weights_survive_our_own_folder(tmp_path, name):
     family = families.read_config(folder)["model_type"]
     assert (family == "nano360") == (name in OWN)
     back = checkpoint.load_model(folder)
-    same = net.cfg if name in OWN else dataclasses.replace(net.cfg, init="normal", init_cut=0.0)
+    same = net.cfg if name in OWN else dataclasses.replace(net.cfg, init="normal", init_trunc=0.0)
     assert back.cfg == same
     for ours, theirs in zip(net.parameters(), back.parameters()):
         assert torch.equal(ours, theirs)

@@ -14,12 +14,12 @@ import checkpoint
 import config
 import files
 import incidents
+import optim
 import run_folder
 import steps
 import train
 from config import ConfigError, Train
 from dataset import Dataset
-from learner import Learner
 
 ROOT = Path(__file__).parent.parent
 B = 6  # rows a step, of the recipe
@@ -49,25 +49,25 @@ class Faults:
         everything = dataset.rows(0, dataset.n_rows)
         self.position = {row.tobytes(): i for i, row in enumerate(everything)}
         assert len(self.position) == dataset.n_rows  # no two rows alike
-        self.seen, self.times, plain, update = [], times, Learner.gradients, Learner.update
+        self.seen, self.times, plain, update = [], times, train.forward_backward, optim.update
 
-        def gradients(learner, batch, n_tokens):
-            nats = plain(learner, batch, n_tokens)
-            self.batch = [self.position[row.numpy().tobytes()] for row in batch]
+        def forward_backward(model, rows, *arguments):
+            sums = plain(model, rows, *arguments)
+            self.batch = [self.position[row.numpy().tobytes()] for row in rows]
             factor = max((bad[p] for p in self.batch if p in bad), default=1.0, key=abs)
             if factor != 1.0 and self.times > 0:
                 self.times -= 1
-                for p in learner.model.parameters():
+                for p in model.parameters():
                     p.grad.mul_(factor)
-                nats = nats * factor
-            return nats
+                sums["loss"] = sums["loss"] * factor
+            return sums
 
-        def updated(learner, *arguments):
+        def updated(*arguments):
             self.seen.append(self.batch)
-            update(learner, *arguments)
+            update(*arguments)
 
-        monkeypatch.setattr(Learner, "gradients", gradients)
-        monkeypatch.setattr(Learner, "update", updated)
+        monkeypatch.setattr(train, "forward_backward", forward_backward)
+        monkeypatch.setattr(optim, "update", updated)
 
 
 # ---- what is an incident ----------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_stop_says_where_and_leaves_the_last_checkpoint(recipe, tmp_path, monkey
     dataset = Dataset(cfg.dataset)
     Faults(monkeypatch, dataset, {10 * B + 2: math.nan})
     with pytest.raises(
-        train.Stopped, match=r"loss nan .* after step 10: chunk \d, rows 60 to 65, .*--replay 10"
+        incidents.Stopped, match=r"loss nan .* after step 10: chunk \d, rows 60 to 65, .*--replay 10"
     ):
         train.train(cfg)
     (record,) = ledger(tmp_path / "run", "nonfinite")
@@ -116,7 +116,7 @@ def test_stop_says_where_and_leaves_the_last_checkpoint(recipe, tmp_path, monkey
 
 def test_skip_leaves_the_weights_as_they_were_and_goes_on(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    cfg = load(recipe, run, "--train.on_spike=skip", "--train.checkpoint_every=1", "--train.steps=9")
+    cfg = load(recipe, run, "--train.on_incident=skip", "--train.checkpoint_every=1", "--train.steps=9")
     faults = Faults(monkeypatch, Dataset(cfg.dataset), {5 * B + 1: math.inf})
     train.train(cfg)
     before, after, last = (weights(run / "checkpoints" / f"step-{s:08d}") for s in (5, 6, 9))
@@ -136,13 +136,15 @@ def test_skip_leaves_the_weights_as_they_were_and_goes_on(recipe, tmp_path, monk
 
 
 def test_a_rollback_to_the_very_start_forgets_the_moments_too(recipe, tmp_path, monkeypatch):
-    cfg = load(recipe, tmp_path / "back", "--train.on_spike=rollback", "--train.rollback_skip=40")
+    cfg = load(recipe, tmp_path / "back", "--train.on_incident=rollback", "--train.rollback_skip=40")
     fresh = load(recipe, tmp_path / "fresh", "--train.steps=1")
     dataset = Dataset(cfg.dataset)
     Faults(monkeypatch, dataset, {3 * B: math.nan})
-    with pytest.raises(train.Stopped):  # nothing is left to train on without those 40 batches
-        train.train(load(recipe, tmp_path / "none", "--train.on_spike=rollback", "--train.rollback_skip=60"))
-    train.train(load(recipe, tmp_path / "back", "--train.on_spike=rollback", "--train.rollback_skip=2"))
+    with pytest.raises(incidents.Stopped):  # nothing is left to train on without those 40 batches
+        train.train(
+            load(recipe, tmp_path / "none", "--train.on_incident=rollback", "--train.rollback_skip=60")
+        )
+    train.train(load(recipe, tmp_path / "back", "--train.on_incident=rollback", "--train.rollback_skip=2"))
     (record,) = ledger(tmp_path / "back", "nonfinite")
     assert record["back_to"] == "step-00000000" and record["order"][0] == [0, 2 * B]
     train.train(fresh)
@@ -156,7 +158,7 @@ def test_a_rollback_to_the_very_start_forgets_the_moments_too(recipe, tmp_path, 
 @pytest.mark.parametrize("times", [1, 10**9])
 def test_defer_trains_the_rest_of_the_chunk_at_the_end(recipe, tmp_path, monkeypatch, times):
     run = tmp_path / "run"
-    cfg = load(recipe, run, "--train.on_spike=defer")
+    cfg = load(recipe, run, "--train.on_incident=defer")
     dataset = Dataset(cfg.dataset)
     first, end = dataset.chunk_range(1)
     bad = first + B + 3  # in the second batch of chunk 1
@@ -177,7 +179,7 @@ def test_defer_trains_the_rest_of_the_chunk_at_the_end(recipe, tmp_path, monkeyp
         assert not steps.trained(middle.state, np.array(rest)).any()
         assert not (run / ".processes").glob("*.json") or not list((run / ".processes").glob("*.json"))
     else:  # it is bad there too, and nothing is left to be trained on before it
-        with pytest.raises(train.Stopped, match="nan"):
+        with pytest.raises(incidents.Stopped, match="nan"):
             train.train(cfg)
         actions = [record["action"] for record in ledger(run, "nonfinite")]
         assert actions == ["defer", "stop"]
@@ -185,7 +187,7 @@ def test_defer_trains_the_rest_of_the_chunk_at_the_end(recipe, tmp_path, monkeyp
 
 def test_a_run_that_deferred_and_was_cut_off_goes_on_in_its_order(recipe, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    asked = ("--train.on_spike=defer", "--train.checkpoint_every=5")
+    asked = ("--train.on_incident=defer", "--train.checkpoint_every=5")
     cfg = load(recipe, whole, *asked)
     dataset = Dataset(cfg.dataset)
     bad = {dataset.chunk_range(1)[0] + 3: math.nan}
@@ -204,7 +206,7 @@ def test_a_run_that_deferred_and_was_cut_off_goes_on_in_its_order(recipe, tmp_pa
 
 def test_rollback_goes_back_and_leaves_batches_out(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    asked = ("--train.on_spike=rollback", "--train.rollback_steps=5", "--train.rollback_skip=4")
+    asked = ("--train.on_incident=rollback", "--train.rollback_steps=5", "--train.rollback_skip=4")
     cfg = load(recipe, run, *asked, "--train.checkpoint_every=4", "--train.checkpoint_chunks=false")
     dataset = Dataset(cfg.dataset)
     faults = Faults(monkeypatch, dataset, {14 * B: math.nan})
@@ -226,7 +228,7 @@ def test_rollback_goes_back_and_leaves_batches_out(recipe, tmp_path, monkeypatch
 
 def test_a_spike_is_found_by_its_gradient_norm_and_skipped(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    asked = ("--train.on_spike=skip", "--train.spike_z=30", "--train.spike_window=6", "--train.steps=16")
+    asked = ("--train.on_incident=skip", "--train.spike_z=30", "--train.spike_window=6", "--train.steps=16")
     cfg = load(recipe, run, *asked)
     Faults(monkeypatch, Dataset(cfg.dataset), {12 * B + 4: 50.0})
     train.train(cfg)
@@ -239,9 +241,9 @@ def test_a_spike_is_found_by_its_gradient_norm_and_skipped(recipe, tmp_path, mon
 
 
 def test_too_many_incidents_stop_the_run(recipe, tmp_path, monkeypatch):
-    cfg = load(recipe, tmp_path / "run", "--train.on_spike=skip", "--train.max_incidents=2")
+    cfg = load(recipe, tmp_path / "run", "--train.on_incident=skip", "--train.max_incidents=2")
     Faults(monkeypatch, Dataset(cfg.dataset), {B * s: math.nan for s in (3, 4, 6)})
-    with pytest.raises(train.Stopped, match="after step 6"):
+    with pytest.raises(incidents.Stopped, match="after step 6"):
         train.train(cfg)
     actions = [record["action"] for record in ledger(tmp_path / "run", "nonfinite")]
     assert actions == ["skip", "skip", "stop"]
@@ -250,14 +252,13 @@ def test_too_many_incidents_stop_the_run(recipe, tmp_path, monkeypatch):
 WORKER = """
 import math, sys
 sys.path.insert(0, {root!r})
-import config, parallel, train
-from learner import Learner
-plain = Learner.gradients
+import config, train
+plain = train.forward_backward
 count = [0]
-def gradients(learner, batch, n_tokens):
-    nats, count[0] = plain(learner, batch, n_tokens), count[0] + 1
-    return nats * (math.nan if learner.world.rank == 1 and count[0] == 4 else 1)
-Learner.gradients = gradients
+def forward_backward(model, rows, n_targets, loss_fn, world, cfg):
+    sums, count[0] = plain(model, rows, n_targets, loss_fn, world, cfg), count[0] + 1
+    return {{"loss": sums["loss"] * (math.nan if world.rank == 1 and count[0] == 4 else 1)}}
+train.forward_backward = forward_backward
 train.main(config.load(sys.argv[1], sys.argv[2:]), {{}})
 """
 
@@ -266,7 +267,7 @@ def test_processes_decide_alike_when_only_one_of_them_sees_the_fault(recipe, tmp
     worker, run = tmp_path / "worker.py", tmp_path / "run"
     worker.write_text(WORKER.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    asked = [f"--run={run}", "--train.micro_batch_size=3", "--train.steps=7", "--train.on_spike=skip"]
+    asked = [f"--run={run}", "--train.micro_batch_size=3", "--train.steps=7", "--train.on_incident=skip"]
     command += [worker, recipe, *asked, "--parallel.strategy=fsdp"]
     result = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -286,7 +287,7 @@ def test_processes_decide_alike_when_only_one_of_them_sees_the_fault(recipe, tmp
 
 def test_a_batch_replays_alone_with_the_losses_of_its_rows(recipe, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    cfg = load(recipe, run, "--train.on_spike=skip", "--train.steps=9", "--train.checkpoint_every=4")
+    cfg = load(recipe, run, "--train.on_incident=skip", "--train.steps=9", "--train.checkpoint_every=4")
     dataset = Dataset(cfg.dataset)
     Faults(monkeypatch, dataset, {5 * B + 1: math.nan})
     train.train(cfg)

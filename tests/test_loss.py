@@ -23,6 +23,47 @@ def test_the_loss_in_slices_equals_the_loss_on_whole_logits(rows, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+def masked_case(masked: list[int]):
+    """h, head and 64 targets, of which those named are masked."""
+    torch.manual_seed(3)
+    h, head = torch.randn(64, 19, requires_grad=True), torch.randn(53, 19, requires_grad=True)
+    targets = torch.randint(53, (64,))
+    targets[masked] = IGNORE
+    return h, head, targets
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])  # 7: the masked targets fill some slices, and parts of others
+@pytest.mark.parametrize("masked", [[5], list(range(25)), list(range(40, 64)), list(range(63))])
+def test_masked_targets_have_neither_loss_nor_gradient(rows, masked, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 53 * rows)
+    h, head, targets = masked_case(masked)
+    ours = loss.vocabulary_loss(h, head, targets)
+    theirs = F.cross_entropy(h @ head.T, targets, reduction="sum", ignore_index=IGNORE)
+    torch.testing.assert_close(ours, theirs)
+    (d_h, d_head), expected = (torch.autograd.grad(x, (h, head)) for x in (ours, theirs))
+    torch.testing.assert_close(d_h, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(d_head, expected[1], atol=1e-4, rtol=1e-5)
+    assert (d_h[masked] == 0).all() and (d_h[targets != IGNORE] != 0).any(1).all()
+    # what a masked token says does not matter: the same tokens without it have the same loss and gradients
+    kept = targets != IGNORE
+    alone = loss.vocabulary_loss(h[kept], head, targets[kept])
+    torch.testing.assert_close(ours, alone)
+    torch.testing.assert_close(d_head, torch.autograd.grad(alone, head)[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_where_all_targets_are_masked_loss_and_gradients_are_zero(rows, z_loss, bf16, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 53 * rows)
+    h, head, targets = masked_case(list(range(64)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        value = loss.vocabulary_loss(h, head, targets, z_loss)
+    assert value.item() == 0.0
+    for gradient in torch.autograd.grad(value, (h, head)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))  # and so none is nan
+
+
 def test_the_loss_survives_logits_that_would_overflow_exp():
     h, head = torch.full((2, 3), 100.0), torch.tensor([[10.0] * 3, [9.0] * 3])
     assert loss.vocabulary_loss(h, head, torch.tensor([0, 1])).item() == pytest.approx(300.0)
@@ -33,7 +74,7 @@ def test_without_gradients_none_are_computed_though_parameters_want_them(monkeyp
     targets = torch.tensor([1, 2, IGNORE, 4, 6])
     with torch.no_grad():
         quiet = loss.vocabulary_loss(h, head, targets)
-        # of the three matrix products of a slice, two are for gradients
+        # of the three matmuls of a slice, two are for gradients
         with torch.profiler.profile() as profile:
             loss.vocabulary_loss(h, head, targets)
     assert (

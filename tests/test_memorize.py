@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -90,7 +91,7 @@ def make_run(folder):
         }
         names = ("tokenizer.json", "tokenizer_config.json")
         own = {name: (dataset.folder / name).read_bytes() for name in names}
-        checkpoint.save(run, model, optim.adamw(model, cfg.optim), state, own)
+        conftest.save(run, model, [optim.adamw(model, cfg.optim)], state, own)
     return run
 
 

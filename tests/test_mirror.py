@@ -86,7 +86,7 @@ def test_every_number_of_a_record_is_sent_and_nothing_else():
         "none": None,
         "norms": {"a": {"b": 1}},
     }
-    assert dict(mirror.numbers(record)) == {"loss": 2.5, "chunk": 7, "norms/a/b": 1}
+    assert dict(files.numbers(record)) == {"loss": 2.5, "chunk": 7, "norms/a/b": 1}
 
 
 def test_a_step_that_stands_twice_counts_once_and_the_later_line_is_it(run):
@@ -131,7 +131,7 @@ def test_ctrl_c_ends_following_and_what_was_sent_stays(run, monkeypatch, capsys)
     put(run, (1, 5.0))
     monkeypatch.setattr(time, "sleep", interrupt)
     assert hear(run, follow=True) == (1, [[0, [(1, 5.0)]]])
-    assert "training goes on" in capsys.readouterr().out
+    assert "training continues" in capsys.readouterr().out
 
 
 def test_help_answers_at_once_and_without_torch_or_either_package():

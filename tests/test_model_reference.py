@@ -1,7 +1,7 @@
 """model.py against the float64 NumPy implementation in reference.py: every architecture, and values by hand.
 
-Sizes are pairwise different and every parameter is random, norm weights and biases too, so that nothing that
-is forgotten, transposed or applied twice can hide. Documents end with token 0.
+Sizes are pairwise different, and every parameter is random, also norm weights and biases: so anything that is
+forgotten, transposed or applied twice shows. Documents end with token 0.
 """
 
 import functools
@@ -13,11 +13,13 @@ import pytest
 import reference
 import torch
 
+import masks
 import model
 from config import Model
-from model import Cache, Transformer
+from masks import Cache
+from model import Transformer
 
-# a path that only CUDA takes is called here as PyTorch's own slow version of it
+# flex attention, which only CUDA uses in training, runs here as PyTorch's slow uncompiled version
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 EOT, BATCH, TOKENS = 0, 5, 13
@@ -26,7 +28,7 @@ PLAIN = dict(vocab_size=37, seq_len=17, d_model=20, n_layers=3, n_heads=4, d_hea
 GPT = dict(norm="layernorm", bias=True)
 CRYSTAL = dict(
     GPT,
-    d_head=16,  # 4 of them turned
+    d_head=16,  # 4 of them rotary
     rope_fraction=0.25,
     rope_pairs="neighbours",
     tie_embeddings=True,
@@ -80,7 +82,7 @@ def random_model(cfg: Model, seed: int) -> tuple[Transformer, dict[str, np.ndarr
     net = Transformer(cfg, eot=EOT).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in net.named_parameters():
+        for (name, parameter), first in zip(net.named_parameters(), net.initial_weights(0), strict=True):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:  # 1.3: attention is then neither flat nor all on one token
                 spread = 1.3 / math.sqrt(parameter.shape[1])
@@ -90,7 +92,7 @@ def random_model(cfg: Model, seed: int) -> tuple[Transformer, dict[str, np.ndarr
                     spread *= net.cfg.d_head**0.25  # else 1/d_head would leave attention flat
                 parameter.copy_(spread * noise)
             else:
-                parameter.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
+                parameter.copy_(0.3 * noise + first)  # around 1 for a norm's weight, around 0 for a bias
     return net, {name: p.detach().double().numpy() for name, p in net.named_parameters()}
 
 
@@ -275,9 +277,9 @@ def test_flex_attention_which_cuda_takes_equals_the_reference_too(name, monkeypa
 
     def on_cuda(cfg, index, first, cache):
         asked.append(first)
-        return model.block_mask(first, index.shape[-1], index.device)
+        return masks.block_mask(first, index.shape[-1], index.device)
 
-    monkeypatch.setattr(model, "visible", on_cuda)
+    monkeypatch.setattr(masks, "visible", on_cuda)
     with torch.no_grad():  # on a CPU, flex attention has no backward
         assert difference(net(tokens), expected) < LOGITS
     assert len(asked) == 1
@@ -295,7 +297,7 @@ def test_the_cache_gives_what_a_whole_row_gives(name):
 
 
 @every_architecture
-def test_rows_of_different_lengths_go_on_where_each_ended(name):
+def test_rows_of_different_lengths_continue_where_each_ended(name):
     cfg, net, _, tokens, _, expected = case(name)
     lengths = torch.tensor([3, 7, 1, 5, 6])
     prompt = tokens[:, :7].clone()
@@ -335,7 +337,7 @@ def test_a_document_in_a_row_is_a_document_alone(name):
 # ---- values worked by hand --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slopes", [model.alibi_slopes, reference.alibi_slopes])
+@pytest.mark.parametrize("slopes", [masks.alibi_slopes, reference.alibi_slopes])
 def test_alibi_slopes_are_the_papers(slopes):
     root = math.sqrt(2)
     powers = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
@@ -367,7 +369,7 @@ def test_alibi_slopes_are_the_papers(slopes):
 )
 def test_feed_forwards_of_a_tiny_vector(ffn, expected):
     cfg = settings("LLaMA", d_model=3, d_ff=3, ffn=ffn)
-    mlp, x = model.MLP(cfg.resolved()), [-2.0, 0.5, 3.0]
+    mlp, x = model.MLP(cfg.resolved(), 0), [-2.0, 0.5, 3.0]
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.copy_(torch.eye(3))
@@ -403,12 +405,12 @@ def test_rotary_embedding_of_a_tiny_head(pairs, expected):
     cfg = settings("LLaMA", rope_theta=100.0, rope_fraction=2 / 3, rope_pairs=pairs)
     a, b, c, d = expected  # the values that make the first pair and the second
     x, first, second = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], (a, b), (c, d)
-    turned = {}
+    rotated = {}
     for (p, q), angle in ((first, 2.0), (second, 0.2)):
-        turned[p] = p * math.cos(angle) - q * math.sin(angle)
-        turned[q] = p * math.sin(angle) + q * math.cos(angle)
-    by_hand = [turned[1], turned[2], turned[3], turned[4], 5, 6]
-    assert reference.turned(cfg, np.array(x), 2).tolist() == pytest.approx(by_hand)
+        rotated[p] = p * math.cos(angle) - q * math.sin(angle)
+        rotated[q] = p * math.sin(angle) + q * math.cos(angle)
+    by_hand = [rotated[1], rotated[2], rotated[3], rotated[4], 5, 6]
+    assert reference.rotated(cfg, np.array(x), 2).tolist() == pytest.approx(by_hand)
     rope = model.rotary_angles(torch.tensor([2]), cfg)
     found = model.rotate(torch.tensor(x).view(1, 1, 1, 6), *rope, pairs == "neighbours")
     assert found.flatten().tolist() == pytest.approx(by_hand, abs=1e-6)
@@ -455,7 +457,7 @@ def test_alibi_by_hand_where_all_scores_are_equal():
         attention.v_proj.weight.copy_(torch.eye(4))
         attention.o_proj.weight.copy_(torch.eye(4))
     x = torch.tensor([[[1.0, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]])
-    mask = model.visible(cfg, torch.arange(3), None, None)
+    mask = masks.visible(cfg, torch.arange(3), None, None)
     last = attention(x, None, mask, None)[0, 2].tolist()
     expected = []
     for slope in (1 / 16, 1 / 256):
@@ -467,7 +469,7 @@ def test_alibi_by_hand_where_all_scores_are_equal():
     assert found.tolist() == pytest.approx(expected)
 
 
-def test_documents_and_places_of_a_row():
+def test_documents_and_positions_of_a_row():
     assert reference.documents([5, 0, 6, 7], 0) == ([0, 0, 1, 1], [0, 1, 0, 1])
     assert reference.documents([0, 0, 6, 0], 0) == ([0, 1, 2, 2], [0, 0, 0, 1])
     assert reference.documents([5, 0, 6, 7], None) == ([0, 0, 0, 0], [0, 1, 2, 3])

@@ -20,9 +20,9 @@ BENCHMARKS = Path(sweep.__file__).parent
 
 WIDTHS = [64, 256, 1024]
 STEPS = 3
-# In the limit of wide models a change is width^0 with muP; without it, where every entry of a matrix moves by
-# the rate, its output moves in proportion to the width, width^1, until the loss saturates. A growth above 1/2
-# is nearer to the one. muP is held to half of that: finite widths and two seeds leave up to 0.18 (measured).
+# In the limit of wide models a change is width^0 with muP. Without it every entry of a matrix moves by the
+# learning rate, and its output moves in proportion to the width, width^1, until the loss saturates. A growth
+# above 1/2 is nearer to 1. muP is held to half of that: finite widths and two seeds leave 0.18 (measured).
 FLAT, GROWS = 1 / 4, 1 / 2
 
 
@@ -39,10 +39,10 @@ def crystalcoder(width: int, mup: bool) -> config.Model:
     return dataclasses.replace(config.load("crystalcoder-phase1").model, **sizes, **named)
 
 
-def growth(models, rate: float, seeds=(0,), mup_scale: float = 0) -> dict[str, list[float]]:
+def growth(models, lr: float, seeds=(0,), mup_scale: float = 0) -> dict[str, list[float]]:
     """The exponent of each activation's change over the models' widths, after each step."""
     widths, found = [cfg.d_model for cfg in models], {name: [] for name in check.ACTIVATIONS}
-    runs = [[check.changes(cfg, rate, STEPS, seed, mup_scale) for cfg in models] for seed in seeds]
+    runs = [[check.changes(cfg, lr, STEPS, seed, mup_scale) for cfg in models] for seed in seeds]
     for name in found:
         for step in range(STEPS):
             powers = [check.growth(widths, [one[name][step] for one in by_width]) for by_width in runs]
@@ -50,35 +50,35 @@ def growth(models, rate: float, seeds=(0,), mup_scale: float = 0) -> dict[str, l
     return found
 
 
-FAMILIES = [(llama, check.RATE), (crystalcoder, 0.012)]
+FAMILIES = [(llama, check.LR), (crystalcoder, 0.012)]
 
 
-@pytest.mark.parametrize("build, rate", FAMILIES)
-def test_with_mup_a_step_moves_activations_equally_far_at_every_width(build, rate):
-    found = growth([build(width, mup=True) for width in WIDTHS], rate, seeds=(0, 1))
+@pytest.mark.parametrize("build, lr", FAMILIES)
+def test_with_mup_a_step_moves_activations_equally_far_at_every_width(build, lr):
+    found = growth([build(width, mup=True) for width in WIDTHS], lr, seeds=(0, 1))
     for name, powers in found.items():
         assert all(abs(power) < FLAT for power in powers), (name, powers)
 
 
-@pytest.mark.parametrize("build, rate", FAMILIES)
-def test_without_mup_a_step_moves_a_wide_model_further(build, rate):
-    found = growth([build(width, mup=False) for width in WIDTHS[:2]], rate)
+@pytest.mark.parametrize("build, lr", FAMILIES)
+def test_without_mup_a_step_moves_a_wide_model_further(build, lr):
+    found = growth([build(width, mup=False) for width in WIDTHS[:2]], lr)
     for name in ("attention", "residual stream"):
         assert all(power > GROWS for power in found[name]), (name, found[name])
     assert found["logits"][0] > GROWS  # then they have learnt the commonest bytes, and stay
     assert all(abs(power) < FLAT for power in found["embedding"])  # is looked up, not multiplied
 
 
-def test_without_the_smaller_rate_of_matrices_the_residual_stream_grows():
+def test_without_the_smaller_learning_rate_of_matrices_the_residual_stream_grows():
     models = [llama(width, mup=True) for width in (64, 256)]
-    found = growth(models, check.RATE, mup_scale=1.0)
+    found = growth(models, check.LR, mup_scale=1.0)
     assert min(found["attention"]) > GROWS and min(found["residual stream"]) > GROWS
 
 
 def test_without_the_smaller_multiplier_the_logits_grow():
     models = [llama(width, mup=True) for width in (64, 256)]
     models = [dataclasses.replace(cfg, logits_multiplier=cfg.d_model / 64) for cfg in models]  # undoes m
-    found = growth(models, check.RATE)
+    found = growth(models, check.LR)
     assert found["logits"][0] > GROWS
 
 
@@ -105,17 +105,16 @@ def test_growth_is_the_exponent_of_a_power_law():
 # ---- what the benchmarks recorded -------------------------------------------------------------------------
 
 
-def test_the_best_rate_lies_where_a_parabola_through_three_points_is_lowest():
+def test_the_best_learning_rate_is_where_a_parabola_through_three_points_is_lowest():
     x = [-8, -7, -6, -5]
     found = sweep.best(x, [(e + 6.25) ** 2 + 2 for e in x])
     assert found == {"log2_rate": -6, "loss": 2.0625, "log2_rate_between": -6.25}
     assert sweep.best(x, [1.0, 2.0, 3.0, 4.0])["log2_rate_between"] is None  # at the edge
-    assert (
-        sweep.best(x, [9.0, 2.0, float("inf"), 4.0])["log2_rate_between"] is None
-    )  # beside a run that blew up
+    blown_up = [9.0, 2.0, float("inf"), 4.0]
+    assert sweep.best(x, blown_up)["log2_rate_between"] is None
 
 
-def test_a_curve_is_the_mean_over_seeds_by_rate():
+def test_a_curve_is_the_mean_over_seeds_by_learning_rate():
     runs = [
         dict(parametrisation="muP", width=w, log2_rate=rate, loss=loss)
         for w, rate, loss in ((32, -5, 3.0), (32, -6, 2.0), (32, -5, 4.0), (64, -6, 9.0), (32, -4, None))
@@ -123,7 +122,7 @@ def test_a_curve_is_the_mean_over_seeds_by_rate():
     assert sweep.curve(runs, "muP", 32) == ([-6, -5, -4], [2.0, 3.5, float("inf")])
 
 
-def test_the_recorded_sweep_has_one_best_rate_with_mup_and_one_for_each_width_without():
+def test_the_recorded_sweep_has_one_best_learning_rate_with_mup_and_one_for_each_width_without():
     runs = json.loads((BENCHMARKS / "mup_lr_sweep.json").read_text())["runs"]
     widths = sorted({run["width"] for run in runs})
     spread = {}

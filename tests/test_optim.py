@@ -19,13 +19,13 @@ SMALL = dict(vocab_size=31, seq_len=8, d_model=12, n_layers=2, n_heads=2, d_ff=2
 
 def test_cosine_starts_at_zero_peaks_after_warm_up_and_ends_at_a_tenth():
     cfg = Optim(lr=3e-4, warmup_steps=2000, schedule="cosine", final_lr_fraction=0.1)  # Amber
-    rate = [optim.learning_rate(step, 274_320, cfg) for step in (0, 1, 1000, 2000, 138_160, 274_320, 300_000)]
-    assert rate[0] == 0
-    assert rate[1] == pytest.approx(3e-4 / 2000)
-    assert rate[2] == pytest.approx(1.5e-4)
-    assert rate[3] == pytest.approx(3e-4)
-    assert rate[4] == pytest.approx((3e-4 + 3e-5) / 2)  # half-way between warm-up and end
-    assert rate[5] == rate[6] == pytest.approx(3e-5)
+    lrs = [optim.learning_rate(step, 274_320, cfg) for step in (0, 1, 1000, 2000, 138_160, 274_320, 300_000)]
+    assert lrs[0] == 0
+    assert lrs[1] == pytest.approx(3e-4 / 2000)
+    assert lrs[2] == pytest.approx(1.5e-4)
+    assert lrs[3] == pytest.approx(3e-4)
+    assert lrs[4] == pytest.approx((3e-4 + 3e-5) / 2)  # half-way between warm-up and end
+    assert lrs[5] == lrs[6] == pytest.approx(3e-5)
 
 
 def test_linear_starts_at_a_tenth_of_the_peak_as_olmo_does():
@@ -43,28 +43,28 @@ def test_no_warm_up_and_a_warm_up_longer_than_training_are_schedules_too():
     assert optim.learning_rate(10, 10, Optim(lr=1.0, warmup_steps=10, final_lr_fraction=0.1)) == 1.0
 
 
-def test_a_constant_rate_falls_linearly_in_the_last_part_of_the_steps():
+def test_a_constant_learning_rate_falls_linearly_in_the_last_part_of_the_steps():
     cfg = Optim(lr=2.0, warmup_steps=10, schedule="constant", decay_fraction=0.2, final_lr_fraction=0.1)
-    rate = {step: optim.learning_rate(step, 100, cfg) for step in (0, 5, 10, 50, 80, 85, 90, 99, 100, 120)}
+    lrs = {step: optim.learning_rate(step, 100, cfg) for step in (0, 5, 10, 50, 80, 85, 90, 99, 100, 120)}
     # 81 ... 100 are the last fifth: 2 x (0.1 + 0.9 x what is left of it)
     by_hand = {0: 0, 5: 1, 10: 2, 50: 2, 80: 2, 85: 1.55, 90: 1.1, 99: 0.29, 100: 0.2, 120: 0.2}
-    assert rate == {step: pytest.approx(value) for step, value in by_hand.items()}
+    assert lrs == {step: pytest.approx(value) for step, value in by_hand.items()}
 
     never = Optim(lr=2.0, warmup_steps=10, schedule="constant", decay_fraction=0.0)
     assert [optim.learning_rate(step, 100, never) for step in (5, 10, 99, 100)] == [1.0, 2.0, 2.0, 2.0]
     always = Optim(lr=2.0, warmup_steps=10, schedule="constant", decay_fraction=1.0, final_lr_fraction=0.0)
     assert optim.learning_rate(55, 100, always) == pytest.approx(1.0)  # half-way between warm-up and end
     late = Optim(lr=2.0, warmup_steps=90, schedule="constant", decay_fraction=0.5, final_lr_fraction=0.0)
-    rate = [optim.learning_rate(step, 100, late) for step in (45, 90, 95, 100)]
-    assert rate == [1.0, 2.0, 1.0, 0.0]  # warm-up comes first
+    lrs = [optim.learning_rate(step, 100, late) for step in (45, 90, 95, 100)]
+    assert lrs == [1.0, 2.0, 1.0, 0.0]  # warm-up comes first
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_an_annealed_run_leaves_the_schedule_where_it_stands_and_falls_to_zero(schedule):
     cfg = Optim(lr=3e-4, warmup_steps=10, schedule=schedule, anneal_steps=40)
     begin = optim.learning_rate(60, 100, cfg)
-    rate = [optim.annealed_rate(begin, step - 60, cfg) for step in (60, 61, 80, 99, 100, 105)]
-    assert rate == [pytest.approx(begin * left) for left in (1, 39 / 40, 1 / 2, 1 / 40, 0, 0)]
+    lrs = [optim.annealed_lr(begin, step - 60, cfg) for step in (60, 61, 80, 99, 100, 105)]
+    assert lrs == [pytest.approx(begin * left) for left in (1, 39 / 40, 1 / 2, 1 / 40, 0, 0)]
 
 
 def test_a_schedule_that_counts_tokens_follows_batches_that_double():
@@ -84,8 +84,8 @@ def test_a_schedule_that_counts_tokens_follows_batches_that_double():
         expected.append(lr * tokens / 1000 if tokens < 1000 else lr * (0.2 + 0.8 * cosine))
         consumed += size
     at = [steps.schedule_position(cfg, plan, step) for step in range(plan.n_steps)]
-    rates = [optim.learning_rate(tokens, steps.schedule_length(cfg, plan.n_steps), o) for tokens in at]
-    assert rates == pytest.approx(expected) and len({round(b - a) for a, b in itertools.pairwise(at)}) == 3
+    lrs = [optim.learning_rate(tokens, steps.schedule_length(cfg, plan.n_steps), o) for tokens in at]
+    assert lrs == pytest.approx(expected) and len({round(b - a) for a, b in itertools.pairwise(at)}) == 3
     assert optim.learning_rate(5001, 5000, o) == pytest.approx(lr * 0.2)
 
 
@@ -101,7 +101,7 @@ def test_the_length_of_a_schedule_is_what_is_asked_for_or_all_the_data():
 
 
 @pytest.mark.parametrize("at", [0, 5, 50])
-def test_a_schedule_that_nobody_computes_raises_where_it_is_used(at):
+def test_a_schedule_that_is_not_in_the_table_raises_where_it_is_used(at):
     cfg = Optim(warmup_steps=10)
     object.__setattr__(cfg, "schedule", "inverse_sqrt")
     with pytest.raises(ValueError, match="inverse_sqrt"):
@@ -179,14 +179,14 @@ def test_under_mup_only_matrices_inside_layers_learn_at_the_scale():
     )
     net = Transformer(cfg)
     adamw = optim.adamw(net, Optim(decay="matrices", weight_decay=0.1), cfg.mup_scale)
-    optim.set_rate(adamw, 0.012)
-    rates = {
+    optim.set_lr(adamw, 0.012)
+    lrs = {
         id(p): (group["lr"], group["weight_decay"]) for group in adamw.param_groups for p in group["params"]
     }
     for name, p in net.named_parameters():
         inside = name.startswith("layers.") and p.ndim == 2
         expected = (0.012 / 4 if inside else 0.012, 0.1 if p.ndim == 2 else 0.0)
-        assert rates[id(p)] == pytest.approx(expected), name
+        assert lrs[id(p)] == pytest.approx(expected), name
 
 
 def test_one_update_of_adamw_equals_the_paper_by_hand():
@@ -204,19 +204,26 @@ def test_one_update_of_adamw_equals_the_paper_by_hand():
         assert weight.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_clip_uses_the_global_norm_and_returns_it():
+def test_an_update_clips_by_the_global_norm_moves_the_weights_and_drops_the_gradients():
     net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
-    net[0].weight.grad = torch.tensor([[2.0, 3.0]])
-    net[1].weight.grad = torch.tensor([[6.0]])
-    assert optim.clip(net, 0.0).item() == 7.0  # sqrt(4 + 9 + 36)
-    assert net[1].weight.grad.item() == 6.0
-    assert optim.clip(net, 10.0).item() == 7.0
-    assert net[1].weight.grad.item() == 6.0
-    assert optim.clip(net, 3.5).item() == 7.0
-    assert net[1].weight.grad.item() == pytest.approx(3.0, rel=1e-6)
-    net[1].weight.grad = torch.tensor([[math.inf]])
-    assert math.isinf(optim.clip(net, 1.0).item())
-    assert net[0].weight.grad.tolist() == [[pytest.approx(1.0), pytest.approx(1.5)]]
+    sgd = torch.optim.SGD(net.parameters())
+    sgd.param_groups[0]["lr_scale"] = 0.5
+
+    def moved(limit: float, last: float = 6.0) -> tuple[float, list[float]]:
+        """The norm that was found, and how far an update with learning rate 2 x 0.5 moves each weight."""
+        net[0].weight.grad, net[1].weight.grad = torch.tensor([[2.0, 3.0]]), torch.tensor([[last]])
+        for weights in net.parameters():
+            weights.data.zero_()
+        norm = optim.grad_norm(net).item()
+        optim.update(net, [sgd], 2.0, norm, limit)
+        assert all(weights.grad is None for weights in net.parameters())
+        return norm, [-w for weights in net.parameters() for w in weights.flatten().tolist()]
+
+    assert moved(0.0) == (7.0, [2.0, 3.0, 6.0])  # sqrt(4 + 9 + 36); no limit
+    assert moved(10.0) == (7.0, [2.0, 3.0, 6.0])
+    assert moved(3.5) == (7.0, [pytest.approx(x, rel=1e-6) for x in (1.0, 1.5, 3.0)])
+    norm, far = moved(1.0, math.inf)  # scales nothing: a run judges it before it updates
+    assert math.isinf(norm) and far == [2.0, 3.0, math.inf]
 
 
 # ---- Muon -------------------------------------------------------------------------------------------------
@@ -264,11 +271,11 @@ def test_muon_moves_the_matrices_inside_layers_as_its_paper_says():
             scale = 0.2 * math.sqrt(max(p.shape))  # Liu et al. 2025, section 2.2
             expected[n] -= lr * (scale * orthogonal(ahead) + 0.3 * expected[n])
         for optimizer in (muon, adamw):
-            optim.set_rate(optimizer, lr)
+            optim.set_lr(optimizer, lr)
             optimizer.step()
     for n, p in inside.items():
         moved, by_hand = p.detach().double().numpy() - first[n], expected[n] - first[n]
-        # PyTorch iterates in BF16: five steps, each of which rounds three products to 8 bits
+        # PyTorch iterates in BF16: five steps, each of which rounds three matmuls to 8 bits
         assert np.linalg.norm(moved - by_hand) < 5 * 3 * 2.0**-8 * np.linalg.norm(by_hand), n
 
 
@@ -278,7 +285,7 @@ def test_beside_muon_everything_else_is_moved_by_adamw_bit_for_bit():
     (adamw,) = optim.optimizers(nets[0], Optim(**common))
     muon, rest = optim.optimizers(nets[1], Optim(**common, optimizer="muon"))
     for optimizer in (adamw, muon, rest):
-        optim.set_rate(optimizer, 0.01)
+        optim.set_lr(optimizer, 0.01)
         optimizer.step()
     names = {id(p): name for name, p in nets[1].named_parameters()}
     by_adamw = {names[id(p)] for group in rest.param_groups for p in group["params"]}
@@ -290,12 +297,12 @@ def test_beside_muon_everything_else_is_moved_by_adamw_bit_for_bit():
         assert torch.equal(a, b) == (name in by_adamw), name
 
 
-def test_muon_takes_its_rate_and_decay_from_the_group():
-    """Under muP matrices inside layers learn at a fraction of the rate, their decay with them."""
+def test_muon_takes_its_learning_rate_and_decay_from_the_group():
+    """Under muP matrices inside layers learn at a fraction of the learning rate, their decay with them."""
     net = net_with_gradients(3, tie_embeddings=True, init="mup", mup_base_width=3)
     muon, adamw = optim.optimizers(net, Optim(optimizer="muon", weight_decay=0.1), net.cfg.mup_scale)
-    optim.set_rate(muon, 0.08)
-    optim.set_rate(adamw, 0.08)
+    optim.set_lr(muon, 0.08)
+    optim.set_lr(adamw, 0.08)
     assert [(g["lr"], g["weight_decay"]) for g in muon.param_groups] == [(pytest.approx(0.08 / 4), 0.1)]
     assert {g["lr"] for g in adamw.param_groups} == {0.08}
 
@@ -303,16 +310,16 @@ def test_muon_takes_its_rate_and_decay_from_the_group():
 # ---- gradients --------------------------------------------------------------------------------------------
 
 
-def test_norms_by_layer_are_of_what_is_in_each():
+def test_grad_norms_by_layer_are_of_what_is_in_each():
     net = net_with_gradients(4, norm="layernorm", bias=True, positions="learned")
-    norms = optim.norms_by_layer(net)
+    norms = optim.grad_norms_by_layer(net)
     assert list(norms) == ["embed_tokens", "embed_positions", "layers.0", "layers.1", "norm", "lm_head"]
     for layer, value in norms.items():
         grads = [p.grad.double() for n, p in net.named_parameters() if n.startswith(f"{layer}.")]
         assert value == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-6)
-    assert optim.norm(optim.gradients(net)).item() == pytest.approx(math.hypot(*norms.values()), rel=1e-6)
+    assert optim.grad_norm(net).item() == pytest.approx(math.hypot(*norms.values()), rel=1e-6)
     net.norm.weight.grad = net.norm.bias.grad = None
-    assert "norm" not in optim.norms_by_layer(net)
+    assert "norm" not in optim.grad_norms_by_layer(net)
 
 
 @pytest.mark.parametrize(
@@ -327,10 +334,10 @@ def test_norms_by_layer_are_of_what_is_in_each():
     ],
 )
 def test_gradients_are_scaled_by_the_norm_that_is_given(total, limit, factor):
-    """The norm is everybody's, also where a process holds a part of the gradient only."""
+    """The norm is that of the whole gradient, also where a process holds a shard of it only."""
     net = torch.nn.Linear(2, 1)
     net.weight.grad = torch.tensor([[3.0, -4.0]])  # and no gradient of the bias
-    optim.scale_gradients(net, total, limit)
+    optim.clip_gradients(net, total, limit)
     assert net.weight.grad.tolist() == [pytest.approx([3.0 * factor, -4.0 * factor], rel=1e-5)]
 
 
@@ -372,6 +379,6 @@ def test_a_shrunk_gradient_changes_no_loss_and_asks_for_no_gradient_where_none_i
     assert torch.equal(net(tokens, tokens), plain(tokens, tokens))
 
 
-def test_a_constant_rate_without_decay_stays_at_its_peak_beyond_the_schedule():
+def test_a_constant_learning_rate_without_decay_stays_at_its_peak_beyond_the_schedule():
     cfg = Optim(lr=0.5, schedule="constant", decay_fraction=0.0, warmup_steps=4)
     assert [optim.learning_rate(at, 100, cfg) for at in (4, 50, 100, 101, 500)] == [0.5] * 5

@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import learner
 import optim
 import parallel
+import train
 from config import Config, ConfigError, Eval, Model, Optim, Parallel, Train
 from model import Transformer
 
@@ -94,25 +94,27 @@ N_TOKENS = ROWS * LLAMA["seq_len"]  # of a batch
 
 
 def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
-    """STEPS updates by learner.py -> what came of it, the same on every process, by name.
+    """STEPS updates as train.py makes them -> what came of it, the same on every process, by name.
 
     "loss" (STEPS), "norm" (STEPS), "norm of <layer>" (STEPS) and, of each parameter, how far it has moved.
     """
-    student, start = learner.Learner(cfg, world, EOT), first_weights(cfg)
-    student.fill(start)
+    model, optimizers = train.build(cfg, world, EOT)
+    bare, start = parallel.bare(model), first_weights(cfg)
+    world.fill(model, start)
     seen = {}
     for batch in batches():
-        nats = student.gradients(batch[world.share(ROWS)], N_TOKENS)
+        rows = batch[world.share(ROWS)]
+        sums = train.forward_backward(model, rows, N_TOKENS, train.next_token_loss, world, cfg)
         # tp - 1 neighbours have other tokens of the same rows: their losses add up as those of other rows do
-        loss, norm = world.sum(nats, student.norm())
+        loss, norm = world.sum(sums["loss"], optim.grad_norm(model))
         norm /= world.size
         seen.setdefault("loss", []).append(loss / N_TOKENS)
         seen.setdefault("norm", []).append(norm)
-        for layer, value in optim.norms_by_layer(student.model).items():
+        for layer, value in optim.grad_norms_by_layer(bare).items():
             seen.setdefault(f"norm of {layer}", []).append(value)
-        student.update(LR, norm, cfg.optim.grad_clip)
+        optim.update(model, optimizers, LR, norm, cfg.optim.grad_clip)
     out = {name: torch.tensor(values, dtype=torch.float64) for name, values in seen.items()}
-    for (name, p), before in zip(student.model.named_parameters(), start):
+    for (name, p), before in zip(bare.named_parameters(), start):
         out[name] = parallel.whole(p).detach().clone() - before
     return out
 
@@ -122,7 +124,7 @@ def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
 
 @functools.cache
 def exact(model: str, *optim_settings) -> dict[str, Tensor]:
-    """`learn` in float64 and without learner.py, loss.py or parallel.py."""
+    """`learn` in float64 and without train.py, loss.py or parallel.py."""
     cfg = make(model, dict(optim_settings))
     student, start = Transformer(cfg.model, EOT).double(), first_weights(cfg)
     with torch.no_grad():
@@ -150,7 +152,7 @@ def exact(model: str, *optim_settings) -> dict[str, Tensor]:
             for p in student.parameters():
                 p.grad *= min(1.0, cfg.optim.grad_clip / (norm + 1e-6))
             for optimizer in optimizers:
-                optim.set_rate(optimizer, LR)
+                optim.set_lr(optimizer, LR)
                 optimizer.step()
                 optimizer.zero_grad()
     finally:
@@ -279,7 +281,7 @@ def group(n: int, folder: Path, slow: bool) -> None:
     jobs = {name: (store.port, *job[1:]) for store, (name, job) in zip(stores, jobs.items())}
     # a server that imports torch once, which takes seconds, and of which all processes are forks
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["learner", "safetensors.torch"])
+    context.set_forkserver_preload(["train", "safetensors.torch"])
     processes = [
         context.Process(target=member, args=(rank, n, jobs, folder), daemon=True) for rank in range(n)
     ]
@@ -425,7 +427,7 @@ def odd_width(world: parallel.World) -> dict[str, Tensor]:
     cfg = make("llama", TP2_FSDP)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, d_model=35))
     with pytest.raises(ConfigError, match=r"35 wide.*does not divide by 2 shards"):
-        learner.Learner(cfg, dataclasses.replace(world, **split_in_two(world)), EOT)
+        train.build(cfg, dataclasses.replace(world, **split_in_two(world)), EOT)
     return {"passed": torch.ones(1)}
 
 

@@ -1,4 +1,7 @@
-"""README, imports and style of the house: what the front door says is so."""
+"""README, imports and style of the house: what the front door says is so.
+
+python tests/test_readme.py    # writes the lines of ring 1 as they are now into the README's table
+"""
 
 import ast
 import functools
@@ -11,11 +14,62 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import config
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "DIFFERENCES.md", "benchmarks/README.md", "configs/README.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+
+RING_1 = ["config", "model", "loss", "optim", "dataset", "steps", "parallel", "checkpoint", "train"]
+MOST_LINES, MOST_LINES_OF_A_FILE = 2400, 400
+
+# Every file, after all files that it imports. A file imports only what is before it, so there is no circle.
+LAYERS = """
+    configurator consistency config files metrics
+    formats.shards formats.families formats.documents
+    bpe formats.sentencepiece formats.hf_tokenizer tokenizer
+    manifest dataset encode chunks data steps seen
+    run_folder cost hardware memory
+    loss masks model optim sharding parallel
+    integrity checkpoint formats.llama2c
+    incidents preflight train benchmark audit plan
+    measure sample memorize eval convert
+    results figures report mirror
+"""
+ORDER = LAYERS.split()
+
+# What a file of ring 1 may import beside ring 1: a reader can take these on trust. A name ends in "." where
+# any file of that folder may be imported.
+RING_1_TRUSTS = {
+    "config": {"configurator", "consistency"},
+    "model": {"masks"},
+    "loss": set(),
+    "optim": set(),
+    "dataset": {"files", "manifest"},
+    "steps": set(),
+    "parallel": {"configurator", "hardware", "sharding"},
+    "checkpoint": {"configurator", "files", "integrity", "run_folder", "formats."},
+    "train": {
+        "configurator",
+        "files",
+        "hardware",
+        "incidents",
+        "integrity",
+        "metrics",
+        "preflight",
+        "run_folder",
+    },
+}
+
+# Verbs are run. These few are also imported, and by nobody else.
+IMPORTERS_OF_VERBS = {
+    "train": {"benchmark"},
+    "tokenizer": {"data", "encode", "preflight", "sample", "measure", "eval", "convert"},
+    "sample": {"memorize", "eval"},
+    "memorize": {"eval"},
+}
 
 
 def shipped(pattern: str) -> list[Path]:
@@ -26,129 +80,140 @@ def shipped(pattern: str) -> list[Path]:
     return [ROOT / name for name in listed.stdout.split("\n") if name and (ROOT / name).exists()]
 
 
-# Without git: what the README's table names.
-NAMED = [ROOT / f"{name}.py" for name in re.findall(r"^\| `(\w+)\.py` \|", README, re.M)]
-SCRIPTS = {path.stem: path for path in shipped("*.py") or NAMED if path.parent == ROOT}
+# ---- the map ----------------------------------------------------------------------------------------------
 
-# Who may import whom (the design's table): a file may import only those before it in one of these orders.
-MAY_IMPORT = {
-    "config": [],
-    "files": [],
-    "loss": [],
-    "model": ["config", "loss"],
-    "documents": ["config"],
-    "bpe": ["config"],
-    "tokenizer": ["config", "files", "documents", "bpe"],
-    "dataset": ["config", "files"],
-    "data": ["config", "files", "documents", "bpe", "tokenizer", "dataset"],
-    "families": ["config"],
-    "steps": ["config"],
-    "seen": ["config", "dataset", "steps"],
-    "cost": ["config", "steps"],
-    "optim": ["config"],
-    "parallel": ["config"],
-    "checkpoint": ["config", "files", "steps", "model", "families", "parallel"],
-    "learner": ["config", "model", "optim", "parallel"],
-    "ledger": ["config", "files", "model", "dataset", "cost", "parallel", "checkpoint"],
-    "incidents": ["config", "files", "dataset", "steps", "optim", "checkpoint"],
-    "benchmark": ["config", "files", "cost", "optim", "parallel", "learner", "ledger"],
-    "mirror": ["config", "files"],
-    "train": [
-        "config",
-        "files",
-        "model",
-        "dataset",
-        "steps",
-        "cost",
-        "optim",
-        "parallel",
-        "families",
-        "checkpoint",
-        "learner",
-        "ledger",
-        "incidents",
-        "benchmark",
-        "tokenizer",
-    ],
-    "sample": ["config", "files", "model", "parallel", "checkpoint", "tokenizer"],
-    "memorize": ["config", "files", "model", "dataset", "steps", "seen", "parallel", "checkpoint", "sample"],
-    "eval": [
-        "steps",
-        "config",
-        "files",
-        "model",
-        "dataset",
-        "parallel",
-        "checkpoint",
-        "sample",
-        "tokenizer",
-        "memorize",
-    ],
-    "convert": ["config", "files", "model", "families", "checkpoint", "tokenizer"],
-    "plan": ["config", "cost"],
-    "run_folder": ["config", "files"],
-    "figures": ["run_folder"],
-    "report": ["config", "files", "run_folder", "figures"],
-}
-NO_TORCH = {
-    "steps",
-    "seen",
-    "mirror",
-    "config",
-    "files",
-    "documents",
-    "bpe",
-    "tokenizer",
-    "dataset",
-    "data",
-    "cost",
-    "plan",
-    "run_folder",
-    "figures",
-    "report",
-}
+
+def ring(number: int) -> dict[str, list[str]]:
+    """The README's table of a ring: {"loss.py": ["the loss over ...", "115", "`test_loss.py`"], ...}."""
+    table = README.partition(f"**Ring {number} ")[2].partition("\n\n|")[2].partition("\n\n")[0]
+    rows = {}
+    for line in table.split("\n"):
+        files, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for file in re.findall(r"`([^`]+)`", files):
+            rows[file] = cells
+    return rows
+
+
+RINGS = [ring(1), ring(2), ring(3)]
+NAMED = [ROOT / name for table in RINGS for name in table if name.endswith(".py")]  # where there is no git
+ROOT_FILES = [path for path in shipped("*.py") or NAMED if path.parent == ROOT]
+FORMATS = shipped("formats/*.py") or sorted((ROOT / "formats").glob("*.py"))
+# {"train": Path("/.../train.py"), ..., "formats.shards": Path("/.../formats/shards.py"), ...}
+MODULES = {path.stem: path for path in ROOT_FILES} | {f"formats.{path.stem}": path for path in FORMATS}
+
+
+def n_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def with_lines_counted(readme: str) -> str:
+    """The README with the numbers of ring 1's table as they should be."""
+    counts = {f"{name}.py": n_lines(ROOT / f"{name}.py") for name in RING_1}
+    for name, n in counts.items():
+        readme = re.sub(rf"^(\| `{name}` \|[^|]*\|)[^|]*\|", rf"\1 {n:,} |", readme, count=1, flags=re.M)
+    return re.sub(r"^\| total \|.*$", f"| total | | {sum(counts.values()):,} | |", readme, flags=re.M)
+
+
+def test_ring_1_is_short_and_the_readme_shows_its_lines():
+    counts = {name: n_lines(ROOT / f"{name}.py") for name in RING_1}
+    assert [f"{name}.py" for name in RING_1] == list(RINGS[0]), "the reading order"
+    assert max(counts.values()) <= MOST_LINES_OF_A_FILE, counts
+    assert sum(counts.values()) <= MOST_LINES, counts
+    right = set(with_lines_counted(README).split("\n")) - set(README.split("\n"))
+    lines = "\n".join(sorted(right))
+    assert not right, f"`python tests/test_readme.py` writes these lines into the README:\n{lines}"
+
+
+def test_every_file_of_the_root_is_in_one_ring():
+    named = [name for table in RINGS for name in table]
+    assert len(named) == len(set(named))
+    assert {path.name for path in ROOT_FILES} == {name for name in named if name.endswith(".py")}
+    assert all(f"`{path.name}`" in RINGS[2]["formats/"][0] for path in FORMATS)
+
+
+@pytest.mark.parametrize("name", [name for table in RINGS for name in table])
+def test_the_map_of_a_ring_names_the_tests_of_every_file(name):
+    *_, tests = next(table[name] for table in RINGS if name in table)
+    named = re.findall(r"`(\w+\.py)`", tests)
+    assert named and all((ROOT / "tests" / test).is_file() for test in named), tests
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_in_a_ring_says_what_it_is(name):
+    assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+
+
+# ---- imports ----------------------------------------------------------------------------------------------
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
 def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Names of all modules that a file imports, also inside functions: {"config", "formats.shards", ...}.
+
+    Not those below `if TYPE_CHECKING:`, which no Python that runs imports.
+    """
+    tree, names = ast.parse(path.read_text(encoding="utf-8")), set()
+    tree.body = [node for node in tree.body if not for_types_only(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
+            folder = node.module == "formats"  # from formats import shards
+            names |= {f"formats.{alias.name}" for alias in node.names} if folder else {node.module}
     return names
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
+IMPORTS = {name: imported(path) & set(MODULES) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_go_one_way(name):
-    assert imported(SCRIPTS[name]) & set(SCRIPTS) <= set(MAY_IMPORT[name])
-    if name in NO_TORCH:
-        assert "torch" not in imported(SCRIPTS[name])
+    assert name in ORDER, f"{name} has no place in ORDER"
+    later = IMPORTS[name] - set(ORDER[: ORDER.index(name)])
+    assert not later, f"{name} imports {later}, which ORDER has after it"
 
 
-def test_the_permitted_imports_have_no_circle():
-    done: list[str] = []
-    while len(done) < len(MAY_IMPORT):
-        ready = [n for n, needs in MAY_IMPORT.items() if n not in done and set(needs) <= set(done)]
-        assert ready, f"a circle among {set(MAY_IMPORT) - set(done)}"
-        done += ready
+@pytest.mark.parametrize("name", RING_1)
+def test_imports_of_ring_1_are_ring_1_and_what_it_trusts(name):
+    trusted = RING_1_TRUSTS[name]
+    others = {other for other in IMPORTS[name] - set(RING_1) if f"{other.partition('.')[0]}." not in trusted}
+    assert others <= trusted, f"RING_1_TRUSTS does not name {others - trusted} for {name}"
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_every_file_says_what_it_is_and_stands_in_the_table(name):
-    assert ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
-    assert f"| `{name}.py` |" in README
+def test_imports_are_of_nouns_and_verbs_are_run():
+    verbs = {name.removesuffix(".py") for name in RINGS[1]} | {"train"}
+    for verb in sorted(verbs):
+        importers = {name for name, names in IMPORTS.items() if verb in names}
+        assert importers <= IMPORTERS_OF_VERBS.get(verb, set()), f"{verb} is imported by {importers}"
 
 
-def test_the_table_names_only_files_that_exist():
-    table = README.partition("## The files")[2].partition("##")[0]
-    for name in re.findall(r"^\| `([^`]+)` \|", table, re.M):
-        assert (ROOT / name).exists(), name
+def test_files_that_promise_no_torch_do_not_import_it():
+    promised = ["formats.documents", "formats.hf_tokenizer", "formats.sentencepiece"]
+    for name, (concept, *_) in (RINGS[0] | RINGS[1] | RINGS[2]).items():
+        if "No torch" in concept:
+            promised.append(name.removesuffix(".py"))
+    assert len(promised) > 20
+    # One process imports all of them, in this order, and stops at the first that brings torch.
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(f"{name} imports torch")
+"""
+    done = subprocess.run([sys.executable, "-c", code, *promised], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- what the documents say -------------------------------------------------------------------------------
 
 
 def commands() -> list[list[str]]:
-    """Every `python script.py ...` and `torchrun ... script.py ...` of the README."""
-    found = re.findall(r"(?:python|torchrun) [^`\n#]*", README)
+    """Every `python script.py ...`, `python -m pytest ...` and `torchrun ... script.py ...` of DOCUMENTS."""
+    found = re.findall(r"(?:python|torchrun) [^`\n#]*", "\n".join(TEXTS.values()))
     return sorted({command.strip() for command in found if ".py" in command or "-m pytest" in command})
 
 
@@ -161,13 +226,13 @@ def help_of(script: str, *words: str) -> str:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_in_the_readme_exists_with_the_flags_it_uses(command):
+def test_every_command_in_the_documents_exists_with_the_flags_it_uses(command):
     words = command.split()
-    scripts = [word for word in words if word.endswith(".py") and "/" not in word]
+    scripts = [word for word in words if word.endswith(".py") and word != "my.py"]
     for script in scripts:
         assert (ROOT / script).is_file(), command
-    benchmarks = [word for word in words if word.startswith("benchmarks/")]
-    for script in (*scripts, *benchmarks):
+        if script.startswith("tests/"):
+            continue
         known = help_of(script)
         after = words[words.index(script) + 1 :]
         if script == "tokenizer.py":
@@ -177,34 +242,53 @@ def test_every_command_in_the_readme_exists_with_the_flags_it_uses(command):
 
 
 def test_the_project_has_no_pickle_and_runs_no_code_from_files():
-    for name, path in SCRIPTS.items():
+    for name, path in MODULES.items():
         source = path.read_text(encoding="utf-8")
         for word in ("torch.load(", "allow_pickle=True", "trust_remote_code=True", "shell=True"):
             assert not re.search(rf"^[^#\"]*\b{re.escape(word)}", source, re.M), (name, word)
-        assert "pickle" not in imported(path)
+        assert "pickle" not in imported(path), name
 
 
 def test_no_line_is_longer_than_the_style_allows():
-    for path in (*SCRIPTS.values(), *shipped("tests/*.py"), *shipped("configs/*.py")):
+    others = [path for folder in ("tests", "configs", "benchmarks") for path in shipped(f"{folder}/*.py")]
+    for path in (*MODULES.values(), *others):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number}"
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", TEXTS[name], re.M | re.S)
 
 
-def test_every_python_block_of_the_readme_is_a_config_that_loads(tmp_path):
-    for number, block in enumerate(python_blocks()):
+def test_every_python_block_of_a_readme_is_a_config_that_loads(tmp_path):
+    loaded = []
+    for number, block in enumerate(python_blocks("README.md") + python_blocks("configs/README.md")):
         path = tmp_path / f"block{number}.py"
         path.write_text(block)
-        cfg = config.load(str(path))
-        assert cfg.data.sources and cfg.tokenizer.path, block
+        loaded.append(config.load(str(path)))
+        assert loaded[-1].data.sources and loaded[-1].tokenizer.path, block
+    assert len(loaded) == 2
+    cfg = loaded[-1]
     assert cfg.init_from == cfg.tokenizer.path == "models/mine" and cfg.run == "runs/adapted"
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "DIFFERENCES.md", "benchmarks/README.md"])
+def test_every_other_python_block_compiles(name):
+    for block in python_blocks(name):
+        compile(block, name, "exec")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_file_names_of_the_documents_exist(name):
+    text, folder = TEXTS[name], (ROOT / name).parent
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (folder / link).exists(), link
+    for file in re.findall(r"`((?:tests|benchmarks|configs|formats)/[\w.]+)`", text):
+        assert (ROOT / file).exists(), file
+
+
 def test_the_example_of_help_stands_in_the_readme_and_is_built_from_own_text(tmp_path):
-    assert config.EXAMPLE in python_blocks() and len(config.EXAMPLE.splitlines()) < 15
+    assert config.EXAMPLE in python_blocks("README.md") and len(config.EXAMPLE.splitlines()) < 15
     assert textwrap.indent(config.EXAMPLE, "    ") in help_of("train.py") and "paths=" in help_of("data.py")
     (tmp_path / "my.py").write_text(config.EXAMPLE)
     texts = [f"{n} sheep and {n * 7919 % 101} goats went up hill {n}. " * (n % 7 + 3) for n in range(200)]
@@ -238,9 +322,13 @@ def test_a_file_of_the_users_own_does_not_concern_these_tests(tmp_path):
             "tests/test_readme.py",
             "-q",
             "-k",
-            "imports or table or line",
+            "imports or ring or line",
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
     finally:
         mine.unlink()
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_lines_counted(README), encoding="utf-8")

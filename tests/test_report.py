@@ -58,8 +58,8 @@ def fake_run(folder, n_chunks=12, steps_per_chunk=45, n_rows=40, checkpoints=Non
         chunk = {"file": f"chunks/{i:03d}.bin", "first": i * rows, "rows": rows, "tokens": rows * T}
         chunks.append(chunk | {"sources": parts})
     sizes = {s: sum(c["sources"][s]["tokens"] for c in chunks) for s in sources}
-    held_out = {"validation_documents": 21, "validation_tokens": 51234, "validation_bytes": 170212}
-    held_out |= {"validation_rows": 200, "validation_dropped_tokens": 33}
+    validation = {"validation_documents": 21, "validation_tokens": 51234, "validation_bytes": 170212}
+    validation |= {"validation_rows": 200, "validation_dropped_tokens": 33}
     bad = {"bad": {"not UTF-8": 1}, "bad_examples": ["lib2/x.py:1: not UTF-8"]}
     stage = {"name": "main", "repeats": 1, "tokens": sum(sizes.values()), "rows": total * B}
     stage |= {"dropped_tokens": 77, "first_position": 0}
@@ -68,7 +68,7 @@ def fake_run(folder, n_chunks=12, steps_per_chunk=45, n_rows=40, checkpoints=Non
     manifest |= {"vocab_size": 2048, "eot": 2047, "tokenizer": {"file": "tokenizer.json", "sha256": SHA}}
     manifest |= {"seed": 1234, "order": "feistel-1", "row_multiple": B, "settings": {}}
     manifest["sources"] = {
-        s: {"files": 611, "documents": 590, "tokens": n, "bytes": int(n * 3.42)} | held_out | bad
+        s: {"files": 611, "documents": 590, "tokens": n, "bytes": int(n * 3.42)} | validation | bad
         for s, n in sizes.items()
     }
     manifest |= {"stages": [stage], "rows": total * B, "chunks": chunks}
@@ -290,19 +290,19 @@ def test_a_run_of_which_only_the_config_is_left_makes_a_page(original, tmp_path)
     Tags(page)
 
 
-def test_a_run_of_one_source_that_holds_nothing_out_says_so_and_draws_no_control(tmp_path):
+def test_a_run_of_one_source_that_holds_nothing_out_says_so_and_draws_no_validation_rows(tmp_path):
     folder = fake_run(tmp_path, n_chunks=1, steps_per_chunk=3, n_rows=2, sources=("story",))
     manifest = json.loads((folder / "dataset.json").read_text())
     manifest["sources"]["story"]["validation_rows"] = 0
     (folder / "dataset.json").write_text(json.dumps(manifest))
     (folder / "evals.jsonl").unlink()
     for path in (folder / "memorization").iterdir():
-        path.write_text(path.read_text().splitlines()[0] + "\n")  # of chunk 0, without the held-out rows
+        path.write_text(path.read_text().splitlines()[0] + "\n")  # of chunk 0, without the validation rows
     page, words = page_of(folder), words_of(page_of(folder))
-    assert "No text is held out, so there is no loss on held-out text." in words
-    assert "No text is held out, so there is no control." in words and "outlined" not in words
+    assert "No text is held out, so there is no loss on validation text." in words
+    assert "No text is held out, so there are no validation rows" in words and "outlined" not in words
     assert "python eval.py" not in words  # it would measure nothing
-    assert "held-out" not in "".join(re.findall("<svg.*?</svg>", page, re.S))
+    assert "validation" not in "".join(re.findall("<svg.*?</svg>", page, re.S))
 
 
 def test_a_source_that_holds_nothing_out_is_named_beside_those_that_do(small):
@@ -370,6 +370,7 @@ def test_a_line_cut_off_by_a_kill_is_ignored_and_named(small):
 def test_a_checkpoint_without_state_is_ignored_and_steps_are_numbers(small):
     (small / "checkpoints/step-00000099").mkdir()
     state = json.loads((small / "checkpoints/step-00000024/state.json").read_text())
+    state["step"] = 100000000
     (small / "checkpoints/step-100000000").mkdir()
     (small / "checkpoints/step-100000000/state.json").write_text(json.dumps(state))
     assert "checkpoints/step-00000099 has no usable state.json" in notes_of(small)
@@ -396,6 +397,80 @@ def test_losses_that_are_not_finite_are_counted_not_drawn(small):
     lines[3]["loss"], lines[9]["loss"], lines[9]["grad_norm"] = math.nan, None, math.inf
     (small / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "2 steps without a finite loss" in words_of(report.part_training(results.load(small)))
+
+
+def add_lines(path, lines):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def test_a_new_metric_and_a_new_kind_of_evaluation_reach_the_page_by_themselves(small):
+    lines = [json.loads(line) for line in (small / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"weight_norm": 100 + line["step"], "norms": {"layers.0": line["step"] / 7}, "constant": 5}
+    lines[3] |= {"skipped": True}  # says that a step moved nothing: no metric
+    (small / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = []
+    for step in (0, 8, 16, 24):
+        for task in ("copy", "add"):
+            line = {"kind": "task", "task": task, "checkpoint": f"step-{step:08d}", "step": step, "items": 50}
+            tasks.append(
+                line | {"accuracy": (step + len(task)) / 99, "seconds": step, "inputs": {"shots": 5}}
+            )
+    again = {"kind": "task", "task": "copy", "step": 24, "accuracy": 0.875}
+    once = {"kind": "toxicity", "step": 24, "rate": 0.0625}
+    add_lines(small / "evals.jsonl", [*tasks, again, once])
+
+    run = results.load(small)
+    assert run.metrics["weight_norm"].tolist() == list(range(101, 125)) and "skipped" not in run.metrics
+    assert run.evaluations["task"]["copy"][24] == {"accuracy": 0.875} and not run.notes
+    assert run.evaluations["toxicity"] == {"toxicity": {24: {"rate": 0.0625}}}
+
+    page = page_of(small)
+    names = {path.stem for path in (small / "figures").iterdir()}
+    assert {"metric_weight_norm", "metric_norms_layers_0", "eval_task_accuracy"} <= names
+    # what never varies, the clock, counters, and what is measured once have no figure
+    assert len(names) == 11 + 3
+    for title in ("weight_norm", "norms/layers.0", "accuracy", "copy  0.875", "add  0.273"):
+        assert f">{title}</text>" in page or f">{title.replace('  ', ' ')}</text>" in page, title
+    words = words_of(page)
+    assert "because they never vary" in words and "constant (5)" in words
+    assert "Table: every result of task" in words and "toxicity 24 0.0625" in words
+    Tags(page)
+
+
+def test_absurd_names_and_thousands_of_columns_and_kinds_do_not_break_the_page(small):
+    lines = [json.loads(line) for line in (small / "metrics.jsonl").read_text().splitlines()]
+    nested = deep = {}
+    for _ in range(300):
+        deep["deep"] = deep = {"x": 1}
+    odd = ["", EVIL, "\ud800", "x" * 10000, "a\nb", "../../etc/passwd", "A", "a", "a!", "$\\frac{1", "loss/"]
+    for line in lines:
+        n = line["step"]
+        line |= {name: n + i for i, name in enumerate(odd)} | {"nested": nested}
+        line |= {"huge": 1e29 * (n % 2), "beyond": 1e300, "below": -n, "digits": 10**400}
+        line |= {f"column {i}": n * i for i in range(3000)}
+    (small / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evals = []
+    for step in (8, 24):
+        fields = {f"{odd[j % len(odd)]}{j}": -step * j for j in range(30)} | {"huge": 1e29, "nan": math.nan}
+        for i, name in enumerate(odd * 20):
+            evals.append({"kind": "tasks" + EVIL, "task": f"{name}{i}", "step": step} | fields)
+        evals += [{"kind": f"kind {i}", "step": step, "value": step, "note": EVIL} for i in range(3000)]
+    add_lines(small / "evals.jsonl", [*evals, {"kind": "nothing", "step": 1}, {"kind": "loss", "step": 1}])
+
+    page = page_of(small)
+    found = Tags(page)
+    assert not found.tags & {"script", "img"} and not [n for n, _ in found.attributes if n.startswith("on")]
+    assert len(found.ids) == len(set(found.ids)) and len(page) < 10e6
+    for path in (small / "figures").iterdir():
+        assert re.fullmatch("[a-z0-9_]+.svg", path.name) and len(path.name) < 120
+    words = words_of(page)
+    # Three columns of fake_run, the odd names, three levels of x, huge and below, and the many.
+    n_columns = 3 + len(odd) + 3 + 2 + 3000
+    assert f"{n_columns - 60:,} columns left out; beside the usual ones, the first 60" in words
+    assert "2,993 of 3,001 kinds are left out." in words and "23 of 31 fields are left out." in words
+    assert "208 of 220 curves are left out." in words and "evals.jsonl: 2 lines without a result" in words
 
 
 EVIL = '</td><script>alert(1)</script><img src=x onerror="alert(2)">&$x_1$\u202e\x07'
@@ -553,7 +628,7 @@ def test_common_rows_equal_a_worked_example(small):
 def test_rows_are_counted_by_whether_they_were_seen(small):
     lines = map(json.loads, (small / "memorization/step-00000016.jsonl").read_text().splitlines())
     lines, run = {line["chunk"]: line["matches"] for line in lines}, results.load(small)
-    assert run.controls() == ["validation:code", "validation:docs"]
+    assert run.validation_kinds() == ["validation:code", "validation:docs"]
     assert run.matches(16, "seen").tolist() == lines[0] + lines[1]
     assert run.matches(16, "unseen").tolist() == lines[2]
     assert run.matches(16, "validation:docs").tolist() == lines["validation:docs"]

@@ -8,11 +8,11 @@ import math
 import random
 import re
 
+import conftest
 import numpy as np
 import pytest
 from test_data import byte_tokenizer
 
-import checkpoint
 import config
 import data
 import figures
@@ -248,7 +248,7 @@ def saved(cfg, d, step, **state):
     hashes = {"dataset_sha256": d.sha256, "tokenizer_sha256": d.manifest["tokenizer"]["sha256"]}
     state = {"step": step, "rows": 3 * step, "tokens": 3 * step * T, "eot": 256, **hashes, **state}
     own = {"tokenizer.json": (d.folder / "tokenizer.json").read_bytes()}
-    checkpoint.save(cfg.run, model, optim.adamw(model, cfg.optim), state, own)
+    conftest.save(cfg.run, model, [optim.adamw(model, cfg.optim)], state, own)
 
 
 def memorized(run, steps=()):

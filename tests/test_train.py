@@ -23,7 +23,8 @@ import parallel
 import run_folder
 import train
 from config import ConfigError
-from dataset import Dataset, differences
+from dataset import Dataset
+from manifest import differences
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def test_one_checkpoint_a_chunk_and_one_at_step_0_and_the_ledger_tells_it(recipe
 
 def test_loss_gradient_norm_rate_and_speed_are_those_worked_out_by_hand(recipe, whole):
     cfg = load(recipe, whole)
-    batch = torch.from_numpy(Dataset(cfg.dataset).batch(0, 6))
+    batch = torch.from_numpy(Dataset(cfg.dataset).rows(0, 6))
     net = checkpoint.load_model(whole / "checkpoints" / "step-00000000").requires_grad_(True)
     loss = F.cross_entropy(net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())  # one mean over 6 x 24
     loss.backward()
@@ -233,7 +234,7 @@ def test_ten_steps_of_the_demo_have_their_golden_losses():
             group["lr"] = optim.learning_rate(step, 10, recipe)
         loss = net(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
         loss.backward()
-        optim.clip(net, cfg.optim.grad_clip)
+        optim.clip_gradients(net, optim.grad_norm(net).item(), cfg.optim.grad_clip)
         adamw.step()
         adamw.zero_grad()
         losses.append(loss.item())
@@ -351,7 +352,7 @@ def test_a_document_mask_in_training_is_that_of_the_tokenizers_end_of_text(recip
     net = checkpoint.load_model(tmp_path / "run" / "checkpoints" / "step-00000000")
     assert net.eot == dataset.manifest["eot"]
     nats = 0.0
-    for row in torch.from_numpy(dataset.batch(0, 6)):  # each document of each row alone
+    for row in torch.from_numpy(dataset.rows(0, 6)):  # each document of each row alone
         inputs, targets = row[:-1], row[1:]
         ends = [0, *(i + 1 for i, token in enumerate(inputs.tolist()) if token == net.eot), 24]
         for first, end in itertools.pairwise(ends):
@@ -526,9 +527,11 @@ def test_a_run_that_stands_on_a_contradicting_tokenizer_or_an_unread_setting_sti
 
 def test_a_batch_that_doubles_sees_every_row_once_in_order(recipe, whole, tmp_path, monkeypatch):
     run, seen = tmp_path / "run", []
-    plain = train.Learner.gradients
+    plain = train.forward_backward
     monkeypatch.setattr(
-        train.Learner, "gradients", lambda self, batch, n: (seen.append(batch), plain(self, batch, n))[1]
+        train,
+        "forward_backward",
+        lambda model, rows, *rest: (seen.append(rows), plain(model, rows, *rest))[1],
     )
     # after 50 rows of 24 tokens: 9 steps of 6, then 12, and after 100 rows 24
     asked = ("--train.batch_double_tokens=1200", "--train.batch_size_max=24")

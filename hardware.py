@@ -1,0 +1,300 @@
+"""Facts about the machine: GPUs and their peaks, memory, power, the names of devices; and a meter for a run.
+
+The plan (plan.py, memory.py) asks for a GPU that need not be here, by its name. train.py and benchmark.py ask
+for the device that they use. Importing this file does not import torch: the functions that need it do so
+themselves. Reads /proc and control groups; writes nothing.
+"""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import cost
+from config import Config, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from parallel import World
+
+GIB = 2**30
+
+# ---- GPUs by name -----------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    memory: float  # bytes that PyTorch finds on it, which are fewer than its name says
+    flops: float | None  # peak of dense BF16 matmuls with FP32 sums, per second; None: not known
+    watts: float | None  # limit of the board; a long run draws about that much
+
+
+# Peaks and watts: NVIDIA's data sheets (of the SXM boards, and of the RTX 4090), without sparsity.
+GPUS = {
+    "a100-40gb": Gpu(39.4 * GIB, 312e12, 400),
+    "a100-80gb": Gpu(79.1 * GIB, 312e12, 400),
+    "h100-80gb": Gpu(79.1 * GIB, 989e12, 700),
+    "h200": Gpu(139.7 * GIB, 989e12, 700),
+    "rtx-4090": Gpu(23.6 * GIB, 165e12, 450),
+}
+SHORT = {"a100": "a100-80gb", "h100": "h100-80gb", "4090": "rtx-4090", "rtx4090": "rtx-4090"}
+
+# Peaks by words of the name that PyTorch gives a device. The first entry whose words are all in it counts, so
+# a board with a peak of its own comes before the family.
+PEAKS = {
+    "A100": GPUS["a100-80gb"].flops,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": GPUS["h100-80gb"].flops,
+    "H200 NVL": 836e12,
+    "H200": GPUS["h200"].flops,
+    "RTX 4090": GPUS["rtx-4090"].flops,
+}
+
+
+def by_name(name: str) -> tuple[int | None, str]:
+    """How many, and which of GPUS or "cpu", by a usual name: by_name("8xH100") -> (8, "h100-80gb").
+
+    The number is None where the name has none. Raises ConfigError where no such GPU is known.
+    """
+    count, short = re.fullmatch(r"(?:(\d{1,9})x)?(.*)", name.lower().replace(" ", "-")).groups()
+    gpu, known = SHORT.get(short, short), (*GPUS, "cpu")
+    if gpu not in known:
+        raise ConfigError(f"--gpu={name}{did_you_mean(gpu, known)}")
+    return int(count) if count else None, gpu
+
+
+def peak_flops(device: str) -> float | None:
+    """Peak of a device by PyTorch's name for it: peak_flops("NVIDIA H100 80GB HBM3") -> 989e12.
+
+    None where the peak is not known: MFU is then not computed.
+    """
+    words = re.findall("[A-Za-z0-9]+", device)  # whole words: an RTX A1000 is no A100
+    if {*words} & {"MIG", "Laptop", "D", "64GB"}:  # a slice of a board, or another board of that name
+        return None
+    for name, flops in PEAKS.items():
+        if f" {name} " in f" {' '.join(words)} ":
+            return flops
+    return None
+
+
+# ---- memory -----------------------------------------------------------------------------------------------
+
+# Share of a GPU's memory for tensors. The rest is for CUDA's context, buffers of cuBLAS and NCCL, and gaps
+# between tensors.
+USABLE = 0.95
+# A CPU process held 1.2 to 1.6 times the bytes of its tensors, as malloc leaves gaps
+# (benchmarks/bench_memory.py).
+USABLE_ON_CPU = 0.6
+
+
+def machine(gpu: str) -> Gpu:
+    """A GPU of the table by its name, or "cpu": this machine."""
+    return Gpu(machine_memory(), None, None) if gpu == "cpu" else GPUS[gpu]
+
+
+def usable(gpu: str, processes: int) -> float:
+    """Bytes for the tensors of one process. All processes on a CPU share its memory; each has its own GPU."""
+    if gpu == "cpu":
+        return machine(gpu).memory * (USABLE_ON_CPU / processes)
+    return machine(gpu).memory * USABLE
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of this machine, or of the control group of this process (a container, a job) if it has fewer."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return limits[0]  # not Linux
+
+    for group in groups:
+        # A line is "0::/user.slice"; or in version 1, where each resource has a tree of its own,
+        # "9:memory:/docker/3f".
+        _, kinds, name = group.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
+        limit = "memory.limit_in_bytes" if kinds else "memory.max"
+
+        # The limit of a group also holds for the groups inside it, so all of them up to the top are read.
+        folder = top / name.strip("/")
+        for path in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit: no such file, or the word "max"
+                limits.append(int((path / limit).read_text()))
+            if path == top:
+                break
+    return min(limits)
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep what a CPU process frees, for its next tensors.
+
+    Otherwise each large tensor of each step is new memory from the kernel, which first fills it with zeros,
+    page by page: about 3 GB/s, a tenth of the speed of a copy.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # not glibc (macOS, musl): the same results, only slower
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ---- what this machine is ---------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """The processor's name and its number of cores."""
+    name = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def has_bf16() -> bool:
+    """Whether this processor has instructions for BF16 matmuls; True where it does not say."""
+    try:
+        return "bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
+def about_machine(device: "torch.device") -> dict:
+    """Software and hardware: {"versions": {"python": ..., ...}, "device": ..., "platform": ...}."""
+    import torch
+
+    # The others are read from the installed packages, so that nothing is imported for its version alone.
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in ("numpy", "safetensors")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {"versions": versions, "device": name, "platform": platform.platform()}
+
+
+def about_run(world: "World") -> dict:
+    """What may differ between the parts of a run that was resumed: code, machine, processes, precision."""
+    import torch
+
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "git": git.stdout.strip() or None,
+        **about_machine(world.device),
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+        "precision": str(world.dtype).removeprefix("torch."),
+    }
+
+
+# ---- what the hardware does during a run ------------------------------------------------------------------
+
+
+class Meter:
+    """Memory, MFU, power and energy of a run, as columns of metrics.jsonl.
+
+        meter = Meter(cfg, world)
+        joules = meter.joules()                       # of this process's GPU; to be summed over all GPUs
+        record |= meter.columns(tokens_per_second, joules)
+
+    Power and utilization are read from NVML, at most once a second, where nvidia-ml-py is installed. Energy
+    is power x time, summed over the GPUs of all processes. A column whose value is not known is absent.
+    """
+
+    def __init__(self, cfg: Config, world: "World"):
+        self.cfg, self.world, self.cuda = cfg, world, world.device.type == "cuda"
+        self.peak = None
+        if self.cuda:
+            import torch
+
+            self.peak = peak_flops(torch.cuda.get_device_name(world.device))
+        self.nvml = self.cuda and importlib.util.find_spec("pynvml") is not None
+        self.watts, self.use = 0.0, 0  # at the last reading; use: per cent of the time that the GPU was busy
+        self.kwh = 0.0  # of all GPUs, since the process began
+        self.last = self.read_at = time.perf_counter()
+
+    def joules(self) -> float:
+        """Energy that this process's GPU drew since the last call."""
+        if not self.nvml:
+            return 0.0
+        import torch
+
+        now = time.perf_counter()
+        if now - self.read_at >= 1 or not self.watts:
+            self.watts, self.use = torch.cuda.power_draw() / 1000, torch.cuda.utilization()
+            self.read_at = now
+        spent, self.last = self.watts * (now - self.last), now
+        return spent
+
+    def columns(self, tokens_per_second: float, joules: float) -> dict:
+        """What is known of the step just made: its speed and its energy are those of all GPUs together."""
+        record = {"memory_bytes": self.memory()}
+        if self.peak:
+            each = tokens_per_second / self.world.size
+            mfu_6n, mfu = cost.mfu(self.cfg.model, each, self.peak)
+            record |= {"mfu_6n": mfu_6n, "mfu": mfu, "peak_flops": self.peak}
+        if self.nvml:
+            self.kwh += joules / 3.6e6
+            record |= {"gpu_watts": self.watts, "gpu_use": self.use / 100, "kwh": self.kwh}
+        return record
+
+    def memory(self) -> int:
+        """The most bytes in use so far: on CUDA by tensors, on a CPU by the whole process."""
+        if self.cuda:
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def totals(self) -> dict:
+        """Energy since the process began, and its CO2 by OLMo's formula with LLaMA's figures (cost.py)."""
+        if not self.nvml:
+            return {}
+        tonnes = cost.tonnes_co2(self.kwh / 1000, cost.PUE, cost.KG_CO2_PER_KWH)
+        return {"kwh": self.kwh, "kg_co2": 1000 * tonnes}
+
+
+class Profiler:
+    """Traces steps 4 to 6 into trace.json of a run; without a run, does nothing."""
+
+    def __init__(self, run: Path | str | None, world: "World"):
+        self.run, self.tracer, self.done = run, None, run is None
+        if run is not None and world.rank == 0:
+            from torch.profiler import ProfilerActivity, profile
+
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
+            self.tracer = profile(activities=kinds, record_shapes=True)
+
+    def step(self, n_done: int, is_last: bool) -> None:
+        """To be called after each step of this process."""
+        if self.tracer is None or self.done:
+            return
+        if n_done == 3:
+            self.tracer.start()
+        if n_done == 6:
+            self.tracer.stop()
+            aside = Path(self.run) / ".trace.json"
+            self.tracer.export_chrome_trace(str(aside))
+            os.replace(aside, Path(self.run) / "trace.json")
+            print(f"steps 4 to 6 are in {self.run}/trace.json; open it at ui.perfetto.dev", flush=True)
+            self.done = True
+        elif is_last:
+            print("note     --profile traces steps 4 to 6, and this run made fewer", flush=True)

@@ -1,0 +1,456 @@
+"""Bytes on each GPU at the worst moment of a training step, and whether a config fits.
+
+    memory.peak(cfg, 8, cuda=True)       # {"weights": ..., "activations": ..., "at": "backward begins"}
+    memory.check(cfg, 8, "a100-80gb")    # ConfigError with the smallest change that would fit
+
+A step is followed from its forward pass to its update. At each moment the tensors are added up that this
+code (model.py, loss.py, parallel.py, optim.py) and PyTorch's engines hold then; the largest sum counts.
+
+The sums are derived from the code, not fitted to measurements. On a CPU they are within a few per cent of the
+profiler (benchmarks/bench_memory.py). One GPU, an H200, was measured on 2026-11-26 with one process, and used
+less than planned: 103.1 GiB instead of 104.7 for 7B with recompute, 39.9 instead of 44.5 for 1B, and 23.5
+instead of 27.1 for 124M. FSDP, HSDP and tensor parallel have not been measured on GPUs. Imports no torch.
+
+Letters: n tokens of a micro-batch; T seq_len, D d_model, L n_layers, F d_ff, V vocabulary; q, kv: the widths
+of all queries and of all keys, H Dh and K Dh; c bytes of a number in matmuls.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import config
+import hardware
+from config import Config, ConfigError, Model, choose
+from cost import BF16, FP32, accumulation, norms_of_a_block, optimizer_numbers, parameters, precision
+from hardware import GIB
+
+# loss.LOGITS_BYTES and LOGITS_BYTES_CUDA, which cannot be imported without torch; a test compares them
+LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
+MOST_GPUS = 4096  # the largest number that smallest_change tries
+
+
+# ---- activations ------------------------------------------------------------------------------------------
+
+
+def kept_by_layer(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
+    """Bytes that one block of model.py keeps between its forward and its backward, for n tokens.
+
+    The residual stream and norms are FP32. Matmuls run in c bytes, and keep their inputs: under autocast one
+    cast copy for all matmuls that read the same input. With tensor parallel over tp processes, each has
+    n / tp tokens of the stream, all n tokens of matmul inputs, and 1 / tp of the heads and hidden values.
+    """
+    m = model.resolved()
+    D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
+    c, local = BF16 if bf16 else FP32, n / tp
+
+    # what the norms read, in FP32: the stream (the same in a parallel block), or sub-layers' outputs
+    norms = norms_of_a_block(m)
+    kept = (1 if m.parallel_residual else norms) * FP32 * local * D + norms * kept_by_norm(m, local, D, cuda)
+    # Matmul inputs: one for q, k and v, and one for gate and up.
+    kept += 2 * c * n * D
+    # Norms of queries and keys: their inputs.
+    if m.qk_norm:
+        kept += FP32 * n * (q + kv) + kept_by_norm(m, n, q, cuda) + kept_by_norm(m, n, kv, cuda)
+    # Attention: q, k, v and its output, and for each head and token the log of the softmax's sum, in FP32.
+    kept += (c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads) / tp
+    # Queries, keys and values before they are clipped.
+    kept += c * n * (q + 2 * kv) / tp * bool(m.clip_qkv)
+    # Feed-forward: gate, act(gate), up and their product; without a gate up and act(up).
+    kept += (4 if m.gated else 2) * c * n * m.d_ff / tp
+    # A mask that PyTorch's attention casts is copied in each block. ALiBi in FP32 needs no cast.
+    if bf16 or m.positions != "alibi":
+        kept += c * mask_numbers(m, n, cuda)
+    return kept
+
+
+def mask_numbers(m: Model, n: int, cuda: bool) -> int:
+    """Numbers in the attention mask. On CUDA, flex attention computes it where it is needed."""
+    if cuda or not (m.positions == "alibi" or m.window or m.document_mask):
+        return 0
+    heads = m.n_heads if m.positions == "alibi" else 1
+    rows = n // m.seq_len if m.document_mask else 1
+    return rows * heads * m.seq_len**2
+
+
+def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
+    """Bytes that a norm over `width` channels keeps for backward beside its input, for n tokens."""
+    kind = m.norm_kind
+    on_cpu = 0 if cuda else kind.kept_per_channel_on_cpu * width
+    return FP32 * n * (kind.kept_per_token + on_cpu)
+
+
+def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
+    """Bytes kept for backward outside of blocks: by the final norm, and the positions that blocks read."""
+    m = model.resolved()
+    positions = {
+        # cosine and sine
+        "rope": FP32 * (n if m.document_mask else m.seq_len) * int(m.d_head * m.rope_fraction),
+        "alibi": 0 if bf16 else FP32 * mask_numbers(m, n, cuda),
+        "learned": 0,
+        "none": 0,
+    }
+    kept = FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda)
+    return kept + choose("model.positions", m.positions, positions)
+
+
+def activations(model: Model, n: int, bf16: bool, cuda: bool, every: int = 0, tp: int = 1) -> float:
+    """Bytes kept between forward and backward by all blocks and the final norm; the loss is counted apart.
+
+    With activation checkpointing of every n-th block, from the first on, such a block keeps only its input,
+    and backward recomputes the rest.
+    """
+    m = model.resolved()
+    n_recomputed = -(-m.n_layers // every) if every else 0
+    blocks = (m.n_layers - n_recomputed) * kept_by_layer(m, n, bf16, cuda, tp)
+    blocks += n_recomputed * FP32 * n / tp * m.d_model
+    return blocks + kept_outside_layers(m, n, bf16, cuda, tp)
+
+
+def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float]:
+    """Bytes of loss.py: while it computes slice by slice, and when backward scales its gradients."""
+    c, table = BF16 if bf16 else FP32, m.vocab_size * m.d_model
+    # Logits of one slice, at most LOGITS_BYTES; with BF16 also as one matmul gives and the next reads them.
+    slice_rows = min(n, max(1, (LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES) // (FP32 * m.vocab_size)))
+    logits = slice_rows * m.vocab_size * (FP32 + 2 * BF16 * bf16)
+    # Gradients of the head's input, and of the head.
+    gradients = c * n * m.d_model + FP32 * table
+    # With BF16: casts of both factors; and a slice's gradient of the head, which a CPU casts to FP32.
+    casts = bf16 * BF16 * (n * m.d_model + table)
+    product = bf16 * table * (BF16 if cuda else BF16 + FP32)
+    # Backward has both gradients before and after scaling, and the head's once more in its own type.
+    return gradients + logits + casts + product, 2 * gradients + c * bf16 * table
+
+
+# ---- the moments of a step --------------------------------------------------------------------------------
+
+
+class Moment(NamedTuple):
+    """Bytes on one GPU at one moment of a step, beside the weights and the optimizer's moments."""
+
+    gradients: float = 0  # FP32; of FSDP this process's shard
+    copies: float = 0  # of weights: all-gathered or cast; of gradients: on their way to other processes
+    activations: float = 0
+    loss: float = 0  # logits and what loss.py makes of them
+    working: float = 0  # what is being computed and is not kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the moments of a step are made of, for one process. Bytes, but for the counts of parameters."""
+
+    sharded: bool  # by FSDP2, which tensor parallel uses too
+    shard: int  # processes that FSDP2 shards over
+    reshard: bool  # whether FSDP2 frees a block's weights after its forward and gathers them again
+    tp: int
+    cuda: bool
+    bf16: bool
+    c: int  # bytes of a number in matmuls
+
+    n_layers: int
+    block: float  # parameters of a block after tensor parallel, before FSDP
+    outside: int  # parameters outside of blocks
+    table: int  # parameters of the embedding; the head has as many
+    tied: bool
+
+    gradients: float  # all of them
+    early_gradients: float  # those that exist during the whole step: all, or none
+    recomputed: list[bool]  # for each block
+    kept: list[float]  # for each block: the activations that it keeps after its forward
+    layer: float  # activations of a block that is not recomputed, or during its recompute
+    outer: float  # activations outside of blocks
+    stream: float  # the residual stream of a micro-batch, or its gradient
+    busy: float  # working memory of a block's backward
+
+
+def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
+    """Bytes on each GPU by kind, at the moment of a step when their sum is the largest; `at` names it.
+
+    Which moment is the worst depends on the shape: during backward, activations are freed block by block
+    while gradients appear; before it, the loss holds the gradient of the head. Raises ConfigError as
+    config.mesh_shape.
+    """
+    s, m = sizes(cfg, gpus, cuda), cfg.model.resolved()
+
+    # Forward ends with the loss, backward begins with its gradient. All activations are there.
+    computing, scaling = loss_bytes(m, cfg.train.micro_batch_size * m.seq_len / s.tp, s.bf16, cuda)
+    gathered, begin = copies_after_forward(s)
+    kept = sum(s.kept) + s.outer
+    moments = {
+        "the loss is computed": Moment(s.early_gradients, gathered, kept, computing, s.stream),
+        "backward begins": Moment(s.early_gradients, begin, kept, scaling),
+    }
+
+    # Backward, block by block, and the update.
+    moments.update(moments_with_fsdp(s) if s.sharded else moments_of_whole_weights(s))
+    muon = muon_bytes(m) if cfg.optim.optimizer == "muon" else 0
+    moments["the weights are updated"] = Moment(s.gradients, working=muon)
+
+    # Weights and moments of the optimizer are there all the time. Tensor parallel splits both alike.
+    P = s.n_layers * s.block + s.outside
+    optimizer = optimizer_numbers(cfg) * P / sum(parameters(m).values())
+    worst = max(moments, key=lambda name: sum(moments[name]))
+    always = {"weights": FP32 * P / s.shard, "optimizer": FP32 * optimizer / s.shard}
+    return {**always, **moments[worst]._asdict(), "at": worst}
+
+
+def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
+    """The sizes of a config on one of `gpus` GPUs."""
+    m, every, micro = cfg.model.resolved(), cfg.train.activation_checkpointing, cfg.train.micro_batch_size
+    replicate, shard, tp = config.mesh_shape(cfg.parallel, gpus)
+    sharded = gpus > 1 and (cfg.parallel.strategy == "fsdp" or tp > 1)  # as parallel.start
+    bf16 = precision(cfg, cuda) == "bf16"
+    c, n = BF16 if bf16 else FP32, micro * m.seq_len
+    block, outside = parts_of_a_process(m, tp)
+
+    # Gradients exist during the whole step where they are summed over micro-batches, or are DDP's buckets.
+    gradients = FP32 * (m.n_layers * block + outside) / shard
+    accumulates = cfg.train.batch_size > micro * replicate * shard or cfg.train.batch_size_max > 0
+    early = accumulates or (gpus > 1 and not sharded)
+
+    # The most working memory is that of the feed-forward layer's backward: the gradients of the stream, in
+    # FP32 and as its matmul reads it; of what gate and up gave; and of the matrix that leads back to the
+    # stream, under autocast in both types.
+    stream = FP32 * (n / tp) * m.d_model
+    busy = stream + c * n * m.d_model + (2 if m.gated else 1) * c * n * m.d_ff / tp
+    busy += (c if sharded else FP32 + c * bf16) * m.d_model * m.d_ff / tp
+
+    # A block that is recomputed keeps only its input.
+    recomputed = [every > 0 and i % every == 0 for i in range(m.n_layers)]
+    layer = kept_by_layer(m, n, bf16, cuda, tp)
+
+    return Sizes(
+        sharded=sharded,
+        shard=shard,
+        reshard=cfg.parallel.reshard,
+        tp=tp,
+        cuda=cuda,
+        bf16=bf16,
+        c=c,
+        n_layers=m.n_layers,
+        block=block,
+        outside=outside,
+        table=m.vocab_size * m.d_model,
+        tied=m.tie_embeddings,
+        gradients=gradients,
+        early_gradients=gradients if early else 0,
+        recomputed=recomputed,
+        kept=[stream if again else layer for again in recomputed],
+        layer=layer,
+        outer=kept_outside_layers(m, n, bf16, cuda, tp),
+        stream=stream,
+        busy=busy,
+    )
+
+
+def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
+    """Parameters before FSDP: of a block, whose matrices are split over tp; and of all outside of blocks."""
+    counts, D = parameters(m), m.d_model
+    outside = counts["embedding"] + counts["learned positions"] + counts["head"]
+    norm = len(m.norm_kind.first_values)
+    outside += norm * D  # the final norm
+    whole = norm * (norms_of_a_block(m) * D + m.qk_norm * (m.n_heads + m.n_kv_heads) * m.d_head)
+    whole += 2 * D * m.bias  # biases of the two matrices whose outputs are scattered over tokens
+    block = (sum(counts.values()) - outside) // m.n_layers
+    return whole + (block - whole) / tp, outside
+
+
+def copies_after_forward(s: Sizes) -> tuple[float, float]:
+    """Bytes of copies of weights when the loss is computed, and when backward begins."""
+    if s.sharded:
+        # FSDP2 has the weights outside of blocks gathered. Of blocks it has all, or with reshard none but the
+        # buffer of its last all-gather, which it frees after the next one has begun.
+        buffer, blocks = gather_buffer(s), s.c * s.n_layers * s.block
+        gathered = s.c * s.outside + buffer + blocks * (not s.reshard)
+        return gathered, s.c * s.outside + (buffer if s.reshard else blocks)
+    # Autocast keeps its casts of all matrices until forward ends; backward needs those of the blocks that it
+    # does not recompute.
+    n_kept = s.n_layers - sum(s.recomputed)
+    return s.c * s.n_layers * s.block * s.bf16, s.c * s.block * s.bf16 * n_kept
+
+
+def backward_order(s: Sizes) -> Iterator[tuple[int, str, float]]:
+    """For each block, from the last to the first: index, name, and activations that exist beside its own."""
+    left = sum(s.kept)
+    for i in reversed(range(s.n_layers)):
+        left -= s.kept[i]
+        if i == s.n_layers - 1:
+            name = "the last block"
+        else:
+            name = f"block {i + 1} of {s.n_layers}" if i else "the first block"
+        yield i, name, left + s.outer
+
+
+def moments_of_whole_weights(s: Sizes) -> dict[str, Moment]:
+    """Backward of one process, or of DDP: each process has all weights and all gradients."""
+    moments = {}
+    for i, name, left in backward_order(s):
+        # Gradients of the head and of the blocks after this one, if they were not there from the start.
+        gradients = s.early_gradients or FP32 * (s.table + (s.n_layers - 1 - i) * s.block)
+        # Autocast's casts of the blocks up to this one that are not recomputed, and of this one.
+        n_casts = s.recomputed[: i + 1].count(False) + s.recomputed[i]
+        casts = s.c * s.block * s.bf16 * n_casts
+        moments[f"{name} goes backward"] = Moment(gradients, casts, left + s.layer, working=s.busy)
+    # The gradient of the embedding's output; and one of its matrix, if there is another to which it is added.
+    added = FP32 * s.table * (bool(s.early_gradients) or s.tied)
+    moments["backward ends"] = Moment(s.gradients, working=s.stream + added)
+    return moments
+
+
+def gather_buffer(s: Sizes) -> float:
+    """Bytes of the buffer into which FSDP all-gathers the weights of one block."""
+    return s.c * s.block * (s.shard > 1)
+
+
+def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
+    """Backward with FSDP2, HSDP or tensor parallel: a process has a shard of weights and gradients.
+
+    FSDP2 all-gathers the weights of a block into a buffer and copies them from there to their places. During
+    backward the next block's all-gather is under way. Gradients are reduce-scattered in FP32, and those of a
+    block are freed when the next block's are done. Weights outside of blocks stay gathered during the step.
+    On a CPU, gloo has a copy of its own of what it gathers, and FSDP2 one of the gradients, to divide them.
+    """
+    c, buffer = s.c, gather_buffer(s)
+    gloo = s.shard > 1 and not s.cuda
+    outside = c * s.outside
+    moments = {"forward begins": Moment(s.early_gradients, outside * (1 + (s.shard > 1) + gloo))}
+
+    for i, name, left in backward_order(s):
+        # Shards of the gradients of the blocks after this one, if they were not there from the start.
+        gradients = s.early_gradients or FP32 * (s.n_layers - 1 - i) * s.block / s.shard
+        # During all of this block's backward: weights outside of blocks, the gradient of the head, the buffer
+        # of the next all-gather; or without reshard the weights of all blocks that are still to come.
+        always = outside + c * s.table + buffer * (i > 0) * s.reshard + c * s.block * i * (not s.reshard)
+        # This block's weights, and the FP32 gradients of the block before, which are being reduce-scattered.
+        copies = always + c * s.block + FP32 * s.block * (i < s.n_layers - 1)
+        gathered, kept = copies + buffer * gloo, left + s.kept[i]
+        moments[f"{name} is all-gathered"] = Moment(gradients, gathered, kept, working=s.stream)
+        moments[f"{name} goes backward"] = Moment(gradients, copies, left + s.layer, working=s.busy)
+        # Afterwards its gradients are there in c bytes. They are cast to FP32 for the reduce-scatter, whose
+        # result is a shard.
+        moments[f"{name} has gone backward"] = Moment(gradients, copies + c * s.block, left, working=s.stream)
+        reduced = always + FP32 * s.block * (1 + 1 / s.shard) + (FP32 * s.block if gloo else c * s.block)
+        at = f"gradients of {name} are reduce-scattered"
+        moments[at] = Moment(gradients, reduced, left, working=s.stream)
+
+    # The end: weights and gradients outside of blocks, while the first block's gradients are
+    # reduce-scattered. Then their own reduce-scatter, during which FSDP2 keeps one gradient in c bytes.
+    gradients = s.early_gradients or FP32 * s.n_layers * s.block / s.shard
+    moments["backward ends"] = Moment(gradients, 2 * outside + FP32 * s.block, working=s.stream)
+    reduced = FP32 * s.outside * (1 + gloo) + FP32 * s.outside / s.shard + c * s.table * (not s.tied)
+    copies = max(reduced, (c + FP32) * s.outside)
+    moments["the last gradients are reduce-scattered"] = Moment(gradients, copies)
+    return moments
+
+
+def muon_bytes(m: Model) -> float:
+    """While one matrix is made orthogonal: its update in FP32; two iterates and two squares in BF16."""
+    small, large = sorted((m.d_model, max(m.d_ff, m.n_heads * m.d_head)))
+    return (FP32 + 2 * BF16) * small * large + 2 * BF16 * small**2
+
+
+# ---- what fits --------------------------------------------------------------------------------------------
+
+
+def total(kinds: dict) -> float:
+    """The sum of what peak returns: total(peak(cfg, 8, True)) -> bytes."""
+    return sum(value for kind, value in kinds.items() if kind != "at")
+
+
+def fits(cfg: Config, gpus: int, gpu: str, have: float = 0) -> bool:
+    """Whether every process has room, in `have` bytes or those of `gpu`. ConfigError as config.mesh_shape."""
+    return total(peak(cfg, gpus, cuda=gpu != "cpu")) <= (have or hardware.usable(gpu, gpus))
+
+
+def check(cfg: Config, gpus: int, gpu: str, have: float = 0) -> None:
+    """Raises ConfigError where a process has no room, with the smallest change that would fit.
+
+    have: bytes for the tensors of one process, where that is a device at hand and none of hardware.GPUS.
+    """
+    if fits(cfg, gpus, gpu, have):
+        return
+    need = total(peak(cfg, gpus, gpu != "cpu")) / GIB
+    room = (have or hardware.usable(gpu, gpus)) / GIB
+    change = " ".join(smallest_change(cfg, gpus, gpu, have))
+    if change:
+        advice = f"it would with {change}"
+    else:
+        more = "" if gpu == "cpu" else f", on up to {MOST_GPUS:,} GPUs,"
+        larger = "GPUs" if gpu == "cpu" else "a larger GPU"
+        advice = f"no smaller micro-batch, checkpointing, FSDP or tensor parallel{more} makes it fit; "
+        advice += f"use {larger} or a smaller model"
+    raise ConfigError(f"this does not fit: {need:,.1f} GiB where {room:,.1f} are usable; {advice}")
+
+
+def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[str]:
+    """The flags that make a plan fit which does not fit, [] where none do.
+
+    On as few GPUs as possible (twice, four times ... as many, up to MOST_GPUS), and on them as few changes as
+    possible, tried in this order: a smaller micro-batch, activation checkpointing of every block, FSDP over
+    all GPUs. Only where no number of GPUs helps, also with tensor parallel over 2, 4 or 8 GPUs of a node.
+    """
+    micro, every, now = cfg.train.micro_batch_size, cfg.train.activation_checkpointing, cfg.parallel
+    strategies = [(now.strategy, now.shard)]
+    if cfg.optim.optimizer == "adamw":
+        strategies.append(("fsdp", 0))
+
+    def n_changes(option: tuple) -> int:
+        strategy, recompute, rows = option
+        return (strategy != strategies[0]) + (recompute != every) + (rows != micro)
+
+    # What can change on a given number of GPUs, those with fewer changes first.
+    options = itertools.product(dict.fromkeys(strategies), dict.fromkeys([every, 1]), range(micro, 0, -1))
+    options = sorted(options, key=n_changes)
+    counts = [gpus]
+    while gpu != "cpu" and 2 * counts[-1] <= MOST_GPUS:
+        counts.append(2 * counts[-1])
+    splits = [tp for tp in (2, 4, 8) if tp != now.tp and can_split(cfg, tp)]
+
+    # All numbers of GPUs with the given tensor parallel first, then all with another one.
+    for tps in ([now.tp], splits):
+        for count, tp, ((strategy, shard), recompute, rows) in itertools.product(counts, tps, options):
+            if count > gpus and strategy == "ddp":  # more copies of the same model do not help
+                continue
+            other = variant(cfg, strategy, recompute, rows, shard, tp)
+            try:
+                accumulation(other, count)
+            except ConfigError:  # it does not divide
+                continue
+            if fits(other, count, gpu, have):
+                flags = [f"--train.micro_batch_size={rows}"] * (rows != micro)
+                flags += [f"--train.activation_checkpointing={recompute}"] * (recompute != every)
+                flags += [f"--parallel.strategy={strategy}"] * (strategy != now.strategy)
+                flags += [f"--parallel.shard={shard}"] * (shard != now.shard)
+                flags += [f"--parallel.tp={tp}"] * (tp != now.tp)
+                return flags + [f"--gpus={count}"] * (count > gpus)
+    return []
+
+
+def can_split(cfg: Config, tp: int) -> bool:
+    """Whether the model can be split over tp GPUs by tensor parallel."""
+    try:
+        config.check_parallel(cfg.model.resolved(), dataclasses.replace(cfg.parallel, tp=tp), cfg.optim)
+    except ConfigError:
+        return False
+    return True
+
+
+def variant(
+    cfg: Config, strategy: str, every: int, micro: int = 0, shard: int | None = None, tp: int = 0
+) -> Config:
+    """The same config with another strategy and activation checkpointing; others where they are given."""
+    if shard is None:
+        shard = cfg.parallel.shard
+    parallel = dataclasses.replace(
+        cfg.parallel,
+        strategy=strategy,
+        shard=shard if strategy == "fsdp" else 0,
+        tp=tp or cfg.parallel.tp,
+    )
+    train = dataclasses.replace(
+        cfg.train,
+        activation_checkpointing=every,
+        micro_batch_size=micro or cfg.train.micro_batch_size,
+    )
+    return dataclasses.replace(cfg, parallel=parallel, train=train)

@@ -1,0 +1,98 @@
+"""hardware.py: the GPUs it knows, the memory of this machine, what is said of the machine, without torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors
+import torch
+
+import hardware
+import parallel
+from config import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_importing_it_imports_neither_torch_nor_numpy():
+    code = "import sys, hardware; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- GPUs by name -----------------------------------------------------------------------------------------
+
+
+def test_a_gpus_peak_is_known_by_the_name_pytorch_gives_it():
+    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB") == hardware.GPUS["a100-80gb"].flops
+    assert hardware.peak_flops("NVIDIA H100 80GB HBM3") == hardware.GPUS["h100-80gb"].flops
+    assert hardware.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert hardware.peak_flops("NVIDIA H200") == hardware.GPUS["h200"].flops
+    assert hardware.peak_flops("NVIDIA GeForce RTX 4090") == hardware.GPUS["rtx-4090"].flops
+    assert hardware.peak_flops("a toaster") is None
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA RTX 4000"],
+)  # fmt: skip
+def test_a_peak_is_not_guessed_from_a_part_of_a_name(device):
+    assert hardware.peak_flops(device) is None
+
+
+def test_a_number_of_gpus_can_stand_before_their_name():
+    assert hardware.by_name("8xH100") == (8, "h100-80gb") and hardware.by_name("RTX 4090") == (
+        None,
+        "rtx-4090",
+    )
+    assert hardware.by_name("cpu") == (None, "cpu")
+    with pytest.raises(ConfigError, match="--gpu=8xh2000, which is not known; did you mean 'h200'"):
+        hardware.by_name("8xh2000")
+
+
+# ---- memory -----------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_is_one_process_s_own_and_a_cpu_is_shared(monkeypatch):
+    monkeypatch.setattr(hardware, "machine_memory", lambda: 1000)
+    assert [hardware.usable("cpu", n) for n in (1, 4)] == [600, 150]
+    assert hardware.usable("h200", 1) == hardware.usable("h200", 8) == 0.95 * 139.7 * 2**30
+
+
+def test_the_memory_of_a_machine_is_that_of_its_control_group_if_it_has_fewer(tmp_path):
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hardware.machine_memory(tmp_path) == physical  # not Linux
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group, top = tmp_path / "proc/self/cgroup", tmp_path / "sys/fs/cgroup"
+    (top / "job/step").mkdir(parents=True)
+    group.write_text("0::/job/step\n")
+    (top / "job/step/memory.max").write_text("max\n")
+    assert hardware.machine_memory(tmp_path) == physical
+    (top / "job/memory.max").write_text("3000000\n")  # a limit above it in the tree holds as well
+    assert hardware.machine_memory(tmp_path) == 3_000_000
+    group.write_text("12:cpu,cpuacct:/\n9:memory:/docker/3f\n")  # version 1, seen from inside a container
+    (top / "memory").mkdir()
+    (top / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert hardware.machine_memory(tmp_path) == physical
+    (top / "memory/memory.limit_in_bytes").write_text("2000000\n")
+    assert hardware.machine_memory(tmp_path) == 2_000_000
+
+
+# ---- what this machine is ---------------------------------------------------------------------------------
+
+
+def test_a_run_says_code_versions_machine_and_processes_in_this_order():
+    about = hardware.about_run(parallel.alone())
+    assert list(about) == ["git", "versions", "device", "platform", "processes", "threads", "precision"]
+    assert about["versions"] == {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    assert about["device"] == hardware.processor() and about["device"].endswith(f", {os.cpu_count()} cores")
+    assert (about["processes"], about["precision"]) == (1, "float32")
