@@ -17,6 +17,7 @@ import config
 import data
 import figures
 import files
+import incidents
 import measure
 import memorize
 import optim
@@ -103,13 +104,13 @@ def some_states(dice, n_rows, chunks):
         plan = steps.Steps(((0, n_rows),), batch_size=max(1, n_rows // 41))
         kind = dice.choice(["plain", "deferred", "rolled back", "skipped"])
         if kind == "deferred":
-            plan = plan.deferred(step // 2, chunks[dice.randrange(len(chunks))]) or plan
+            plan = incidents.deferred(plan, step // 2, chunks[dice.randrange(len(chunks))]) or plan
         elif kind == "rolled back":
-            plan = plan.without(step // 2, step // 2 + 2)
-        skipped = [pair for s in (0, step - 1) for pair in plan.pieces(s)] if kind == "skipped" else []
-        consumed = [p for a, b in plan.order for p in range(a, b)][: plan.consumed(step)]
+            plan = incidents.without(plan, step // 2, step // 2 + 2)
+        skipped = [pair for s in (0, step - 1) for pair in plan.batch(s)] if kind == "skipped" else []
+        consumed = [p for a, b in plan.ranges for p in range(a, b)][: plan.consumed(step)]
         moved = [p for p in consumed if not any(a <= p < b for a, b in skipped)]
-        state = {"rows": plan.consumed(step), "order": [list(pair) for pair in plan.order]}
+        state = {"rows": plan.consumed(step), "order": [list(pair) for pair in plan.ranges]}
         yield {**state, "skipped": [list(pair) for pair in skipped]}, moved
 
 
