@@ -2,9 +2,9 @@
 
     python audit.py runs/demo         # a line a checkpoint; exit code 1 if one is damaged
 
-Of every checkpoint, whole and set aside: the hash of each file, those of state.json that the ledger has, the
-numbers in state.json against config.json and dataset.json, the model's settings, and the shapes of weights and
-moments. Reads the run folder; writes nothing.
+Of every checkpoint, also of those set aside: the hash of each file, that of state.json which the ledger has,
+the numbers in state.json against config.json and dataset.json, the model's settings, and the shapes of
+weights and moments. Reads the run folder; writes nothing.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import

@@ -4,15 +4,16 @@
     python benchmark.py 7b --steps 10 --train.batch_size=8 --train.micro_batch_size=4 --json 7b.json
     torchrun --nproc_per_node=8 -- benchmark.py 7b --steps 30
 
-Needs no dataset and writes nothing but the JSON file that is asked for. The steps are those of train.py; only the
-tokens are random, and the weights, which are quicker to make so. Times are medians over steps.
+Needs no dataset and writes nothing but the JSON file that is asked for. The steps are those of train.py; only
+the tokens are random, and the weights, which are quicker to make so. Times are medians over steps.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
     import config
     import configurator
 
-    CONFIG, FLAGS = config.from_command_line(__doc__, flags={"--steps": "N", "--json": "FILE", "--anyway": ""})
+    known = {"--steps": "N", "--json": "FILE", "--anyway": ""}
+    CONFIG, FLAGS = config.from_command_line(__doc__, flags=known)
     configurator.quiet_imports()
 
 import statistics

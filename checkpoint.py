@@ -28,17 +28,8 @@ from torch import nn
 
 import files
 from config import ConfigError
-from formats import shards
-from formats.families import (
-    end_of_text,
-    family_of,
-    hf_config,
-    model_config,
-    place,
-    read_config,
-    reader,
-    to_family,
-)
+from formats import families, shards
+from formats.families import end_of_text, model_config, read_config, reader
 from integrity import compared, first_look
 from model import Transformer
 from parallel import World, alone, bare, put, whole
@@ -83,23 +74,18 @@ class Saving:
         self.aside = self.folder / f".step-{state.step:08d}"
         self.world.once(self.make_folder)
 
-        # Which tensors go into which file. A family can store several of ours as one (Pythia's q, k, v).
-        cfg, family = self.model.cfg, family_of(self.model.cfg)
-        weights, moments = dict(self.model.state_dict()), optimizer_tensors(self.model, self.optimizers)
-        parts = {}  # a family's name for a tensor -> our names for its parts
-        for name in weights:
-            parts.setdefault(place(name, family)[0], []).append(name)
-        sizes = {stored: sum(shards.size(weights[name]) for name in names) for stored, names in parts.items()}
-        model_files = shards.layout("model", sizes)
-        moment_files = shards.layout("optimizer", {name: shards.size(t) for name, t in moments.items()})
-        contents = []  # (file, where its tensors are, our names for them)
-        for file, stored in model_files.items():
-            contents.append((file, weights, [name for s in stored for name in parts[s]]))
-        contents += [(file, moments, names) for file, names in moment_files.items()]
+        # Which tensors go into which file.
+        cfg, weights = self.model.cfg, dict(self.model.state_dict())
+        moments = optimizer_tensors(self.model, self.optimizers)
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in moments.items()}
+        files_of_model, index = families.layout(weights, cfg)
+        files_of_moments, index_of_moments = shards.layout("optimizer", sizes)
+        contents = [(file, names, weights) for file, names in files_of_model.items()]
+        contents += [(file, names, moments) for file, names in files_of_moments.items()]
 
         # Every process gathers every tensor; the owner of its file keeps a copy.
         self.mine: dict[str, dict] = {}
-        for i, (file, tensors, names) in enumerate(contents):
+        for i, (file, names, tensors) in enumerate(contents):
             owner = i * self.world.size // len(contents)
             for name in names:
                 tensor = whole(tensors[name])
@@ -111,12 +97,13 @@ class Saving:
         # The small files are the first process's.
         self.small: dict[str, bytes] = {}
         if self.world.rank == 0:
-            self.small = {"config.json": encoded(hf_config(cfg, state.eot)) + b"\n", **self.tokenizer_files}
-            for stem, layout_of in (("model", model_files), ("optimizer", moment_files)):
-                if len(layout_of) > 1:
-                    places = {name: file for file, names in layout_of.items() for name in names}
-                    index = {"metadata": {}, "weight_map": places}
-                    self.small[f"{stem}.safetensors.index.json"] = encoded(index)
+            hf_config = json.dumps(families.hf_config(cfg, state.eot), indent=1) + "\n"
+            self.small = {
+                "config.json": hf_config.encode(),
+                **self.tokenizer_files,
+                **index,
+                **index_of_moments,
+            }
         self.hashes, self.error = {}, None
         self.thread = threading.Thread(target=self.write, daemon=True)
         self.thread.start()
@@ -140,7 +127,7 @@ class Saving:
                 (self.aside / name).write_bytes(content)
             for name, tensors in self.mine.items():
                 if name.startswith("model"):
-                    tensors = to_family(tensors, self.model.cfg)
+                    tensors = families.to_family(tensors, self.model.cfg)
                 save_file(tensors, self.aside / name, metadata={"format": "pt"})
                 (self.aside / name).chmod(0o666 & ~UMASK)  # safetensors makes files for their owner alone
             for name in (*self.small, *self.mine):
@@ -197,10 +184,6 @@ class Saving:
             os._exit(130)
         if self.thread is not None:
             self.thread.join()
-
-
-def encoded(value: dict) -> bytes:
-    return json.dumps(value, indent=1).encode()
 
 
 def optimizer_tensors(model: Transformer, optimizers: list) -> dict[str, torch.Tensor]:
@@ -263,7 +246,9 @@ def moments_of(tensors: dict, kind: str, name: str, parameter: torch.Tensor) -> 
     for key in MOMENTS[kind]:
         stored = f"{key}.{name}"
         if stored not in tensors:
-            raise ConfigError(f"optimizer.safetensors lacks {kind}'s {key} of {name}: it is another model's")
+            raise ConfigError(
+                f"optimizer.safetensors lacks {kind}'s state of {name}; it is of another model or optimizer"
+            )
         value = tensors[stored].get_tensor(stored)
         if value.shape == parameter.shape:
             out[key] = torch.empty_like(parameter)  # sharded as the parameter is

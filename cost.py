@@ -18,10 +18,10 @@ import config
 import run_folder
 import steps
 from config import Config, ConfigError, Model, choose
+from formats.shards import SHARD_BYTES
 from steps import Steps
 
 FP32, BF16 = 4, 2  # bytes of a number
-SHARD_BYTES = 5_000_000_000  # checkpoint.SHARD_BYTES, which cannot be imported without torch; a test compares
 
 
 # ---- parameters and FLOPs ---------------------------------------------------------------------------------

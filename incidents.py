@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     configurator.quiet_imports()
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import signal
@@ -28,12 +29,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 import config
 import configurator
 import integrity
 import optim
+import rendezvous
 import run_folder
 import steps
 from config import Config, ConfigError, Train
@@ -69,6 +72,28 @@ class Signals:
             signal.raise_signal(number)
         elif not self.came:
             self.came, self.at = number, time.monotonic()
+
+
+@contextlib.contextmanager
+def explained(cfg: Config):
+    """Around a training: what can happen to it ends in one line and exit code 1, without a traceback."""
+    try:
+        yield
+    except Stopped as error:
+        configurator.fail(error, code=1)
+    except BrokenPipeError:
+        raise
+    except (OSError, SafetensorError) as error:  # a full disk, a missing permission
+        configurator.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
+    except RuntimeError as error:
+        if not rendezvous.is_lost(error):
+            raise
+        configurator.fail(
+            f"{cfg.run}: another process is gone, or did not answer within parallel.timeout_seconds="
+            f"{cfg.parallel.timeout_seconds}; the same command continues from the newest checkpoint "
+            f"({error})",
+            code=1,
+        )
 
 
 # ---- judging a step ---------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
         ...                                   # read the weights; hashing runs beside it
     integrity.contradictions(checkpoint, cfg, manifest, sha256)   # is its state.json one of this run?
 
-state.json has the SHA-256 of every other file of its checkpoint, and the ledger has that of state.json. Whoever
-reads a checkpoint through checkpoint.py compares. audit.py does it for all checkpoints of a run.
+state.json has the SHA-256 of every other file of its checkpoint, and the ledger has that of state.json.
+Whoever reads a checkpoint through checkpoint.py compares. audit.py does it for all checkpoints of a run.
 """
 
 import contextlib

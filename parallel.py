@@ -22,7 +22,6 @@ import contextlib
 import datetime
 import functools
 import os
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import hardware
+import rendezvous
 import sharding
 from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
 from sharding import is_sharded
@@ -251,15 +251,9 @@ class World:
             action(*arguments)
 
     def leave(self) -> None:
-        """Parts from the others, when all are done."""
+        """Parts from the others, when all are done. A process that has an error must not wait for them."""
         if self.size > 1:
-            # PyTorch 2.13: gloo's threads need the interpreter's lock to free their tensors, and destroying
-            # the group waits for them while it holds the lock, for ever. A barrier holds no tensor, and frees
-            # the lock while it waits. This can go when destroy_process_group no longer deadlocks.
-            for _ in range(2):
-                dist.barrier()
-            time.sleep(0.05)
-            dist.destroy_process_group()
+            rendezvous.part()
 
     def __enter__(self) -> "World":
         return self
@@ -298,7 +292,7 @@ def start(train: Train, settings: Parallel) -> World:
     mesh = None
     if n > 1:
         timeout = datetime.timedelta(seconds=settings.timeout_seconds)
-        meet("nccl" if here.type == "cuda" else "gloo", timeout)
+        rendezvous.meet("nccl" if here.type == "cuda" else "gloo", timeout)
         if sharded:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
             for group in mesh.get_all_groups():  # groups of a mesh do not inherit the timeout
@@ -306,33 +300,7 @@ def start(train: Train, settings: Parallel) -> World:
     return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
 
 
-def meet(backend: str, timeout: datetime.timedelta) -> None:
-    """Joins the process group, also after a restart by torchrun.
-
-    torchrun 2.13 keeps one store through all its restarts, without a prefix, so that a restarted process may
-    find the addresses that dead ones left there, and wait for them for ever. On one node the number of the
-    restart is a prefix on which all agree. On several it is not: each node counts its own. This can go when
-    torchrun prefixes its store.
-    """
-    store, rank, n = next(dist.rendezvous("env://", timeout=timeout))
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shared and os.environ.get("LOCAL_WORLD_SIZE") == str(n):
-        store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    elif shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ConfigError(
-            "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment, on every node; without it restarted processes can wait for dead ones for ever"
-        )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=timeout)
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone or hangs."""
-    signs = ("gloo", "nccl", "connection closed", "timed out", "connection reset")
-    return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
-
-
-# ---- models and tensors ----------------------------------------------------------------------------------------
+# ---- models and tensors -----------------------------------------------------------------------------------
 
 
 def bare(model: nn.Module) -> nn.Module:

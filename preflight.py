@@ -209,12 +209,12 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
             raise ConfigError(f"--run={cfg.run} is no run folder, and has {strange[0]} in it; name a new one")
         return []
 
-    # Settings that decide what a run learns may not change. Those of the tokenizer may: the dataset's hash,
-    # which is compared below, says which one it was. Nor does a setting matter that nothing reads.
+    # Settings that decide what a run learns may not change, but for those that nothing reads. Which tokenizer
+    # it was, the dataset's hash says, which is compared below.
     before, now = flat(config.load_run(cfg.run)), flat(cfg)
     changed = {name: f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if before.get(name) != v}
-    free = {*config.settings_for(config.RUN), *config.without_effect(cfg)}
-    fatal = [said for name, said in changed.items() if name not in free and not name.startswith("tokenizer.")]
+    fixed = set(config.settings_for(config.LEARNED)) - set(config.without_effect(cfg))
+    fatal = [said for name, said in changed.items() if name in fixed]
     if fatal:
         raise ConfigError(
             f"{cfg.run} was begun with other settings ({'; '.join(fatal)}); "

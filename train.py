@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -168,7 +167,7 @@ def train(
 
         with run.saving as saving:
             if not resumed:
-                saving.begin(state)
+                save(run, state, plan)
             while state.step < plan.last_step and not interrupted:
                 clock = metrics.Clock()
 
@@ -216,8 +215,7 @@ def train(
                 if not writing:
                     complete_save(run, plan)
                 if state.step in save_at or interrupted:
-                    complete_save(run, plan)  # the one before
-                    saving.begin(state)
+                    save(run, state, plan)
                 profiler.step(n_done, state.step == plan.last_step)
 
             complete_save(run, plan)
@@ -228,6 +226,14 @@ def train(
         about = {"seconds": time.perf_counter() - began, **meter.totals()}
         world.once(run_folder.log, cfg.run, "finish", {"step": state.step, **about})
         return 0
+
+
+def save(run: Run, state: State, plan: Steps) -> None:
+    """Begins to save the state of the step just finished; train.save_async=false waits for it."""
+    complete_save(run, plan)  # of the checkpoint before
+    run.saving.begin(state)
+    if not run.cfg.train.save_async:
+        complete_save(run, plan)
 
 
 def complete_save(run: Run, plan: Steps) -> None:
@@ -307,25 +313,11 @@ def build_run(
 
 @configurator.script
 def main(cfg: Config, flags: dict[str, str]) -> None:
-    try:
+    with incidents.explained(cfg):
         preflight.check_memory(cfg, anyway="--anyway" in flags)
         number = train(cfg, profile="--profile" in flags)
-        if number:
-            sys.exit(128 + number)  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
-    except incidents.Stopped as error:
-        configurator.fail(error, code=1)
-    except BrokenPipeError:
-        raise
-    except (OSError, safetensors.SafetensorError) as error:  # a full disk, a missing permission
-        configurator.fail(f"{cfg.run}: {error}; earlier checkpoints are whole", code=1)
-    except RuntimeError as error:
-        if not parallel.is_lost(error):
-            raise
-        configurator.fail(
-            f"{cfg.run}: another process is gone, or did not answer within parallel.timeout_seconds="
-            f"{cfg.parallel.timeout_seconds}; the same command continues from the newest one ({error})",
-            code=1,
-        )
+    if number:
+        sys.exit(128 + number)  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 if __name__ == "__main__":

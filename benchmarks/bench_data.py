@@ -28,7 +28,7 @@ import data
 import tokenizer
 from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train, fail
 from dataset import Dataset
-from formats import documents
+from formats import documents, hf_tokenizer
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def compare(arguments: argparse.Namespace) -> None:
     # This is right if ids are in the order of merges, as in GPT-2's tokenizer and in ours.
     special = set(tok.special_tokens.values())
     ranks = {token: id for id, token in enumerate(tok.token_bytes) if token and id not in special}
-    pattern = tokenizer.split_of(json.loads(tok.content)["pre_tokenizer"], arguments.tokenizer)
+    pattern = hf_tokenizer.split_of(json.loads(tok.content)["pre_tokenizer"], arguments.tokenizer)
     bare = tiktoken.Encoding("bare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     times: dict[str, list[float]] = {"bare tiktoken": [], "data.py": []}

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import config
 import configurator
 import tokenizer
-from formats import documents
+from bpe import SPLITS
+from formats import documents, hf_tokenizer
 
 
 def corpus(files: list[str], megabytes: float) -> list[str]:
@@ -51,7 +52,7 @@ def train_library(texts: list[str], arguments: argparse.Namespace) -> list[str]:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(tokenizer.SPLITS[arguments.split]), "isolated")
+    split = pre_tokenizers.Split(Regex(SPLITS[arguments.split]), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     trainer = trainers.BpeTrainer(
@@ -118,8 +119,8 @@ def compare_encoders(arguments: argparse.Namespace) -> int:
     texts = corpus(arguments.files, arguments.megabytes)
     trained = tokenizer.train_byte_pair(texts, config.Tokenizer(vocab_size=8192, split=arguments.split))
     vocab = json.loads(trained.content)["model"]["vocab"]
-    ranks = {tokenizer.unspelled(text): id for text, id in vocab.items() if id != trained.eot}
-    pattern, size = tokenizer.SPLITS[arguments.split], sum(len(text.encode()) for text in texts) / 1e6
+    ranks = {hf_tokenizer.unspelled(text): id for text, id in vocab.items() if id != trained.eot}
+    pattern, size = SPLITS[arguments.split], sum(len(text.encode()) for text in texts) / 1e6
     bare = tiktoken.Encoding("bare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     ours, theirs, same = [], [], True
     for _ in range(arguments.rounds):
@@ -146,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--vocab_size", type=int, default=32000)
-    parser.add_argument("--split", choices=tokenizer.SPLITS, default="gpt4")
+    parser.add_argument("--split", choices=SPLITS, default="gpt4")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encode", action="store_true", help="time encoding, not training")

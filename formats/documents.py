@@ -10,16 +10,19 @@ Reads, and writes nothing:
     .json              JSON lines too; or one array of objects, or one object, which is read whole
     .gz .zst           around any of these but parquet; .json.gz and .json.zst, Dolma's names, are JSON lines
 
-Suffixes may be in capitals. Which files: a file that is named outright is read, whatever its suffix. So is
-every file that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files whose
-suffix stands above or in TEXT_SUFFIXES, but no plain .json, since most of those are settings; `tell_left_out`
-says what it does not give. Folders and globs leave out names that begin with a dot, and what the source
-excludes.
+A new kind of document is one function and its row in READERS. The function yields (place for messages, id,
+text) for each document of a file. Only a kind that a config asks for by `read=KIND` needs a second place: the
+choices of Source.read in config.py.
+
+Suffixes may be in capitals. Which files: a file that is named outright is read, whatever its suffix, and so
+is every file that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files
+with a suffix from READERS, but no plain .json, since most of those are settings; `tell_left_out` prints what
+it does not give. Folders and globs leave out names that begin with a dot, and what the source excludes.
 
 Ids: the document's own `id`; else `folder/file.txt` below the source's folder or below the fixed part of its
 glob; else `folder/file.jsonl:7`, the seventh line, row or object. A file that several sources read has the id
-that the first of them gives it (data.py sees to that). Of an id that is no Unicode, such as a file's name in
-Latin-1, the bytes or surrogates that UTF-8 cannot spell become \\udce9 and the like, six plain characters.
+that the first of them gives it (data.py sees to that). An id may not be Unicode, such as a file's name in
+Latin-1: the bytes or surrogates that UTF-8 cannot spell become \\udce9 and the like, six plain characters.
 
 A byte order mark is dropped, line ends are kept as they are. A document that cannot be used (broken JSON, no
 text, not UTF-8, nothing in it, a file of 0 bytes) is counted, named by file and line, and skipped. A damaged
@@ -34,25 +37,25 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
-from config import ConfigError, Source, unknown
+from config import ConfigError, Source, choose
 
-LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 # fmt: off
-TEXT_SUFFIXES = {
+TEXT_SUFFIXES = (
     ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".srt", ".csv",
     ".tsv", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java",
     ".kt", ".scala", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".css", ".rb", ".pl", ".pm", ".php", ".lua", ".r",
     ".jl", ".m", ".swift", ".hs", ".ml", ".clj", ".ex", ".erl", ".lisp", ".el", ".scm", ".f", ".f90", ".s",
     ".asm", ".v", ".vhd", ".sql", ".sh", ".bash", ".ps1", ".cs", ".fs", ".vb", ".dart", ".zig", ".nim", ".d",
     ".cmake", ".mk",
-}
+)
 # fmt: on
-PIECE_BYTES = 1 << 20  # read at once; a few times the buffers of gzip and zstandard
+BLOCK_BYTES = 1 << 20  # read at once; a few times the buffers of gzip and zstandard
 
 
 @dataclass
@@ -60,12 +63,12 @@ class Document:
     source: str  # config.Source.name
     id: str
     text: str  # not empty, always encodable as UTF-8
-    shared: str = ""  # source and name of its file, where several sources read it, as the first has it
+    shared: str = ""  # of a file that several sources read: the first one's name and the file's name there
 
 
 @dataclass
 class BadDocuments:
-    """What `read` skipped, {"not JSON": 1} and ["a.jsonl:7: not JSON"], and how much it did not."""
+    """What `read` skipped, {"not JSON": 1} and ["a.jsonl:7: not JSON"], and how many documents it gave."""
 
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)  # the first 20
@@ -83,9 +86,21 @@ class BadDocuments:
 
 @dataclass
 class Bad:
-    """In place of the text of a document that cannot be used: why. Never leaves this file."""
+    """In place of the text of a document that cannot be used: the reason. Never leaves this file."""
 
     reason: str
+
+
+Items = Iterator[tuple[str, str, str | Bad]]  # what a reader yields: place for messages, id, text
+
+
+class Reader(NamedTuple):
+    """A row of READERS."""
+
+    read: Callable[[Path, str], Items]  # file, its name below the source's root (ids begin with it) -> items
+    suffixes: tuple[str, ...]  # the files that it is for
+    auto: bool = True  # False: only for sources with `read=KIND`
+    in_folders: bool = True  # False: a folder does not give these files, a name or a glob does
 
 
 # ---- which files ------------------------------------------------------------------------------------------
@@ -101,29 +116,36 @@ def files(source: Source) -> list[Path]:
 
 def listed(source: Source) -> list[tuple[Path, str]]:
     """Files, each with its name below the folder, or below the fixed part of the glob, that led to it."""
-    found: dict[str, tuple[Path, str]] = {}
+    return list(listed_and_left(source)[0].values())
+
+
+def listed_and_left(source: Source) -> tuple[dict[str, tuple[Path, str]], list[Path]]:
+    """Absolute path -> (file, name) of what is read; and the files in the source's folders that are not."""
+    found, left_out = {}, []
     for given in source.paths:
         root, pattern = split_glob(os.path.expanduser(given))
+        names, others = [], []
         if pattern or root.is_dir():
-            names = sorted(walk(root, pattern, source))
+            for name, wanted in walk(root, pattern, source):
+                (names if wanted else others).append(name)
+            names.sort()
         elif root.is_file():
             root, names = root.parent, [root.name]
         else:
             raise ConfigError(f"source {source.name!r}: there is no file or folder {given}")
         if not names:
-            what = (
-                "matches no file"
-                if pattern
-                else "holds no file that can be read (documents.py lists suffixes)"
-            )
-            if not pattern and (other := sorted(walk(root, (), source, unread=True))):
-                what += f"; name {root / other[0]} and the like outright or with a glob to read them"
+            what = "matches no file"
+            if not pattern:
+                what = "holds no file that can be read (formats/documents.py lists suffixes)"
+            if others:
+                what += f"; name {root / min(others)} and the like outright or with a glob to read them"
             but = f" that {list(source.exclude)} leaves over" if source.exclude else ""
             raise ConfigError(f"source {source.name!r}: {given} {what}{but}")
         for name in names:
             path = root / name
             found.setdefault(os.path.abspath(path), (path, name))
-    return list(found.values())
+        left_out += [root / name for name in others]
+    return found, left_out
 
 
 def split_glob(path: str) -> tuple[Path, tuple[str, ...]]:
@@ -140,24 +162,23 @@ def tell_left_out(source: Source) -> None:
 
     note: source 'x': 3 files were not read (.json 2, .pdf 1); name them outright or with a glob to read them
     """
-    if source.read == "docstrings":  # only Python files are meant
+    if source.read in READERS and not READERS[source.read].auto:  # the config means only files of this kind
         return
-    roots = {Path(os.path.expanduser(given)) for given in source.paths}
-    found = {root / name for root in roots if root.is_dir() for name in walk(root, (), source, unread=True)}
-    found = {os.path.abspath(path) for path in found} - {os.path.abspath(path) for path in files(source)}
-    counts = Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in found)
+    found, left_out = listed_and_left(source)
+    left = {os.path.abspath(path) for path in left_out} - found.keys()
+    counts = Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in left)
     if not counts:
         return
     most = ", ".join(f"{printable(suffix)} {n:,}" for suffix, n in counts.most_common(6))
-    what = f"{len(found):,} file{'s were' if len(found) > 1 else ' was'} not read ({most}"
+    what = f"{len(left):,} file{'s were' if len(left) > 1 else ' was'} not read ({most}"
     more = f", and {len(counts) - 6} more suffixes" * (len(counts) > 6)
     print(f"note: source {source.name!r}: {what}{more}); name them outright or with a glob to read them")
 
 
-def walk(root: Path, pattern: tuple[str, ...], source: Source, unread: bool = False) -> Iterator[str]:
-    """Names below root of the files that a glob matches; without a glob, of those whose suffix is known.
+def walk(root: Path, pattern: tuple[str, ...], source: Source) -> Iterator[tuple[str, bool]]:
+    """Names below root of the files that a glob matches, with True; without a glob, of all files.
 
-    With `unread`, of those whose suffix is not.
+    Without a glob the second value says whether the folder gives the file: whether its suffix is known.
     """
 
     def refuse(error: OSError):
@@ -166,11 +187,14 @@ def walk(root: Path, pattern: tuple[str, ...], source: Source, unread: bool = Fa
     def excluded(name: str, globs: tuple[str, ...]) -> bool:
         return any(fnmatchcase(name, glob) for glob in globs)
 
+    suffixes = folder_suffixes(source)
     # "x/*" matches "x/" and so everything below it: such a folder, perhaps a large one, is not entered
     whole_folders = tuple(glob for glob in source.exclude if glob.endswith("*"))
-    seen = set()  # folders, so that a link to a folder above ends
+    seen = set()  # folders; a link to a folder above it would never end
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         below = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
+
+        # Which folders os.walk enters next.
         status = os.stat(folder)
         too_deep = pattern and "**" not in pattern and below.count("/") + 1 >= len(pattern)
         folders[:] = sorted(
@@ -182,11 +206,22 @@ def walk(root: Path, pattern: tuple[str, ...], source: Source, unread: bool = Fa
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+
         for name in names:
-            wanted = matches((below + name).split("/"), pattern) if pattern else known(name, source) != unread
-            wanted = wanted and not name.startswith(".") and not excluded(below + name, source.exclude)
-            if wanted and os.path.isfile(os.path.join(folder, name)):  # no sockets, no dangling links
-                yield below + name
+            if name.startswith(".") or excluded(below + name, source.exclude):
+                continue
+            if pattern and not matches((below + name).split("/"), pattern):
+                continue
+            if os.path.isfile(os.path.join(folder, name)):  # no sockets, no dangling links
+                yield below + name, bool(pattern) or name.lower().endswith(suffixes)
+
+
+def folder_suffixes(source: Source) -> tuple[str, ...]:
+    """The suffixes of the files that a folder gives. By suffix alone, so that a listing opens no file."""
+    if source.read in READERS and not READERS[source.read].auto:
+        return READERS[source.read].suffixes
+    given = [reader.suffixes for reader in READERS.values() if reader.auto and reader.in_folders]
+    return sum(given, ())
 
 
 def matches(parts: list[str], pattern: tuple[str, ...]) -> bool:
@@ -196,15 +231,6 @@ def matches(parts: list[str], pattern: tuple[str, ...]) -> bool:
     if pattern[0] == "**":
         return any(matches(parts[i:], pattern[1:] or ("*",)) for i in range(len(parts)))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
-
-
-def known(name: str, source: Source) -> bool:
-    """Whether a folder gives this file: by its suffix alone, so that a listing opens no file."""
-    name = name.lower()
-    if source.read == "docstrings":
-        return name.endswith(".py")
-    bare = name.removesuffix(".gz").removesuffix(".zst")
-    return name.endswith(LINES) or name.endswith(".parquet") or os.path.splitext(bare)[1] in TEXT_SUFFIXES
 
 
 # ---- documents --------------------------------------------------------------------------------------------
@@ -220,30 +246,19 @@ def read(
     """
     bad = BadDocuments() if bad is None else bad
     for path, name in listed(source):
-        known = names.get(os.path.realpath(path)) if names else None
-        for document in read_file(path, known[1] if known else name, source, bad):
-            document.shared = "/".join(known) if known else ""
+        first = names.get(os.path.realpath(path)) if names else None
+        for document in read_file(path, first[1] if first else name, source, bad):
+            document.shared = "/".join(first) if first else ""
             yield document
 
 
 def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Iterator[Document]:
-    """The documents of one file. `name` is its name below the source's root, of which ids are made."""
-    suffixes = path.name.lower() if source.read == "auto" else ""
-    if source.read == "docstrings":
-        items = read_docstrings(path, name)
-    elif suffixes.endswith(LINES):
-        items = read_lines(path, name)
-    elif suffixes.endswith(".json"):
-        items = read_json(path, name)
-    elif suffixes.endswith(".parquet"):
-        items = read_parquet(path, name)
-    elif source.read in ("auto", "text"):
-        items = read_text(path, name)
-    else:
-        raise unknown(f"data source {source.name!r}: read", source.read)
-    place = str(path)
+    """The documents of one file. `name`: its name below the source's root, with which ids begin."""
+    reader, place = reader_of(path.name, source), str(path)
     try:
-        if not path.stat().st_size and source.read != "docstrings":  # a module without any gives nothing
+        items = reader.read(path, name)
+        # a module of 0 bytes is no bad document: it has no docstrings, like many others
+        if not path.stat().st_size and reader.read is not read_docstrings:
             items = [(str(path), name, Bad("an empty file"))]
         for place, id, text in items:
             if isinstance(text, Bad):
@@ -263,14 +278,24 @@ def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Itera
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-# Each reader yields (place for messages, id, text or Bad).
+def reader_of(name: str, source: Source) -> Reader:
+    """The row of READERS for a file of this name."""
+    if source.read != "auto":
+        return choose(f"data source {source.name!r}: read", source.read, READERS)
+    for reader in READERS.values():
+        if reader.auto and name.lower().endswith(reader.suffixes):
+            return reader
+    return READERS["text"]
 
 
-def read_text(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
-    yield str(path), name, decoded(b"".join(pieces(path)))
+# ---- readers ----------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
+def read_text(path: Path, name: str) -> Items:
+    yield str(path), name, whole_text(path)
+
+
+def read_lines(path: Path, name: str) -> Items:
     for number, line in enumerate(lines(path), 1):
         id, text = f"{name}:{number}", decoded(line)
         if text and not isinstance(text, Bad):
@@ -278,11 +303,12 @@ def read_lines(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
         yield f"{path}:{number}", id, text
 
 
-def read_json(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
+def read_json(path: Path, name: str) -> Items:
     """JSON lines, where the first line is an object or the whole is no JSON; else an array or one object."""
-    first, whole = parsed(decoded(next((line for line in lines(path) if line.strip()), b""))), None
-    if not isinstance(first, dict):
-        whole = parsed(decoded(b"".join(pieces(path))))
+    first_line = next((line for line in lines(path) if line.strip()), b"")
+    whole = None
+    if not isinstance(parsed(decoded(first_line)), dict):
+        whole = parsed(whole_text(path))
     if isinstance(whole, dict):
         yield str(path), *document_of(whole, name)
     elif isinstance(whole, list):
@@ -311,7 +337,7 @@ def document_of(fields: object, id: str) -> tuple[str, str | Bad]:
     return str(fields["id"]) if isinstance(fields.get("id"), str | int) else id, fields["text"]
 
 
-def read_parquet(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
+def read_parquet(path: Path, name: str) -> Items:
     """Row groups are streamed: a column of one group is in memory at a time."""
     try:
         import pyarrow
@@ -328,7 +354,7 @@ def read_parquet(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
                 ids = batch.column("id") if "id" in columns else [None] * batch.num_rows
                 for text, id in zip(batch.column("text"), ids):
                     number += 1
-                    id = id.as_py() if id is not None else None
+                    id = id.as_py() if id is not None else None  # a row may lack what others have
                     try:
                         text = text.as_py()
                         text = text if isinstance(text, str) else Bad("`text` is not a string")
@@ -339,28 +365,30 @@ def read_parquet(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
         raise EOFError(str(error).splitlines()[0]) from None
 
 
-def read_docstrings(path: Path, name: str) -> Iterator[tuple[str, str, object]]:
+def read_docstrings(path: Path, name: str) -> Items:
     """The English of a Python file: its docstrings joined by blank lines, found with `ast`; nothing is run.
 
     A module that is one table of texts, `topics = {"name": "text", ...}`, gives a document an entry, with the
     id `file.py#name`. A module without docstrings gives nothing.
     """
-    text = decoded(b"".join(pieces(path)))
+    text = whole_text(path)
     if isinstance(text, Bad):
         yield str(path), name, text
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in other people's strings is not this reader's concern
+            warnings.simplefilter("ignore")  # about "\d" in other people's strings
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         yield str(path), name, Bad("not Python to this Python")
         return
+
     table = table_of_texts(tree)
     if table:
         for key, value in table.items():
             yield f"{path}#{key}", f"{name}#{key}", value
         return
+
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     owners = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
     owners.sort(key=lambda node: node.body[0].lineno)  # ast.walk goes level by level, a reader line by line
@@ -373,11 +401,24 @@ def table_of_texts(tree: ast.Module) -> dict[str, str]:
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
     if len(body) != 1 or not isinstance(body[0], ast.Assign) or not isinstance(body[0].value, ast.Dict):
         return {}
-    pairs = [(key, value) for key, value in zip(body[0].value.keys, body[0].value.values)]
-    strings = all(
-        isinstance(item, ast.Constant) and isinstance(item.value, str) for pair in pairs for item in pair
-    )
-    return {key.value: value.value for key, value in pairs} if strings else {}
+    keys, values = body[0].value.keys, body[0].value.values
+    if not all(isinstance(item, ast.Constant) and isinstance(item.value, str) for item in (*keys, *values)):
+        return {}
+    return {key.value: value.value for key, value in zip(keys, values)}
+
+
+LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
+TEXTS = tuple(suffix + packed for suffix in TEXT_SUFFIXES for packed in ("", ".gz", ".zst"))
+
+# Kind -> reader. With `read="auto"` the first row that has a file's suffix reads it, so a new row goes above
+# "text"; "text" also reads the files that a name or a glob gives and whose suffix no row has.
+READERS = {
+    "lines": Reader(read_lines, LINES),
+    "json": Reader(read_json, (".json",), in_folders=False),
+    "parquet": Reader(read_parquet, (".parquet",)),
+    "docstrings": Reader(read_docstrings, (".py",), auto=False),
+    "text": Reader(read_text, TEXTS),
+}
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------
@@ -390,8 +431,12 @@ def decoded(data: bytes) -> str | Bad:
         return Bad("not UTF-8")
 
 
+def whole_text(path: Path) -> str | Bad:
+    return decoded(b"".join(blocks(path)))
+
+
 def printable(name: str) -> str:
-    """What UTF-8 can spell of an id or of a file's name: printable("caf\\udce9") -> "caf\\\\udce9"."""
+    """An id or a file's name as UTF-8 can spell it: printable("caf\\udce9") -> "caf\\\\udce9"."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -406,9 +451,9 @@ def encodable(text: str) -> bool:
 
 def lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, split at line feeds only: JSON strings may hold every other line separator."""
-    held: list[bytes] = []  # of the line that no piece has ended yet
-    for piece in pieces(path):
-        first, *rest = piece.split(b"\n")
+    held: list[bytes] = []  # the parts of a line whose end no block has had yet
+    for block in blocks(path):
+        first, *rest = block.split(b"\n")
         held.append(first)
         if rest:
             yield b"".join(held)
@@ -418,33 +463,32 @@ def lines(path: Path) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def pieces(path: Path) -> Iterator[bytes]:
+def blocks(path: Path) -> Iterator[bytes]:
     """A file's bytes, decompressed. Raises EOFError, zlib.error or OSError where it is cut off or damaged."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        yield from pieces_of_zst(path)
+        yield from zst_blocks(path)
         return
     with gzip.open(path) if suffix == ".gz" else open(path, "rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            yield piece
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
-def pieces_of_zst(path: Path) -> Iterator[bytes]:
-    """Frame by frame: the package's own stream reader takes a file that was cut off for a whole one."""
+def zst_blocks(path: Path) -> Iterator[bytes]:
+    """Frame by frame: the package's own stream reader does not notice that a file was cut off."""
     try:
         import zstandard
     except ImportError:
-        raise ConfigError(
-            f"{path} is compressed with zstandard; `pip install zstandard` to read it"
-        ) from None
+        what = f"{path} is compressed with zstandard"
+        raise ConfigError(f"{what}; `pip install zstandard` to read it") from None
     frame, data = None, b""
     with open(path, "rb") as file:
         try:
-            while data or (data := file.read(PIECE_BYTES)):
+            while data or (data := file.read(BLOCK_BYTES)):
                 # files written with `zstd --long=31` look back 2^31 bytes
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                if piece := frame.decompress(data):
-                    yield piece
+                if block := frame.decompress(data):
+                    yield block
                 data = b""
                 if frame.eof:
                     data, frame = frame.unused_data, None

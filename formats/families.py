@@ -1,15 +1,20 @@
 """Published model families: which one a model is, and its settings and tensors in that family's own words.
 
-A checkpoint is a Hugging Face model folder, so what others compute it with must find its config.json and the
-names of its tensors there. This file is the dictionary, in both directions; checkpoint.py and convert.py
-read and write the files.
+    families.family_of(cfg)                          # "llama"
+    families.hf_config(cfg, eot)                     # config.json, as a dict
+    families.model_config("models/pythia")           # settings of a published folder, or a ConfigError
+    families.place("layers.0.mlp.up_proj.weight", "llama")  # that family's name for a tensor of ours
+
+A checkpoint is a Hugging Face model folder. Other tools look in it for a config.json and for tensors by the
+names of a family. This file translates in both directions; checkpoint.py and convert.py read and write the
+files.
 
     llama      LLaMA 1, 2, 3, 3.1, Amber, TinyLlama, OpenLLaMA      mistral    the same with a sliding window
     olmo       OLMo 1 and 1.7                                       olmo2      OLMo 2
     gpt_neox   Pythia, GPT-NeoX                                     baichuan   baichuan-7B and 13B (packed)
     nano360    every other model of ours, with our own names: no class of `transformers` computes it
 
-The first that can say a model is taken: a plain LLaMA of baichuan's sizes is a "llama".
+A model belongs to the first family whose class computes it: a plain LLaMA of baichuan's sizes is a "llama".
 """
 
 import dataclasses
@@ -21,9 +26,9 @@ import torch
 from torch import Tensor
 
 from config import ConfigError, Model
-from formats.shards import open_weights
+from formats import shards
 
-# What the settings that families differ in must be; a family may leave some of them open.
+# The settings in which families differ, with the values that LLaMA's class computes.
 LLAMA = dict(
     ffn="swiglu", norm="rmsnorm", norm_place="before", qk_norm=False, clip_qkv=0.0, bias=False,
     parallel_residual=False, positions="rope", rope_fraction=1.0, rope_pairs="halves", rope_scaling=1.0,
@@ -44,23 +49,23 @@ CLASSES = {
     "olmo2": "Olmo2ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }
-READ = (*FAMILIES, "baichuan", "nano360")
+READ = (*FAMILIES, "baichuan", "nano360")  # every model_type that is read
 FORMAT = 1  # of a "nano360" config.json
-# Buffers that older versions of `transformers` stored beside the weights, and that are computed here.
+# Buffers that older versions of `transformers` stored beside the weights. They are computed here.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def family_of(cfg: Model) -> str:
-    """The first family that can say the model: family_of(Model()) -> "llama"."""
-    return next((family for family in FAMILIES if can_say(family, cfg.resolved())), "nano360")
+    """The first family whose class computes the model: family_of(Model()) -> "llama"."""
+    return next((family for family in FAMILIES if computes(family, cfg.resolved())), "nano360")
 
 
-def can_say(family: str, cfg: Model) -> bool:
+def computes(family: str, cfg: Model) -> bool:
     """Whether the family's class computes this model."""
     fixed, free = FAMILIES[family]
     if any(getattr(cfg, name) != value for name, value in fixed.items() if name not in free):
         return False
-    if cfg.d_model % cfg.n_heads:  # every class demands it, also of those that set a head's width apart
+    if cfg.d_model % cfg.n_heads:  # every class demands this, even where the width of a head is a setting
         return False
     if family not in ("llama", "mistral") and cfg.d_head != cfg.d_model // cfg.n_heads:
         return False
@@ -73,7 +78,8 @@ def can_say(family: str, cfg: Model) -> bool:
 def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
     """config.json of the `transformers` class that computes this model, or our own where there is none.
 
-    `family`: "" for the first that fits, or "baichuan" for a folder as baichuan published it.
+    `eot`: id of the token that ends a document. `family`: "" for the first that fits, or "baichuan" for a
+    folder as baichuan published it.
     """
     cfg = cfg.resolved()
     family = family or family_of(cfg)
@@ -81,11 +87,15 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
     if family == "nano360":
         own = {"format": FORMAT, "model": dataclasses.asdict(cfg)}
         return {"architectures": ["Transformer"], "model_type": family, **own, **ids}
+
+    # Rotary positions, and Llama 3.1's scaling of them.
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_scaling != 1:
         rope |= {"rope_type": "llama3", "factor": cfg.rope_scaling}
         rope |= {"low_freq_factor": cfg.rope_scaling_low, "high_freq_factor": cfg.rope_scaling_high}
         rope |= {"original_max_position_embeddings": cfg.rope_scaling_seq_len}
+
+    # What all families have in common.
     values = {
         "architectures": [CLASSES.get(family, "BaiChuanForCausalLM")],
         "model_type": family,
@@ -110,6 +120,8 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
         values["rope_scaling"] = rope  # transformers 4 again
     if cfg.document_mask:
         values["document_mask"] = True  # ours alone: others let documents in a row see one another
+
+    # What each family has of its own.
     if family in ("llama", "mistral"):
         values |= {"rms_norm_eps": cfg.norm_eps, "head_dim": cfg.d_head}
         values |= {"mlp_bias": cfg.bias} if family == "llama" else {"sliding_window": cfg.window}
@@ -124,7 +136,7 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
     elif family == "baichuan":
         check_baichuan(cfg)
         values["rms_norm_eps"] = cfg.norm_eps
-        if cfg.positions == "alibi":  # the 13B calls it so, and that tells the two apart
+        if cfg.positions == "alibi":  # the 13B; the name of the length tells the two apart
             values["model_max_length"] = values.pop("max_position_embeddings")
             values["architectures"] = ["BaichuanForCausalLM"]
     return values
@@ -166,7 +178,7 @@ def read_config(folder: Path | str) -> dict:
 def model_config(folder: Path | str) -> Model:
     """The settings of the model in a folder of any of these families. Raises ConfigError for any other.
 
-    Of how its weights began only init_std is in the file; the rest is left at the default.
+    Of the settings for initialisation the file has only init_std; the others keep their defaults.
     """
     hf, path = read_config(folder), Path(folder) / "config.json"
     try:
@@ -178,7 +190,7 @@ def model_config(folder: Path | str) -> Model:
 
 
 def settings(hf: dict) -> Model:
-    """config.json -> our settings. ConfigError for what is not computed here."""
+    """config.json -> our settings. Raises ConfigError for a model that is not computed here."""
     family = hf["model_type"]
     if family == "nano360":
         if hf.get("format") != FORMAT:
@@ -186,7 +198,10 @@ def settings(hf: dict) -> Model:
         return Model(**hf["model"])
     if hf.get("quantization_config"):
         raise ConfigError("its weights are quantised, and those are not read")
-    neox, fixed = family == "gpt_neox", dict(FAMILIES.get(family, FAMILIES["llama"])[0])
+    neox = family == "gpt_neox"
+    fixed = dict(FAMILIES.get(family, FAMILIES["llama"])[0])
+
+    # Rotary positions. transformers 5 has a table of them, 4 has single entries and a table for scaling.
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope.setdefault("rope_theta", hf.get("rotary_emb_base" if neox else "rope_theta", 10000.0))
     rope.setdefault("partial_rotary_factor", hf.get("rotary_pct", 0.25) if neox else 1.0)
@@ -203,16 +218,20 @@ def settings(hf: dict) -> Model:
         fixed["rope_fraction"] = rope["partial_rotary_factor"]
     else:
         require(rope, partial_rotary_factor=1.0)
+
+    # Biases and the activation.
     if family == "llama":
         fixed["bias"] = hf.get("attention_bias", False)
         require(hf, mlp_bias=fixed["bias"])
     else:
         require(hf, attention_bias=neox, mlp_bias=False)
     require(hf, hidden_act="gelu" if neox else "silu")
+
+    # What each family has of its own. A missing entry means the default of the family's class.
     if family == "olmo":
         fixed["clip_qkv"] = float(hf.get("clip_qkv") or 0)
     if family == "mistral":
-        fixed["window"] = hf.get("sliding_window", 4096) or 0  # the class's own default
+        fixed["window"] = hf.get("sliding_window", 4096) or 0
         kinds = set(hf.get("layer_types") or ["sliding_attention"])
         if fixed["window"] and kinds != {"sliding_attention"}:
             raise ConfigError("layer_types: layers with and without a sliding window are not supported")
@@ -224,9 +243,11 @@ def settings(hf: dict) -> Model:
                 "this is Baichuan 2, whose head is normalised; only the first baichuan is supported"
             )
         fixed["positions"] = "rope" if "max_position_embeddings" in hf else "alibi"
-    if family != "olmo":
-        name, default = ("layer_norm_eps", 1e-5) if neox else ("rms_norm_eps", 1e-6)
-        fixed["norm_eps"] = hf.get(name, 1e-5 if family == "olmo2" else default)  # the classes' own
+    if neox:
+        fixed["norm_eps"] = hf.get("layer_norm_eps", 1e-5)
+    elif family != "olmo":
+        fixed["norm_eps"] = hf.get("rms_norm_eps", 1e-5 if family == "olmo2" else 1e-6)
+
     return Model(
         vocab_size=hf["vocab_size"],
         seq_len=hf["model_max_length"] if fixed["positions"] == "alibi" else hf["max_position_embeddings"],
@@ -244,13 +265,14 @@ def settings(hf: dict) -> Model:
 
 
 def require(hf: dict, **values) -> None:
+    """Raises ConfigError where an entry exists and has another value than the one given."""
     for name, only in values.items():
         if hf.get(name, only) != only:
             raise ConfigError(f"{name}={hf[name]!r} is not supported, only {only!r}")
 
 
 def end_of_text(hf: dict) -> int | None:
-    """The token that ends a document, by a folder's config.json: the first where there are several."""
+    """Id of the token that ends a document, by a folder's config.json: the first where there are several."""
     eot = hf.get("eos_token_id")
     return (eot[0] if eot else None) if isinstance(eot, list) else eot
 
@@ -265,11 +287,11 @@ NEOX_NAMES = {
     "norm": "gpt_neox.final_layer_norm",
     "lm_head": "embed_out",
 }
-PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # what GPT-NeoX and baichuan pack in one
 
 
 def place(name: str, family: str) -> tuple[str, int | None]:
-    """Where a family keeps a tensor of ours: its name there, and where it packs three in one, which part.
+    """Where a family keeps a tensor of ours: its name there, and its part where three are packed in one.
 
     place("layers.0.mlp.up_proj.weight", "llama") -> "model.layers.0.mlp.up_proj.weight", None
     place("layers.0.self_attn.k_proj.weight", "baichuan") -> "model.layers.0.self_attn.W_pack.weight", 1
@@ -290,9 +312,9 @@ def place(name: str, family: str) -> tuple[str, int | None]:
 
 
 def unpack(stored: Tensor, part: int | None, cfg: Model, family: str) -> Tensor:
-    """One of ours out of what `place` names.
+    """A tensor of ours, taken out of the stored tensor and part that `place` names.
 
-    GPT-NeoX packs (H, 3, Dh): a head's query, key and value rows stand together. baichuan packs (3, H Dh).
+    GPT-NeoX packs (H, 3, Dh): the query, key and value rows of a head are together. baichuan packs (3, H Dh).
     """
     if part is None:
         return stored
@@ -305,13 +327,16 @@ def unpack(stored: Tensor, part: int | None, cfg: Model, family: str) -> Tensor:
 def to_family(tensors: dict[str, Tensor], cfg: Model, family: str = "") -> dict[str, Tensor]:
     """Our tensors by our names -> the family's, packed where it packs. `unpack` is the way back."""
     cfg = cfg.resolved()
-    family, out, packed = family or family_of(cfg), {}, {}
+    family = family or family_of(cfg)
+    out, packed = {}, {}
     for name, value in tensors.items():
         theirs, part = place(name, family)
         if part is None:
             out[theirs] = value.contiguous()
         else:
             packed.setdefault(theirs, [None] * 3)[part] = value
+
+    # a packed tensor is made once its three parts are known, whatever their order was
     for theirs, three in packed.items():
         if family == "gpt_neox":
             by_head = [value.unflatten(0, (cfg.n_heads, cfg.d_head)) for value in three]
@@ -329,7 +354,7 @@ def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
     """
     # Our tensors, and where the family keeps them.
     model, family = getattr(model, "module", model), read_config(folder)["model_type"]
-    cfg, tensors = model.cfg, open_weights(folder)
+    cfg, tensors = model.cfg, shards.open_weights(folder)
     ours = {name: (value.shape, *place(name, family)) for name, value in model.state_dict().items()}
     theirs = {stored for _, stored, _ in ours.values()}
 
@@ -368,3 +393,20 @@ def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
         return unpack(tensors[stored].get_tensor(stored), part, cfg, family)
 
     return read
+
+
+def layout(
+    shapes: dict[str, Tensor], cfg: Model, family: str = "", itemsize: int = 4, limit: float = 0
+) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+    """(file -> our names of the tensors in it; the index) of a model to be written, as shards.layout gives it.
+
+    A family can store several of our tensors as one (Pythia's q, k, v): they are in the same file.
+    """
+    parts: dict[str, list[str]] = {}  # the family's name for a tensor -> our names for its parts
+    for name in shapes:
+        parts.setdefault(place(name, family or family_of(cfg))[0], []).append(name)
+    sizes = {
+        stored: itemsize * sum(shapes[name].numel() for name in names) for stored, names in parts.items()
+    }
+    files, index = shards.layout("model", sizes, limit)
+    return {file: [name for s in stored for name in parts[s]] for file, stored in files.items()}, index

@@ -1,4 +1,11 @@
-"""safetensors files: one, or shards with an index as Hugging Face writes them. No pickle is ever opened."""
+"""Weights in safetensors files, as Hugging Face lays them out: one file, or shards and an index.
+
+    tensors = shards.open_weights("runs/demo/checkpoints/step-00000640")   # {"lm_head.weight": file, ...}
+    tensors["lm_head.weight"].get_tensor("lm_head.weight")                 # only now bytes are read
+    shards.layout("model", {"a.weight": 400, "b.weight": 300}, limit=500)  # which tensors in which file
+
+This is the only reader of such files. No pickle is ever opened: opening one can run any code.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +16,10 @@ from config import ConfigError
 
 
 def open_weights(folder: Path | str, stem: str = "model") -> dict:
-    """Tensor name -> the open safetensors file that holds it, of a folder with one file or many shards."""
+    """Tensor name -> the open safetensors file that holds it, of a folder with one file or many shards.
+
+    Raises ConfigError where a file is missing or damaged, or does not hold what the index says.
+    """
     folder = Path(folder)
     index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
@@ -23,23 +33,27 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
             )
         file = open_tensors(path)
         return dict.fromkeys(file.keys(), file)
+
+    # The index: tensor name -> file. It may name only files of its own folder.
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = dict.fromkeys(places.values())
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        opened = dict.fromkeys(file_of.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index} is damaged: {type(error).__name__}: {error}") from None
-    for shard in shards:
+    for shard in opened:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ConfigError(f"{index} names {shard!r}, which is no file of its own folder")
-        shards[shard] = open_tensors(folder / shard)
-    held = {shard: set(file.keys()) for shard, file in shards.items()}
-    for name, shard in places.items():
+        opened[shard] = open_tensors(folder / shard)
+
+    held = {shard: set(file.keys()) for shard, file in opened.items()}
+    for name, shard in file_of.items():
         if name not in held[shard]:
             raise ConfigError(f"{index} says that {name} is in {shard}, and it is not")
-    return {name: shards[shard] for name, shard in places.items()}
+    return {name: opened[shard] for name, shard in file_of.items()}
 
 
 def open_tensors(path: Path):
+    """An open safetensors file: keys(), get_slice(name), get_tensor(name)."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError:
@@ -50,23 +64,27 @@ def open_tensors(path: Path):
         ) from None
 
 
-SHARD_BYTES = 5_000_000_000  # of tensors in one file; processes write files side by side
+SHARD_BYTES = 5_000_000_000  # of tensors in one file of a checkpoint
 
 
-def size(tensor) -> int:
-    """Bytes of a tensor."""
-    return tensor.numel() * tensor.element_size()
+def layout(
+    stem: str, sizes: dict[str, int], limit: float = 0
+) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+    """(file -> names of its tensors, in their order; the index by its file's name, or {} for a single file).
 
-
-def layout(stem: str, sizes: dict[str, int]) -> dict[str, list[str]]:
-    """File -> names of its tensors, in order: one file, or as many as SHARD_BYTES demands. sizes: in bytes."""
-    shards, room = [[]], SHARD_BYTES
+    One file, or as many as `limit` bytes a file demand (0: SHARD_BYTES). A tensor is never divided: one that
+    is larger than the limit has a file of its own.
+    """
+    groups, filled = [[]], 0
     for name, n_bytes in sizes.items():
-        if n_bytes > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= n_bytes
-    if len(shards) == 1:
-        return {f"{stem}.safetensors": shards[0]}
-    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+        if groups[-1] and filled + n_bytes > (limit or SHARD_BYTES):
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += n_bytes
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}, {}
+    files = {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+    places = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+    return files, {f"{stem}.safetensors.index.json": json.dumps(index, indent=1).encode() + b"\n"}

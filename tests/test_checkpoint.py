@@ -29,8 +29,9 @@ import optim
 import results
 import run_folder
 import sample
+import steps
 import train
-from config import ConfigError, Model, Optim, load_run
+from config import Config, ConfigError, Model, Optim, Train, load_run
 from dataset import Dataset
 from formats import families, shards
 from model import Transformer
@@ -350,13 +351,17 @@ def test_a_large_model_is_stored_in_shards_that_others_open_too(tmp_path, monkey
 
 def test_a_layout_fills_files_in_order_and_a_large_tensor_has_one_of_its_own(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 10)
-    assert shards.layout("model", {"a": 4, "b": 6}) == {"model.safetensors": ["a", "b"]}
-    assert shards.layout("model", {"a": 4, "b": 7, "c": 25, "d": 1}) == {
+
+    assert shards.layout("model", {"a": 4, "b": 6}) == ({"model.safetensors": ["a", "b"]}, {})
+    files_of, index = shards.layout("model", {"a": 4, "b": 7, "c": 25, "d": 1})
+    assert files_of == {
         "model-00001-of-00004.safetensors": ["a"],
         "model-00002-of-00004.safetensors": ["b"],
         "model-00003-of-00004.safetensors": ["c"],
         "model-00004-of-00004.safetensors": ["d"],
     }
+    places = json.loads(index["model.safetensors.index.json"])["weight_map"]
+    assert places == {names[0]: file for file, names in files_of.items()}
 
 
 def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
@@ -373,11 +378,11 @@ def test_muon_is_saved_and_resumed_with_its_adamw(tmp_path):
             part.zero_grad()
 
     both(net, parts)
-    folder = conftest.save(tmp_path, net, [parts], state(1), {})
+    folder = conftest.save(tmp_path, net, parts, state(1), {})
     both(net, parts)
     other = checkpoint.load_model(folder).requires_grad_(True)
     other_parts = optim.optimizers(other, cfg)
-    checkpoint.load_optimizer(folder, other, [other_parts])
+    checkpoint.load_optimizer(folder, other, other_parts)
     both(other, other_parts)
     for (name, a), b in zip(net.named_parameters(), other.parameters()):
         assert torch.equal(a, b), name
@@ -389,9 +394,9 @@ def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
     net, adamw = trained(LLAMA, 0)
     for step in range(9):
         conftest.save(tmp_path, net, [adamw], state(step), {})
-    assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == [1, 2, 3, 5, 6]
+    saved = [c.step for c in run_folder.checkpoints(tmp_path)]
+    run_folder.delete(tmp_path, steps.deleted_steps(Config(train=Train(keep_others=2)), saved, {0, 4}))
     assert [c.step for c in run_folder.checkpoints(tmp_path)] == [0, 4, 7, 8]
-    assert run_folder.delete_others(tmp_path, kept={0, 4}, newest=2) == []
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 

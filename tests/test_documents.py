@@ -232,6 +232,20 @@ def test_read_text_takes_files_whole(tmp_path):
     assert read(path, read="text")[0] == {"x.jsonl": path.read_text()}
 
 
+def test_a_new_kind_of_document_is_one_function_and_its_row(tmp_path, monkeypatch):
+    def read_fortunes(path, name):
+        for number, text in enumerate(path.read_text().split("%\n"), 1):
+            yield f"{path}:{number}", f"{name}:{number}", text
+
+    row = {"fortunes": documents.Reader(read_fortunes, (".fortune",))}
+    monkeypatch.setattr(documents, "READERS", {**row, **documents.READERS})
+    write(tmp_path / "d" / "x.FORTUNE", "one\n%\n%\ntwo\n")
+    write(tmp_path / "d" / "y.txt", "text")
+    found, bad = read(tmp_path / "d")
+    assert found == {"x.FORTUNE:1": "one\n", "x.FORTUNE:3": "two\n", "y.txt": "text"}
+    assert bad.examples == [f"{tmp_path}/d/x.FORTUNE:2: empty"]
+
+
 def test_reading_streams_a_large_file(tmp_path):
     path = write(tmp_path / "x.jsonl", lines({"text": "first"}) + "x" * 50_000_000)
     stream = documents.read(Source("s", paths=(str(path),)))

@@ -13,7 +13,6 @@ import safetensors
 import torch
 from conftest import config_names
 
-import checkpoint
 import config
 import cost
 import hardware
@@ -231,7 +230,6 @@ def test_the_peak_of_a_process_is_within_15_per_cent():
 
 def test_constants_that_other_files_have_too_are_the_same():
     assert (memory.LOGITS_BYTES, memory.LOGITS_BYTES_CUDA) == (loss.LOGITS_BYTES, loss.LOGITS_BYTES_CUDA)
-    assert cost.SHARD_BYTES == checkpoint.SHARD_BYTES
 
 
 def test_processes_stand_in_a_mesh():

@@ -20,6 +20,7 @@ import bpe
 import config
 import tokenizer
 from config import ConfigError
+from formats import hf_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
@@ -280,7 +281,7 @@ def test_a_million_characters_without_a_break_are_encoded_exactly(trained, unit)
 def test_the_slow_way_gives_the_ids_of_the_fast_way(trained, monkeypatch):
     texts = HARD + code(5)
     fast = [trained.encode(text) for text in texts]
-    monkeypatch.setattr(tokenizer, "long_blank", lambda text: True)
+    monkeypatch.setattr(bpe, "long_blank", lambda text: True)
     assert [trained.encode(text) for text in texts] == fast
 
 
@@ -491,7 +492,7 @@ def test_a_split_that_would_remove_a_part_of_a_text_refuses_that_text(trained, t
 def with_digits(one: tokenizer.Tokenizer, folder: Path, individual: bool, without: bytes = b"") -> Path:
     """SmolLM2's structure: numerals alone, then GPT-2's pattern; a vocabulary that may lack bytes."""
     model = json.loads(one.content)["model"]
-    lost = {text for text in model["vocab"] if set(tokenizer.unspelled(text)) & set(without)}
+    lost = {text for text in model["vocab"] if set(hf_tokenizer.unspelled(text)) & set(without)}
     model["vocab"] = {text: id for text, id in model["vocab"].items() if text not in lost}
     model["merges"] = [
         merge for merge in model["merges"] if not {*merge.split(), "".join(merge.split())} & lost
@@ -516,10 +517,10 @@ def test_numerals_cut_before_gpt2s_pattern_give_the_librarys_pieces_and_ids(trai
     texts += [f"  {c}{c} {c}  {c}\n\n{c}a{c}'s{c} 's.{c}" for c in numerals]
     assert_same_as_library(mine, hf, path, texts + HARD + code(8))
     # and the pieces, of which few of this small vocabulary's tokens show the borders
-    pattern = regex.compile(tokenizer.split_of(json.loads(mine.content)["pre_tokenizer"], "x"))
+    pattern = regex.compile(hf_tokenizer.split_of(json.loads(mine.content)["pre_tokenizer"], "x"))
     cut = hf.Tokenizer.from_file(str(path)).pre_tokenizer.pre_tokenize_str
     for text in texts:
-        expected = [tokenizer.unspelled(piece).decode() for piece, _ in cut(text)]
+        expected = [hf_tokenizer.unspelled(piece).decode() for piece, _ in cut(text)]
         assert [match[0] for match in pattern.finditer(text)] == expected
 
 
@@ -865,7 +866,9 @@ def test_mistakes_end_in_one_message_and_exit_code_2(arguments, message):
 
 def test_encoding_is_no_slower_than_bare_tiktoken(trained):
     vocab = {
-        tokenizer.unspelled(t): i for t, i in json.loads(trained.content)["model"]["vocab"].items() if i > 2
+        hf_tokenizer.unspelled(t): i
+        for t, i in json.loads(trained.content)["model"]["vocab"].items()
+        if i > 2
     }
     bare = tiktoken.Encoding("bare", pat_str=bpe.SPLITS["gpt4"], mergeable_ranks=vocab, special_tokens={})
     texts, ours, theirs = code(), [], []

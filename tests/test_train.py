@@ -18,6 +18,7 @@ from conftest import load, metrics, start, wait_for_step, weights
 import checkpoint
 import config
 import files
+import loss
 import optim
 import parallel
 import run_folder
@@ -562,3 +563,69 @@ def test_only_the_newest_of_other_checkpoints_are_kept(recipe, tmp_path):
 def test_saving_in_step_gives_the_same_checkpoints_as_saving_beside_it(recipe, whole, tmp_path):
     train.train(load(recipe, tmp_path / "run", "--train.save_async=false"))
     assert weights(tmp_path / "run") == weights(whole)
+
+
+# ---- another loss, other rows -----------------------------------------------------------------------------
+
+
+class MaskedBatches(train.Batches):
+    """Rows as (b, 2, T): tokens, and targets, of which the first of each row are masked, as in a prompt."""
+
+    def masked(self, position: int) -> int:
+        """Targets of a row that are masked: 0 to 22 of 24, so that micro-batches differ in targets."""
+        return position * 7 % 23
+
+    def read(self, plan, step):
+        ranges = plan.batch(step, self.world.share(plan.size(step)))
+        rows = super().read(plan, step)
+        tokens, targets = rows[:, :-1], rows[:, 1:].clone()
+        for row, position in enumerate(p for first, end in ranges for p in range(first, end)):
+            targets[row, : self.masked(position)] = loss.IGNORE
+        return torch.stack((tokens, targets), dim=1)
+
+    def n_targets(self, plan, step):
+        positions = [p for first, end in plan.batch(step) for p in range(first, end)]
+        return sum(self.dataset.seq_len - self.masked(p) for p in positions)
+
+
+def masked_loss(model, rows):
+    return {"loss": model(rows[:, 0], rows[:, 1])}
+
+
+def test_masked_targets_are_trained_on_by_the_same_loop_whatever_the_micro_batch(recipe, tmp_path):
+    runs = {}
+    for micro in (6, 2, 1):
+        cfg = load(recipe, tmp_path / str(micro), "--train.steps=3", f"--train.micro_batch_size={micro}")
+        train.train(cfg, masked_loss, MaskedBatches)
+        runs[micro] = metrics(tmp_path / str(micro))
+    # The first step by hand: the mean over the targets that are left, on the initial weights, in float64.
+    model = checkpoint.load_model(tmp_path / "6" / "checkpoints" / "step-00000000").requires_grad_(True)
+    rows = torch.from_numpy(Dataset(cfg.dataset).rows(0, 6))
+    logits = model(rows[:, :-1]).double()
+    left = torch.tensor([[t >= p * 7 % 23 for t in range(24)] for p in range(6)])
+    nats = F.cross_entropy(logits[left], rows[:, 1:][left])
+    nats.backward()
+    grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert runs[6][0]["loss"] == pytest.approx(nats.item(), rel=1e-6)
+    assert runs[6][0]["grad_norm"] == pytest.approx(grad_norm, rel=1e-5)
+    for micro in (2, 1):
+        assert [r["loss"] for r in runs[micro]] == pytest.approx([r["loss"] for r in runs[6]], rel=1e-5)
+
+
+def test_a_loss_of_ones_own_and_a_count_beside_it_reach_the_console_and_metrics(recipe, tmp_path, capsys):
+    def loss_and_accuracy(model, rows):
+        logits, targets = model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+        correct = (logits.argmax(1) == targets).sum()
+        return {"loss": F.cross_entropy(logits, targets, reduction="sum"), "accuracy": correct}
+
+    asked = ("--train.steps=4", "--train.micro_batch_size=2")
+    train.train(load(recipe, tmp_path / "ours", *asked), loss_and_accuracy)
+    printed = capsys.readouterr().out
+    train.train(load(recipe, tmp_path / "plain", *asked))
+    ours, plain = metrics(tmp_path / "ours"), metrics(tmp_path / "plain")
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
+    model = checkpoint.load_model(tmp_path / "ours" / "checkpoints" / "step-00000000")
+    rows = torch.from_numpy(Dataset(load(recipe, tmp_path / "ours").dataset).rows(0, 6))
+    share = (model(rows[:, :-1]).argmax(-1) == rows[:, 1:]).float().mean().item()
+    assert ours[0]["accuracy"] == pytest.approx(share) and "accuracy" not in plain[0]
+    assert f"accuracy {share:.4g}" in printed

@@ -1,0 +1,51 @@
+"""How the processes of a run meet, part, and notice that one of them is gone: PyTorch's faults worked around.
+
+torchrun sets RANK, WORLD_SIZE and the address of a store; parallel.py calls these.
+"""
+
+import datetime
+import os
+import time
+
+import torch.distributed as dist
+
+from config import ConfigError
+
+
+def meet(backend: str, timeout: datetime.timedelta) -> None:
+    """Joins the process group, also after a restart by torchrun.
+
+    torchrun 2.13 keeps one store through all its restarts, without a prefix. A restarted process may then
+    find the addresses that dead ones left there, and wait for them for ever. On one node the number of the
+    restart is a prefix on which all agree. On several it is not: each node counts its own. This can go when
+    torchrun prefixes its store.
+    """
+    store, rank, n = next(dist.rendezvous("env://", timeout=timeout))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("LOCAL_WORLD_SIZE") == str(n):
+        store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    elif shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ConfigError(
+            "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment, on every node; without it restarted processes can wait for dead ones for ever"
+        )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=timeout)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or hangs."""
+    signs = ("gloo", "nccl", "connection closed", "timed out", "connection reset")
+    return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+
+
+def part() -> None:
+    """Leaves the process group, when all are done.
+
+    PyTorch 2.13: gloo's threads need the interpreter's lock to free their tensors, and destroying the group
+    waits for them while it holds the lock, for ever. A barrier holds no tensor, and frees the lock while it
+    waits. This can go when destroy_process_group no longer deadlocks.
+    """
+    for _ in range(2):
+        dist.barrier()
+    time.sleep(0.05)
+    dist.destroy_process_group()
