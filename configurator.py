@@ -103,7 +103,8 @@ def add_no_verify(parser) -> None:
     class Skip(argparse.Action):
         def __call__(self, parser, args, values, option=None):
             args.verify = False
-            print(f"note: {option}: no hash is compared, so damaged files go unnoticed", file=sys.stderr)
+            if int(os.environ.get("RANK", 0)) == 0:  # torchrun starts many processes; one says it
+                print(f"note: {option}: no hash is compared, so damaged files go unnoticed", file=sys.stderr)
 
     what = "do not compare the files' hashes with those that were written down when they were saved"
     parser.add_argument("--no-verify", dest="verify", action=Skip, nargs=0, default=True, help=what)

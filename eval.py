@@ -1,8 +1,9 @@
-"""What every checkpoint has learned: loss, perplexity and bits per byte of held-out text; and memorization.
+"""What every checkpoint has learned: loss, perplexity and bits per byte of validation rows; and memorization.
 
     python eval.py runs/demo            # every checkpoint; also computes memorize.py's score
     python eval.py runs/demo --checkpoint 640 --source code --max_rows 50 --no-memorization
     python eval.py runs/demo --check    # and exit 1 unless the run is whole and good enough
+    torchrun --nproc_per_node=8 -- eval.py runs/demo      # the same on eight GPUs
     python eval.py models/mine --dataset datasets/mine    # loss of any model folder, printed only
 
     loss           nats of all target tokens / number of target tokens
@@ -11,19 +12,18 @@
 
 Each is measured by source. Both sums of a ratio run over the whole source before they are divided, as in
 Paloma: a mean of ratios would depend on the batch size. Every token of a row but the first is a target. An
-end-of-text token is one like any other: its nats count, and it stands for 0 bytes of text. So bits per byte
-compares models with different tokenizers, loss does not.
+end-of-text token is a target like any other: its nats count, and it stands for 0 bytes of text. Bits per byte
+can be compared between models with different tokenizers; the loss cannot.
 
 The bytes are those of the text as it was before it was encoded. A document's bytes are spread over its tokens
-in proportion to the bytes that these decode to, not counting the space that SentencePiece puts before a text.
-Where tokens decode to exactly the text, that is exact for every token. Where they do not (Unicode
-normalization, characters that a vocabulary lacks), it is exact for every document, as in Paloma. A token's
-bytes belong to the row in which it is a target. So the first token of a source's held-out text, which is no
-target, is not counted, and neither is what the dataset dropped at its end.
+in proportion to the bytes that these decode to, without the space that SentencePiece puts before a text. If
+the tokens decode to exactly the text, that is exact for every token. If they do not (Unicode normalization,
+characters that a vocabulary lacks), it is exact for every document, as in Paloma. A token's bytes belong to
+the row in which it is a target. So the first token of a source's validation text, which is no target, is not
+counted, and neither is what the dataset dropped at its end.
 
 Reads RUN/config.json, its checkpoints and the validation rows of its dataset. Appends to RUN/evals.jsonl one
-line for each checkpoint and source. Killed, it goes on where it was: what stands there for the same inputs
-is not computed again.
+line for each checkpoint and source. Results are kept and continued as measure.py says.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
@@ -32,30 +32,29 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     configurator.quiet_imports()
 
 import argparse
+import functools
 import math
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 import checkpoint
-import config
 import configurator
-import files
+import measure
 import memorize
 import parallel
-import run_folder
 import steps
 import tokenizer as tokenizers
 from config import Config, ConfigError
 from dataset import Dataset
 from model import Transformer
-from run_folder import chosen, step_number
+from run_folder import Checkpoint, chosen
 
-PROTOCOL = "nats-over-bytes-2"  # of the numbers in a line; a change of their meaning gives it a new name
-LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoint to be below
+PROTOCOL = "nats-over-bytes-2"  # the meaning of the numbers in a line; a change of it needs a new name
+LEARNED = 0.6  # --check: the last checkpoint's bits per byte must be below this share of step 0's
 
 
 # ---- loss -------------------------------------------------------------------------------------------------
@@ -63,7 +62,7 @@ LEARNED = 0.6  # of step 0's bits per byte, which --check asks the last checkpoi
 
 @torch.inference_mode()
 def nats_of(model: Transformer, rows: np.ndarray, batch_size: int, done=lambda n: None) -> float:
-    """Rows (N, T+1) of ids -> the loss of all N x T targets together, in nats; calls done(n) as it goes."""
+    """Rows (N, T+1) of ids -> the loss of all N x T targets together, in nats; calls done(n) after n rows."""
     device, total = model.embed_tokens.weight.device, 0.0
     for start in range(0, len(rows), batch_size):
         batch = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(device)  # (B, T+1)
@@ -73,7 +72,7 @@ def nats_of(model: Transformer, rows: np.ndarray, batch_size: int, done=lambda n
 
 
 def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Of a source's first n_rows held-out rows, the bytes of text that every target stands for: (n_rows, T).
+    """The bytes of text that every target of a source's first n_rows validation rows stands for: (n_rows, T).
 
     "Hi you", 6 bytes, as the tokens " Hi", " you" and end of text of a SentencePiece model -> 2, 4, 0.
     """
@@ -85,14 +84,14 @@ def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenize
     tokens, text_bytes, ends = tokens[:n], text_bytes[:n], ends[:n]
     if not n or ends[-1] <= n_rows * T or tokens.min() < 1:
         raise ConfigError(
-            f"{dataset.folder}: the held-out documents of {source} are not those of its held-out rows; "
+            f"{dataset.folder}: the validation documents of {source} are not those of its validation rows; "
             f"try: python data.py verify {dataset.folder}"
         )
     starts = ends - tokens
     stream = np.append(rows[0, 0], rows[: -(-(ends[-1] - 1) // T), 1:])[: ends[-1]]
     known = np.minimum(ends, len(stream)) - starts  # tokens of each document that are in the stream
 
-    # What each token decodes to, without the space before a document, and without the end of text.
+    # The number of bytes that each token decodes to, without the space before a document and the end of text.
     decoded = tokenizer.n_bytes[stream].astype(float)
     if tokenizer.adds_space:
         decoded[starts] -= [tokenizer.token_bytes[id].startswith(b" ") for id in stream[starts]]
@@ -104,8 +103,8 @@ def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenize
         sums[i] = max(1, tokens[i] - 1)
         decoded[starts[i] : starts[i] + int(sums[i])] = 1
 
-    # Bytes of text to a decoded byte. The end of the last document may have been dropped, so that what it
-    # decodes to is not known: it takes the ratio of the others together.
+    # Bytes of text per decoded byte, by document. The end of the last document may have been dropped: then
+    # the bytes that the whole of it decodes to are unknown, and it takes the ratio of the others together.
     ratio = text_bytes / np.maximum(sums, 1)
     if not whole[-1]:
         ratio[-1] = min(ratio[-1], text_bytes[:-1].sum() / sums[:-1].sum() if n > 1 else 1)
@@ -114,9 +113,9 @@ def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenize
 
 
 def measures(nats: float, n_targets: int, n_bytes: float) -> dict:
-    """Summed nats of targets, and the bytes that they stand for together -> the numbers that are reported.
+    """The nats of all targets together, and their bytes together -> the numbers that are reported.
 
-    Of 3 targets with 2, 3 and 0 bytes and 5 ln 2 nats together: loss 5 ln 2 / 3, bits per byte 5 / 5 = 1.
+    3 targets with 2, 3 and 0 bytes and 5 ln 2 nats together: loss 5 ln 2 / 3, bits per byte 5 / 5 = 1.
     """
     loss, rounded = nats / n_targets, round(float(n_bytes), 3)  # a row may end within a document
     return {
@@ -128,97 +127,45 @@ def measures(nats: float, n_targets: int, n_bytes: float) -> dict:
     }
 
 
-def inputs_of(
-    cfg: Config,
-    dataset: Dataset,
-    c: run_folder.Checkpoint,
-    max_rows: int,
-    precision: torch.dtype,
-    verify: bool = True,
-) -> dict:
-    """Everything, but for the source, that determines a line: the same inputs give the same result."""
-    return {
-        "protocol": PROTOCOL,
-        "weights_sha256": run_folder.weights_hash(c.state),
-        "dataset_sha256": dataset.sha256,  # its manifest holds the hashes of the rows and of the tokenizer
-        "max_rows": max_rows,
-        "precision": str(precision).removeprefix("torch."),
-        **({} if verify else {"verified": False}),  # then these hashes need not be those of what was read
-    }
-
-
-def results(run: Path | str, inputs: dict) -> dict[str, dict]:
-    """The lines that stand in evals.jsonl for these inputs, by source."""
-    lines = files.read_lines(Path(run) / "evals.jsonl")
-    return {
-        line["source"]: line for line in lines if line.get("kind") == "loss" and line.get("inputs") == inputs
-    }
-
-
-def held_out(dataset: Dataset, asked: list[str]) -> list[str]:
-    """The sources to evaluate: those asked for, by default all that have held-out rows; names the others."""
+def with_validation_rows(dataset: Dataset, asked: list[str]) -> list[str]:
+    """The sources to evaluate: those asked for, or else all that have validation rows; names the others."""
     n_rows = {source: len(dataset.validation(source)) for source in asked or dataset.sources}
     empty = [source for source in n_rows if not n_rows[source]]
     if empty and asked:
         raise ConfigError(
-            f"{dataset.folder} holds out no row of {', '.join(empty)}, so there is no loss to measure; raise "
-            "data.validation_fraction and build another dataset, or leave it out of --source"
+            f"{dataset.folder} has no validation row of {', '.join(empty)}, so there is no loss to measure; "
+            "raise data.validation_fraction and build another dataset, or leave it out of --source"
         )
     if len(empty) == len(n_rows):
-        print(f"{dataset.folder} holds out no row of any source: there is no loss to measure", flush=True)
+        measure.say(f"{dataset.folder} has no validation row of any source: there is no loss to measure")
     elif empty:
-        print(f"{dataset.folder} holds out no row of {', '.join(empty)}: not evaluated", flush=True)
+        measure.say(f"{dataset.folder} has no validation row of {', '.join(empty)}: not evaluated")
     return [source for source in dataset.sources if n_rows.get(source)]
 
 
-def evaluate(
-    run: Path | str,
-    cfg: Config,
-    dataset: Dataset,
-    of: list,
-    sources: list[str],
-    max_rows: int,
-    verify: bool = True,
-) -> list:
-    """Computes what is missing; returns [(checkpoint, {source: line})] with all lines that were asked for.
+def metric(run: measure.Run, sources: list[str], max_rows: int) -> measure.Metric:
+    """What measure.py has to know to measure the loss on each source's first rows; max_rows 0: on all."""
+    rows = {source: run.dataset.validation(source)[: max_rows or None] for source in sources}
 
-    sources: [] for all that have held-out rows.
-    """
-    sources = held_out(dataset, sources)
-    rows = {source: dataset.validation(source)[: max_rows or None] for source in sources}
-    tokenizer, n_bytes = tokenizers.load(dataset.folder), {}
-    device = memorize.here(cfg)
-    precision = parallel.precision(cfg.train.precision, device)
-    table = []
-    with memorize.bar("loss", " rows", len(of) * sum(map(len, rows.values()))) as progress:
-        for c in of:
-            inputs = inputs_of(cfg, dataset, c, max_rows, precision, verify)
-            lines, model = results(run, inputs), None
-            for source in sources:
-                if source in lines:
-                    progress.update(len(rows[source]))
-                    continue
-                if source not in n_bytes:
-                    n_bytes[source] = target_bytes(dataset, source, len(rows[source]), tokenizer).sum()
-                model = model or checkpoint.load_model(c.path, device, verify)
-                start = time.perf_counter()
-                with parallel.autocast(device, precision):
-                    nats = nats_of(model, rows[source], cfg.eval.batch_size, progress.update)
-                seconds = time.perf_counter() - start
-                lines[source] = {
-                    "format": 1,
-                    "kind": "loss",
-                    "checkpoint": c.path.name,
-                    "step": c.step,
-                    "source": source,
-                    **measures(nats, rows[source][:, 1:].size, n_bytes[source]),
-                    "rows": len(rows[source]),
-                    "seconds": round(seconds, 3),
-                    "inputs": inputs,
-                }
-                files.append(Path(run) / "evals.jsonl", lines[source])
-            table.append((c, {source: lines[source] for source in sources}))
-    return table
+    @functools.cache  # not needed if all results are known
+    def n_bytes(source: str) -> float:
+        tokenizer = tokenizers.load(run.dataset.folder)
+        return target_bytes(run.dataset, source, len(rows[source]), tokenizer).sum()
+
+    def loss(model: Transformer, c: Checkpoint, sources: list, done: Callable) -> Iterator[dict]:
+        for source in sources:
+            n_bytes(source)  # before the clock starts
+            start = time.perf_counter()
+            nats = nats_of(model, rows[source], run.cfg.eval.batch_size, done)
+            seconds = time.perf_counter() - start
+            yield {
+                **measures(nats, rows[source][:, 1:].size, n_bytes(source)),
+                "rows": len(rows[source]),
+                "seconds": round(seconds, 3),
+            }
+
+    n_rows = {source: len(rows[source]) for source in sources}
+    return measure.Metric("loss", PROTOCOL, n_rows, loss, lambda c: {"max_rows": max_rows}, key="source")
 
 
 def show(table: list) -> str:
@@ -239,41 +186,40 @@ def show(table: list) -> str:
 # ---- is the run whole, and good enough? -------------------------------------------------------------------
 
 
-def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list[str]:
-    """Problems of a finished run, [] when there is none: what a demo asks of its own result.
+def check(run: measure.Run, max_rows: int) -> list[str]:
+    """Problems of a finished run, [] if there is none: what a demo asks of its own result."""
+    run = run._replace(checkpoints=chosen(run.folder))
+    return [*check_loss(run, max_rows), *check_chunks(run), *check_memorization(run)]
 
-    Held-out text of every source is compressed better than the config expects, and far better than by step 0
-    (but for sources that hold nothing out); every chunk has its checkpoint; every checkpoint is scored on
-    every chunk, and the counts add up.
-    """
-    of = chosen(run)
-    precision = parallel.precision(cfg.train.precision, memorize.here(cfg))
+
+def check_loss(run: measure.Run, max_rows: int) -> list[str]:
+    """The last checkpoint compresses every source better than the config asks, and far better than step 0."""
+    first, last = run.checkpoints[0], run.checkpoints[-1]
+    expected, sources = run.cfg.eval.expect_bits_per_byte, run.dataset.sources
+    measured = [source for source in sources if len(run.dataset.validation(source))]
     problems = []
 
-    first, last = (results(run, inputs_of(cfg, dataset, c, max_rows, precision)) for c in (of[0], of[-1]))
-    expected = cfg.eval.expect_bits_per_byte
-    problems += [
-        f"eval.expect_bits_per_byte names {s!r}, no source" for s in expected if s not in dataset.sources
-    ]
-    held = [s for s in dataset.sources if len(dataset.validation(s))]
-    problems += [
-        f"eval.expect_bits_per_byte names {s!r}, which has no held-out row"
-        for s in dataset.sources
-        if s in expected and s not in held
-    ]
-    unbound = [s for s in held if s not in expected] if expected else []
-    problems += [f"eval.expect_bits_per_byte names no bound for {s!r}" for s in unbound]
-    if of[0].step != 0:
+    # The bounds name the sources that have validation rows, all of them or none.
+    name = "eval.expect_bits_per_byte names"
+    problems += [f"{name} {s!r}, no source" for s in expected if s not in sources]
+    without_rows = [s for s in sources if s in expected and s not in measured]
+    problems += [f"{name} {s!r}, which has no validation row" for s in without_rows]
+    if expected:
+        problems += [f"{name} no bound for {s!r}" for s in measured if s not in expected]
+    if first.step != 0:
         problems.append("there is no checkpoint of step 0")
-    for source in held:
-        if source not in first or source not in last:
+
+    # The bits per byte are below the bounds.
+    known = measure.known(run, metric(run, measured, max_rows), [first, last])
+    for source in measured:
+        if source not in known[first.step] or source not in known[last.step]:
             problems.append(
                 f"{source}: the first or the last checkpoint is not evaluated; run without --source"
             )
             continue
-        before, after = (line[source]["bits_per_byte"] for line in (first, last))
+        before, after = (known[c.step][source]["bits_per_byte"] for c in (first, last))
         if before is None or after is None:
-            problems.append(f"{source}: its held-out rows stand for no text")
+            problems.append(f"{source}: its validation rows stand for no text")
             continue
         if not after < expected.get(source, math.inf):
             problems.append(f"{source}: {after:.4f} bits per byte, expected below {expected[source]}")
@@ -281,27 +227,36 @@ def check(run: Path | str, cfg: Config, dataset: Dataset, max_rows: int) -> list
             problems.append(
                 f"{source}: {after:.4f} bits per byte, not below {LEARNED:.0%} of step 0's {before:.4f}"
             )
+    return problems
 
-    # A step ends every chunk whose last row is in its batch. The rows at the end that fill no batch are never
-    # trained on, so the last step ends their chunk.
-    chunks, ended = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)], set()
-    for c in of:
-        plan = steps.of(cfg, dataset.n_rows, c.state.get("order"))
-        at = {
-            chunk: min(plan.step_after(row), plan.n_steps) for chunk, row in plan.chunk_ends(chunks).items()
-        }
+
+def check_chunks(run: measure.Run) -> list[str]:
+    """Every chunk has its checkpoint: that of the step that ends it.
+
+    A step ends every chunk whose last row is in its batch. The rows at the end that fill no batch are never
+    trained on, so the last step ends their chunk.
+    """
+    dataset, ended = run.dataset, set()
+    chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
+    for c in run.checkpoints:
+        plan = steps.of(run.cfg, dataset.n_rows, c.state.get("order"))
         step = min(plan.step_after(c.state["rows"]), plan.n_steps)
-        ended |= {chunk for chunk in at if at[chunk] == step}
-    problems += [
-        f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ended
-    ]
-    asked = memorize.parts(dataset, cfg.eval)
-    same = memorize.same_texts(dataset, asked)
-    for c in of:
-        lines = memorize.results(c, memorize.inputs_of(cfg, dataset, c, precision))
+        for chunk, row in plan.chunk_ends(chunks).items():
+            if min(plan.step_after(row), plan.n_steps) == step:
+                ended.add(chunk)
+    return [f"chunk {chunk} has no checkpoint" for chunk in range(dataset.n_chunks) if chunk not in ended]
+
+
+def check_memorization(run: measure.Run) -> list[str]:
+    """Every checkpoint is scored on every chunk, and the counts add up."""
+    asked = memorize.parts(run.dataset, run.cfg.eval)
+    same = memorize.same_texts(run.dataset, asked)
+    known = measure.known(run, memorize.metric(run), run.checkpoints)
+    problems = []
+    for c in run.checkpoints:
         seen = memorize.seen_by(c.state, asked, same)
         for part in asked:
-            line, name = lines.get(part.chunk), f"{c.path.name}, memorization of {part.chunk}"
+            line, name = known[c.step].get(part.chunk), f"{c.path.name}, memorization of {part.chunk}"
             if line is None:
                 problems.append(f"{name}: missing")
             elif not adds_up(line, part, seen[part.chunk]):
@@ -333,78 +288,69 @@ def eval_folder(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--dataset is for a model folder; --checkpoint and --check are for a run, without it"
         )
-    tokenizer = tokenizers.load(dataset.folder)
     tokenizers.check_same(folder, dataset.folder)
-    sources = held_out(dataset, args.source)
+    sources = with_validation_rows(dataset, args.source)
     cfg = Config()
-    device = memorize.here(cfg)
+    device = measure.device_of(cfg)
     model = checkpoint.load_model(folder, device, args.verify)
     if dataset.seq_len > model.cfg.seq_len or dataset.vocab_size > model.cfg.vocab_size:
         raise ConfigError(
             f"{args.dataset} has rows of {dataset.seq_len} tokens and {dataset.vocab_size} ids; {folder} was "
             f"trained on {model.cfg.seq_len}, and knows {model.cfg.vocab_size}"
         )
-    lines = {}
-    for source in sources:
-        rows = dataset.validation(source)[: args.max_rows or None]
-        n_bytes = target_bytes(dataset, source, len(rows), tokenizer).sum()
-        with memorize.bar(source, " rows", len(rows)) as progress:
-            with parallel.autocast(device, parallel.precision("auto", device)):
-                nats = nats_of(model, rows, cfg.eval.batch_size, progress.update)
-        lines[source] = measures(nats, rows[:, 1:].size, n_bytes)
+
+    # The metric of a run, without the cache: there is no run folder to write to.
+    c = Checkpoint(folder, 0, {})
+    precision = parallel.precision("auto", device)
+    run = measure.Run(folder, cfg, dataset, [c], device, precision, args.verify)
+    loss = metric(run, sources, args.max_rows or 0)
+    with measure.bar("loss", sum(loss.items.values())) as progress, parallel.autocast(device, precision):
+        lines = dict(zip(sources, loss.compute(model, c, sources, progress.update)))
     if lines:
-        print(show([(run_folder.Checkpoint(folder, 0, {}), lines)]))
+        measure.say(show([(c, lines)]))
 
 
-def run_eval(args: argparse.Namespace) -> list[str]:
-    """All that was asked for; returns the problems that --check finds."""
+def eval_run(args: argparse.Namespace) -> list[str]:
+    """Measures all that was asked for; returns the problems that --check finds."""
+    run = measure.open_run(args.run, args.checkpoint, args.verify)
+    max_rows = run.cfg.eval.max_rows if args.max_rows is None else args.max_rows
+    sources = with_validation_rows(run.dataset, args.source)
+    table = measure.every(run, metric(run, sources, max_rows))
+    if sources:
+        measure.say(show(table))
+    if args.memorization:
+        measure.say("\n" + memorize.show(measure.every(run, memorize.metric(run))))
+    # Only the first process checks: torchrun ends all others as soon as one of them fails.
+    return check(run, max_rows) if args.check and measure.rank() == 0 else []
+
+
+@configurator.script
+def main() -> None:
+    parser = measure.arguments(__doc__, "RUN|FOLDER")
+    more = parser.add_argument
+    more("--dataset", help="for a model folder that is in no run: the dataset whose validation rows to read")
+    more("--source", nargs="+", default=[], help="default: all")
+    more("--max_rows", type=int, help="of each source, its first ones; 0: all; default: eval.max_rows")
+    more("--no-memorization", dest="memorization", action="store_false", help="loss only")
+    more("--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough")
+    args = parser.parse_args()
     if args.max_rows is not None and args.max_rows < 0:
         raise ConfigError(f"--max_rows {args.max_rows}: use 0 for all rows, or a number of rows")
     if args.check and not args.verify:
         raise ConfigError(
             "--check says whether a run is whole, which needs its hashes: leave --no-verify out"
         )
-    if args.dataset:
+
+    problems = []
+    if not args.dataset:
+        problems = eval_run(args)
+    elif measure.rank() == 0:  # one model folder is not enough work to share
         eval_folder(args)
-        return []
-    of = chosen(args.run, args.checkpoint)
-    cfg = config.load_run(args.run)
-    dataset = memorize.dataset_of(args.run, cfg, of, args.verify)
-    max_rows = cfg.eval.max_rows if args.max_rows is None else args.max_rows
-    table = evaluate(args.run, cfg, dataset, of, args.source, max_rows, args.verify)
-    if any(lines for _, lines in table):
-        print(show(table), flush=True)
-    if args.memorization:
-        print("\n" + memorize.show(memorize.memorize(cfg, dataset, of, verify=args.verify)), flush=True)
-    return check(args.run, cfg, dataset, max_rows) if args.check else []
-
-
-@configurator.script
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN|FOLDER")
-    parser.add_argument("--dataset", help="for a model folder that is in no run: whose held-out rows to read")
-    parser.add_argument(
-        "--checkpoint", type=step_number, nargs="+", default=[], metavar="STEP", help="default: all"
-    )
-    parser.add_argument("--source", nargs="+", default=[], help="default: all")
-    parser.add_argument(
-        "--max_rows", type=int, help="of each source, its first ones; 0: all; default: eval.max_rows"
-    )
-    parser.add_argument("--no-memorization", dest="memorization", action="store_false", help="loss only")
-    parser.add_argument(
-        "--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough"
-    )
-    configurator.add_no_verify(parser)
-    args = parser.parse_args()
-    problems = run_eval(args)  # after Ctrl-C, every result that was finished stands in the run folder
     for problem in problems:
         print(f"check failed: {problem}", file=sys.stderr)
     if args.check and not problems:
-        print(
-            "\ncheck passed: bits per byte as expected where text is held out, "
+        measure.say(
+            "\ncheck passed: bits per byte as expected where there are validation rows, "
             "every chunk has its checkpoint and its scores"
         )
     sys.exit(bool(problems))

@@ -1,12 +1,13 @@
-"""Text from a checkpoint, with a key/value cache: `generate` for a batch, `stream` as it comes for a reader.
+"""Text from a checkpoint, with a key/value cache: `generate` for a batch, `stream` token by token.
 
     python sample.py runs/demo --prompt "def "                     # newest checkpoint, text as it comes
     python sample.py runs/demo --checkpoint 640 --temperature 0    # greedy, from the start of a document
     python sample.py path/to/checkpoint --prompt "Once" --save     # and keep it in the run's samples.jsonl
 
-The prompt runs through the model once and leaves keys and values in the cache; from then on a step is one
-token a sequence. Reads a run folder, a checkpoint folder, or any Hugging Face folder that checkpoint.py can
-load. Writes nothing but, with --save, a line of RUN/samples.jsonl, whose "text" begins with the prompt.
+The prompt runs through the model once and leaves keys and values in the cache. After that, each step reads
+one token per sequence. Reads a run folder, a checkpoint folder, or any Hugging Face folder that checkpoint.py
+can load. Writes nothing, except with --save: it then appends a line to RUN/samples.jsonl, whose "text" begins
+with the prompt.
 
 Shapes: B sequences, P tokens of prompt, V vocabulary.
 """
@@ -37,9 +38,9 @@ from config import ConfigError
 from masks import Cache
 from model import Transformer
 
-# Of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB an activation, which stays in a
-# processor's cache. A step of decoding, which reads each matrix once for all sequences, wants as many of them
-# as memory holds.
+# Tokens of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation, which fits into
+# a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is
+# faster.
 PREFILL_TOKENS = 2048
 
 
@@ -56,10 +57,10 @@ def generate(
 ) -> Tensor:
     """Prompts (B, P) int64 -> (B, P + n): the prompts and n more tokens each.
 
-    Prompts that differ in length are padded on the right, with any token, and `lengths` (B) says how long
-    each is; row b of the result then goes on at lengths[b], and ends with what padding is left. With `stop`,
-    a sequence that has produced this token is filled up with it. `choose` and `distribution` say what the
-    other arguments mean. Raises ConfigError as `stream` does.
+    Prompts that differ in length are padded on the right, with any token, and `lengths` (B) gives their
+    lengths; row b of the result then continues at lengths[b], and ends with the padding that is left. With
+    `stop`, a sequence that has produced this token is filled up with it. `choose` and `distribution` explain
+    the other arguments. Raises ConfigError as `stream` does.
     """
     out = F.pad(tokens, (0, n), value=0 if stop is None else stop)  # (B, P + n)
     ends = torch.full_like(tokens[:, :1], tokens.shape[1]) if lengths is None else lengths[:, None]  # (B, 1)
@@ -87,12 +88,13 @@ def stream(
     generator: torch.Generator | None = None,
     lengths: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yields n times the next token of each prompt (B, P), padded as `generate` says: (B,) int64.
+    """Yields the next token of each prompt (B, P), n times: (B,) int64. Padding: as in `generate`.
 
-    Raises ConfigError where that needs a position the model was never trained on. The last token is not read
-    again, so P + n - 1 positions are used; nothing is cut off on the left to make room, which would silently
-    be another model.
+    Raises ConfigError if that needs a position that the model was never trained on. The last token is not
+    read again, so P + n - 1 positions are used. A prompt is never cut on the left to make room: that would
+    silently give the text of another prompt.
     """
+    # Refuse what cannot be done.
     B, P = tokens.shape
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ConfigError(
@@ -108,6 +110,8 @@ def stream(
         raise ConfigError(f"lengths {lengths.tolist()} of {B} prompts of {P} tokens: give each as 1 to {P}")
     if n < 1:
         return
+
+    # Read the prompts, then choose and read one token at a time.
     autocast = torch.is_autocast_enabled(tokens.device.type)
     dtype = torch.get_autocast_dtype(tokens.device.type) if autocast else model.embed_tokens.weight.dtype
     cache = Cache(model.cfg, B, P + n - 1, tokens.device, dtype)
@@ -120,10 +124,10 @@ def stream(
 
 
 def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
-    """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of what follows each.
+    """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of the token after each.
 
-    Only of that: in a prompt of 32 tokens the other 31 rows of logits would be a tenth of all work, and most
-    of the memory.
+    It computes no other logits: for a prompt of 32 tokens the other 31 rows of logits would be a tenth of all
+    work, and most of the memory.
     """
     logits, parts, P = [], [], tokens.shape[1]
     for rows in torch.arange(len(tokens)).split(max(1, PREFILL_TOKENS // P)):
@@ -151,10 +155,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 def distribution(
     logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """What is drawn from: (probabilities, ids), both (B, V), the likeliest first, ruled-out tokens at 0.
+    """The distribution to draw from: (probabilities, ids), both (B, V), the likeliest first; ruled out: 0.
 
-    softmax(logits / temperature), of which top_k keeps the k likeliest (0: all; of equals the lower id), and
-    then top_p the fewest whose probabilities sum to p or more (Holtzman et al. 2020, section 3.1).
+    softmax(logits / temperature). top_k keeps the k likeliest tokens (0: all; among equals the lower id),
+    then top_p keeps the fewest whose probabilities sum to p or more (Holtzman et al. 2020, section 3.1).
     """
     logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     logits = (logits - logits[:, :1]) / temperature  # the peak at 0: a tiny temperature cannot overflow
@@ -162,17 +166,17 @@ def distribution(
         logits[:, top_k:] = -torch.inf
     p = logits.softmax(-1)
     if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)  # what comes before a token has not reached p yet
+        p = p * (p.cumsum(-1) - p < top_p)  # keep a token while the sum before it is below p
     return p / p.sum(-1, keepdim=True), ids
 
 
 def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Pieces of text as their tokens come, up to the end-of-text token.
+    """Yields pieces of text as their tokens come, up to the end-of-text token.
 
-    A character whose bytes are spread over several tokens is held back until it is whole. Bytes that are no
+    A character whose bytes are spread over several tokens is held back until it is whole. Bytes that are not
     UTF-8 become U+FFFD, and so does an id beyond the tokenizer's vocabulary (the embedding may have more
-    rows). A token's bytes are those by which the decoded text grows, because what SentencePiece makes of a
-    token depends on what is before it.
+    rows). A token's bytes are those by which the decoded text grows, because SentencePiece decodes a token
+    differently after different tokens.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ids = list(prompt)
@@ -194,6 +198,8 @@ def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str
 
 
 def sample(args: argparse.Namespace) -> None:
+    """Prints text as it is drawn; with --save, also appends it to the run's samples.jsonl."""
+    # Find the checkpoint and refuse what cannot be done.
     folder = checkpoint.model_folder(args.folder, args.checkpoint, args.verify)
     if args.save and folder.resolve().parent.name != "checkpoints":
         raise ConfigError(
@@ -203,22 +209,26 @@ def sample(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tokens {args.tokens}: use 1 or more")
     if not -(2**63) < args.seed < 2**63 or args.top_k >= 2**63 or args.temperature == float("inf"):
         raise ConfigError("--seed and --top_k fit into 64 bits, and --temperature is a finite number")
+
+    # Load the model, and encode the prompt.
     device = parallel.device("auto")
     model = checkpoint.load_model(folder, device, args.verify)
     tokenizer = tokenizers.load(folder)
-    # A shell hands bytes that are no UTF-8 over as surrogates, which no tokenizer can encode.
+    # A shell passes bytes that are not UTF-8 as surrogates, which no tokenizer can encode.
     prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    # Models trained here know no BOS: for them a document begins after the end of the one before.
+    # Models trained here have no BOS: for them a document begins after the end-of-text of the one before.
     start = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
     begins = {"auto": tokenizer.adds_bos, "on": True, "off": False}[args.bos]
     ids = [start] * begins + tokenizer.encode(prompt) or [tokenizer.eot]
+
+    # Draw tokens, and print their text as it comes.
     room = model.cfg.seq_len + 1 - len(ids)
-    n = min(200 if args.tokens is None else args.tokens, max(room, 1))  # no room at all: stream says so
+    n = min(200 if args.tokens is None else args.tokens, max(room, 1))  # no room at all: stream refuses
     generator = torch.Generator(device).manual_seed(args.seed)
     how = (args.temperature, args.top_k, args.top_p)
     tokens = stream(model, torch.tensor([ids], device=device), n, *how, generator)
     tokens = (token.item() for token in tokens)
-    first = list(itertools.islice(tokens, 1))  # what stream refuses, it refuses before anything is printed
+    first = list(itertools.islice(tokens, 1))  # stream refuses a mistake here, before anything is printed
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
     text = prompt
     print(prompt, end="", flush=True)
@@ -228,6 +238,8 @@ def sample(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
     finally:
         print()
+
+    # Keep it, with everything that decides the text.
     if args.save:
         names = dict(zip(("temperature", "top_k", "top_p"), how))
         record = {"format": 1, "checkpoint": folder.resolve().name, "prompt": prompt, "text": text, **names}
@@ -247,10 +259,10 @@ def main() -> None:
     )
     parser.add_argument(
         "--bos", choices=("auto", "on", "off"), default="auto",
-        help="put the token that begins a text before the prompt; auto: where the model's own tokenizer does "
-        "(LLaMA, llama2.c; no model trained here); on: the end-of-text token where there is no other",
+        help="put the token that begins a text before the prompt; auto: if the model's own tokenizer does "
+        "(LLaMA, llama2.c; no model trained here); on: the end-of-text token if there is no other",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, help="at most so many, and as the model has room for (200)")
+    parser.add_argument("--tokens", type=int, help="at most N, and as many as the model has room for (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest; 0: all")
     parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that together reach p")

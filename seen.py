@@ -1,12 +1,14 @@
-"""Which rows a checkpoint has seen: whether their text has been trained on, at whatever position.
+"""Which rows a checkpoint has seen: has it trained on their text, at any position?
 
     same = seen.same_text(dataset, [16_000, 16_001])      # where the text of these two rows is trained on
     same.by(checkpoint.state)                             # array([True, False])
 
-The same text can be trained on at many positions. A stage can be repeated; a source can be read in several
-passes, in one stage or in several, and its documents are cut into other rows in each; two sources can read
-the same files. So a position that a checkpoint has not reached can hold text that it knows. Reads the tables
-of a dataset; what they say does not depend on a run, so `same_text` is asked once for all checkpoints.
+The same text can be trained on at many positions. A stage can be repeated. A source can be read in several
+passes, in one stage or in several, and each pass cuts its documents into other rows. Two sources can read the
+same files. So a position that a checkpoint has not reached can hold text that it knows.
+
+Reads the document tables of a dataset. They do not depend on a run, so one call of `same_text` is enough for
+all checkpoints.
 """
 
 import json
@@ -19,39 +21,45 @@ from steps import trained
 
 
 class SameText(NamedTuple):
-    """Where the text of some rows is trained on. A row holds parts of documents; rows can share a part."""
+    """Where the text of some rows is trained on. A row holds parts of documents; rows can share a part.
+
+    Two tables of pairs: (rows[i], parts[i]) says which row holds which part, and (holds[j], positions[j])
+    says which part is trained on at which position.
+    """
 
     n_rows: int
-    rows: np.ndarray  # rows[i], 0 .. n_rows-1, holds the part parts[i]
+    rows: np.ndarray  # 0 .. n_rows-1
     parts: np.ndarray
-    holds: np.ndarray  # the row at positions[j] of the order holds text of the part holds[j]
-    positions: np.ndarray
+    holds: np.ndarray  # part numbers again
+    positions: np.ndarray  # in training order
 
     def by(self, state: dict) -> np.ndarray:
         """Which of the n_rows rows a checkpoint has seen, by its state.json: bool (n_rows)."""
-        known, out = np.zeros(self.parts.max(initial=-1) + 1, bool), np.zeros(self.n_rows, bool)
+        known = np.zeros(self.parts.max(initial=-1) + 1, bool)  # parts
         known[self.holds[trained(state, self.positions)]] = True
-        out[self.rows[known[self.parts]]] = True
-        return out
+        seen = np.zeros(self.n_rows, bool)
+        seen[self.rows[known[self.parts]]] = True
+        return seen
 
 
 def same_text(dataset: Dataset, positions: object) -> SameText:
-    """At which positions, of all stages, repeats and passes, the text of the rows at `positions` stands.
+    """Finds all positions, in all stages, repeats and passes, with the text of the rows at `positions`.
 
     The text of a row is its target tokens. The same tokens of the same document are looked up in every pass
-    over its source. Where another source reads the document too, every row that has some of it as targets
-    there counts, because two readings of a file need not be the same tokens (code and its docstrings).
+    over its source. If another source reads the document too, every row with some of it as targets counts,
+    because two readings of a file need not be the same tokens (code and its docstrings).
     """
     T, stages = dataset.seq_len, dataset.manifest["stages"]
     tables = [dataset.array(f"documents/{stage['name']}.npy") for stage in stages]
 
-    # The parts of documents that the rows hold: of document `number` of a source, its tokens first .. end-1.
+    # Find the parts of documents in the rows. A part is the tokens first .. end-1 of document `number` of a
+    # source.
     stage, _, row = dataset.locate(positions)
     found = [np.empty((5, 0), np.int64)]
     for i in np.unique(stage):
         starts, sources, numbers = tables[i]
         mine = np.flatnonzero(stage == i)
-        low, high = row[mine] * T + 1, row[mine] * T + T + 1  # its targets, as tokens of the stage's stream
+        low, high = row[mine] * T + 1, row[mine] * T + T + 1  # a row's targets, in the stream of the stage
         begin = np.searchsorted(starts, low, "right") - 1
         which, entry = runs(begin, np.searchsorted(starts, high) - begin)
         first = np.maximum(low[which], starts[entry]) - starts[entry]
@@ -60,7 +68,8 @@ def same_text(dataset: Dataset, positions: object) -> SameText:
     rows, source, number, first, end = np.concatenate(found, axis=1)
     parts = np.arange(len(rows))
 
-    # A document that another source reads too is one more part, whole, for all of the rows that hold it.
+    # A document that another source reads too becomes one more part for every row that holds some of it: the
+    # whole document, as the other source reads it.
     named, document = np.unique(np.stack([source, number]), axis=1, return_inverse=True)
     which, others, numbers = read_elsewhere(dataset, *named)
     begin, stop = (np.searchsorted(which, document.ravel(), side) for side in ("left", "right"))
@@ -69,37 +78,42 @@ def same_text(dataset: Dataset, positions: object) -> SameText:
     source, number = np.append(source, others), np.append(number, numbers)
     first, end = np.append(first, np.zeros_like(others)), np.append(end, np.full_like(others, 1 << 48))
 
-    # Where every part stands: in which rows of each pass over its source its tokens are targets.
+    # Find the positions of every part: the rows of each pass over its source in which its tokens are targets.
     found = [np.empty((2, 0), np.int64)]
     for i, stage in enumerate(stages):
         starts, _, numbers = tables[i]
         for s, begin, stop in passes(dataset.manifest, stage):
             mine = np.flatnonzero(source == s)
             entry = begin + np.searchsorted(numbers[begin:stop], number[mine])
-            there = (entry < stop) & (numbers[entry] == number[mine])  # a partial pass has not all of them
+            there = (entry < stop) & (numbers[entry] == number[mine])  # a partial pass lacks some documents
             mine, entry = mine[there], entry[there]
+
+            # Its tokens low .. high-1 of the stream; a pass can end inside a document.
             low = starts[entry] + first[mine]
-            high = np.minimum(
-                starts[entry] + end[mine], starts[entry + 1]
-            )  # a pass can end inside a document
-            low = np.maximum(0, (low - 1) // T)  # row r has the targets r*T + 1 .. r*T + T
-            high = np.minimum(stage["rows"] - 1, (high - 2) // T)
-            which, row = runs(low, np.maximum(0, high + 1 - low))
+            high = np.minimum(starts[entry] + end[mine], starts[entry + 1])
+
+            # Row r has the targets r*T + 1 .. r*T + T of the stream.
+            first_row = np.maximum(0, (low - 1) // T)
+            last_row = np.minimum(stage["rows"] - 1, (high - 2) // T)
+            which, row = runs(first_row, np.maximum(0, last_row + 1 - first_row))
             for epoch in range(stage["repeats"]):
                 found.append(np.stack([mine[which], dataset.position_of(i, epoch, row)]))
     return SameText(np.size(positions), rows, parts, *np.concatenate(found, axis=1))
 
 
 def runs(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of numbers one after another, and whose each is: [5, 9], [2, 3] -> [0 0 1 1 1], [5 6 9 10 11]."""
+    """Runs of counts[i] numbers from firsts[i] on, and the i of each number.
+
+    [5, 9], [2, 3] -> [0 0 1 1 1], [5 6 9 10 11]
+    """
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
 
 
 def passes(manifest: dict, stage: dict) -> list[tuple[int, int, int]]:
-    """The passes over sources in a stage's table: (source, first entry, end). Documents ascend within each.
+    """The passes over sources in a stage's table: (source, first entry, end). Documents ascend in each pass.
 
-    Whole passes of a source come first; a partial one, which has fewer documents, is its last.
+    The whole passes over a source come first; its last pass can be partial and have fewer documents.
     """
     out, begin = [], 0
     for name, part in stage["mixture"].items():
@@ -114,22 +128,27 @@ def passes(manifest: dict, stage: dict) -> list[tuple[int, int, int]]:
 
 
 def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """Which of these documents other sources read too: int64 (3, found), sorted by its first row.
+    """Finds which of these documents other sources read too: int64 (3, found), sorted by its first row.
 
-    Gives the document's place among those asked for, the other source, and the document's number there. It
-    is the same document where it came from the same file with the same id, which the table of documents says.
-    Other equal ids are chance: two corpora can each have a README.md. Manifests of format 1 do not say which
-    files are shared; there equal ids alone decide.
+    Gives the index of the document in `source` and `number`, the other source, and the document's number
+    there. Two documents are the same if they came from the same file with the same id; the table of documents
+    says so. Other equal ids are chance: two corpora can each have a README.md. Manifests of format 1 do not
+    say which files are shared; there equal ids alone decide.
     """
+    # The sources that share files with others.
     manifest, wanted, found = dataset.manifest, {}, []
     marked = manifest["format"] > 1
     shared = [s for s, about in enumerate(manifest["sources"].values()) if about.get("shared_documents")]
     shared = shared if marked else range(len(dataset.sources))
+
+    # The documents among those asked for that came from a shared file, by identity.
     for s in shared if len(shared) > 1 else ():
         for i in np.flatnonzero(source == s).tolist():
             about = dataset.document(dataset.sources[s], int(number[i]))
             if "shared" in about or not marked:
                 wanted.setdefault(identity(about), []).append(i)
+
+    # Look for them in the tables of all sources that are trained on.
     for other in shared if wanted else ():
         name = dataset.sources[other]
         if any(name in stage["mixture"] for stage in manifest["stages"]):
@@ -142,5 +161,5 @@ def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> 
 
 
 def identity(about: dict) -> tuple:
-    """By what a document is the same in all sources: the file that they share, and the id it came with."""
+    """What a document has in common in all sources: the file that they share, and the id it came with."""
     return about.get("shared"), about.get("came_as", about["id"])

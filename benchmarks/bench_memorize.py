@@ -3,11 +3,11 @@
     python benchmarks/bench_memorize.py                           # the 14 M model, then the demo's model
     python benchmarks/bench_memorize.py --model demo --repeats 5 --threads 1
 
-Both decode the same rows with the same random weights, in turn, a slice of all rows at a time, so that a
-noisy machine is noisy to both. Prints the medians over the repeats of the time for all rows, the median of
-the repeats' ratios, and how many match counts differ. So that counts are not all 0, the rows are what the
-model itself says, with some tokens replaced, in each row another share. Theirs is `generate`; it needs
-transformers (requirements-dev.txt).
+Both decode the same rows with the same random weights. They take turns, one slice of the rows at a time, so
+that other load on the machine slows both. Prints the median time for all rows over the repeats, the median of
+the repeats' ratios, and the number of match counts that differ. The rows are text that the model itself
+generated, with a different share of the tokens replaced in each row, so that the counts are not all 0. The
+other side is `generate` of transformers (requirements-dev.txt).
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 K, L, THEIR_BATCH = 32, 32, 32
-SLICE = 512  # rows that one side decodes before it is the other's turn: 16 of their batches
+SLICE = 512  # rows that one side decodes in its turn: 16 of their batches
 
 
 def rows_of(model, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""A checkpoint folder, opened by lm-evaluation-harness as it stands, and scored on a small local task.
+"""Opens a checkpoint folder with lm-evaluation-harness, unchanged, and scores it on a small local task.
 
     pip install "lm-eval[hf]"
     python benchmarks/harness.py runs/demo                 # the first checkpoint and the last one
 
-The task is made on the spot from held-out text of the run's own dataset: the first half of a validation row,
-and four ways to go on, of which one is the row's own second half. Chance is 0.25. It is written as a task of
-the harness (a JSON-lines file and a YAML file) into a temporary folder; the harness loads each checkpoint by
+The script makes the task from validation rows of the run's own dataset: the first half of a row, and four
+continuations, one of which is the row's own second half. Chance is 0.25. It writes the task in the harness's
+format (a JSON-lines file and a YAML file) into a temporary folder. The harness loads each checkpoint with
 `from_pretrained`, tokenizer included, and sees none of our code. Prints the accuracy that the harness reports
-beside the same accuracy computed by our own model: whoever finds them different has found a mistake.
+beside the same accuracy computed by our own model. If they differ, one of the two is wrong.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def questions(dataset, tokenizer, n: int) -> list[dict]:
 def our_accuracy(folder: Path, asked: list[dict]) -> float:
     """The share of questions whose true choice has the largest sum of log-probabilities.
 
-    As the harness has it: blanks at the end of the start belong to the choice, and the choice is what the
-    whole has beyond the start's number of tokens, even where a token reaches across.
+    The harness's rule: blanks at the end of the start belong to the choice. The choice is the tokens of the
+    whole after as many tokens as the start has, even if a token reaches across the border.
     """
     import torch
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import config
 import cost
 import incidents
-import memorize
+import measure
 import memory
 import optim
 import parallel
@@ -235,7 +235,7 @@ def test_a_choice_that_config_alone_has_is_an_error_and_no_other_choice(key, ano
 
 # Where the tests above do not come: results, a plan's GPU, an optimizer's shards, tensor parallel.
 ALSO_USED_BY = [
-    ("train.device", lambda: memorize.here(Config(train=Train(device="another")))),
+    ("train.device", lambda: measure.device_of(Config(train=Train(device="another")))),
     ("train.device", lambda: plan.command_line(["7b", "--train.device=another"])),
     ("optim.optimizer", lambda: Config(optim=Optim(optimizer="another")).resolved()),
     ("model.positions", lambda: Config(model=Model(positions="another"), parallel=Parallel(tp=2)).resolved()),

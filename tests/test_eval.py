@@ -21,9 +21,9 @@ import config
 import data
 import eval as evaluation
 import files
+import measure
 import memorize
 import report
-import run_folder
 import tokenizer
 import train
 from config import ConfigError, Model
@@ -153,7 +153,7 @@ def bytes_of_targets(dataset, n_rows=0):
 
 
 def by_document(dataset, held):
-    """Of each held-out document: its text, its ids, and the bytes of those of its tokens that are targets."""
+    """Of each validation document: its text, its ids, and the bytes of its tokens that are targets."""
     tok, found, end = tokenizer.load(dataset.folder), bytes_of_targets(dataset).ravel(), 0
     for text in held:
         ids = tok.encode(text)
@@ -304,8 +304,14 @@ def test_real_tokenizers_have_the_bytes_of_real_texts(tmp_path, name):
 
 
 def evaluate(run, sources=("code", "docs"), max_rows=0):
-    of, cfg = run_folder.chosen(run), config.load_run(run)
-    return evaluation.evaluate(run, cfg, memorize.dataset_of(run, cfg, of), of, list(sources), max_rows)
+    opened = measure.open_run(run)
+    return measure.every(opened, evaluation.metric(opened, list(sources), max_rows))
+
+
+def problems_of(run, cfg=None):
+    """What --check finds in a run, perhaps with another config."""
+    opened = measure.open_run(run)
+    return evaluation.check(opened._replace(cfg=cfg or opened.cfg), 0)
 
 
 def lines_of(run):
@@ -349,19 +355,24 @@ def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
 
 
 def test_results_are_kept_under_everything_that_determines_them(run):
-    c, cfg = run_folder.chosen(run)[-1], config.load_run(run)
-    dataset = Dataset(cfg.dataset)
-    fp32 = torch.float32
+    opened = measure.open_run(run)
+    c = opened.checkpoints[-1]
+
+    def inputs(c=c, max_rows=0, **changes):
+        changed = opened._replace(**changes)
+        return measure.inputs_of(changed, evaluation.metric(changed, ["code"], max_rows), c)
+
     weights = {**c.state, "files": {**c.state["files"], "model.safetensors": "0" * 64}}
     seen = [
-        evaluation.inputs_of(cfg, dataset, c, 0, fp32),
-        evaluation.inputs_of(cfg, dataset, c, 1, fp32),
-        evaluation.inputs_of(cfg, dataset, c, 0, torch.bfloat16),
-        evaluation.inputs_of(cfg, dataset, c._replace(state=weights), 0, fp32),
+        inputs(),
+        inputs(max_rows=1),
+        inputs(precision=torch.bfloat16),
+        inputs(c._replace(state=weights)),
+        inputs(verify=False),
     ]
-    dataset.sha256 = "0" * 64
-    seen.append(evaluation.inputs_of(cfg, dataset, c, 0, fp32))
-    assert len({json.dumps(inputs) for inputs in seen}) == 5
+    opened.dataset.sha256 = "0" * 64
+    seen.append(inputs())
+    assert len({json.dumps(inputs) for inputs in seen}) == 6
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -415,25 +426,25 @@ def whole(run):
         save_file(load_file(weights), weights, metadata={"format": "pt", "rows": str(rows)})
         state["files"]["model.safetensors"] = files.sha256(weights)
         files.write_json(folder / "state.json", {**state, "step": rows, "rows": rows, "chunk": chunk})
-    of = run_folder.chosen(run)
     evaluate(run)
-    memorize.memorize(cfg, dataset, of)
+    opened = measure.open_run(run)
+    measure.every(opened, memorize.metric(opened))
     lines = lines_of(run)
     for line in lines:
         line["bits_per_byte"] = 8.0 if line["step"] == 0 else 1.9
     (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return cfg, dataset
+    return cfg
 
 
 def test_the_check_passes_a_whole_run_and_sees_every_single_damage(run, monkeypatch, capsys):
-    cfg, dataset = whole(run)
-    assert evaluation.check(run, cfg, dataset, 0) == []
+    cfg = whole(run)
+    assert problems_of(run) == []
     code, out, errors = main(monkeypatch, capsys, run, "--check")
     assert not code and "check passed" in out, errors
 
     stricter = {"code": 1.8, "docs": 2.0, "web": 1.0}
     other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, expect_bits_per_byte=stricter))
-    assert evaluation.check(run, other, dataset, 0) == [
+    assert problems_of(run, other) == [
         "eval.expect_bits_per_byte names 'web', no source",
         "code: 1.9000 bits per byte, expected below 1.8",
     ]
@@ -442,7 +453,7 @@ def test_the_check_passes_a_whole_run_and_sees_every_single_damage(run, monkeypa
         ({}, []),
     ):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, expect_bits_per_byte=bounds))
-        assert evaluation.check(run, other, dataset, 0) == problems
+        assert problems_of(run, other) == problems
     path = sorted((run / "memorization").iterdir())[1]
     good = path.read_text()
     for field, change in (
@@ -457,15 +468,13 @@ def test_the_check_passes_a_whole_run_and_sees_every_single_damage(run, monkeypa
         line = json.loads(good.splitlines()[0])
         line[field] = change(line[field])
         path.write_text("\n".join([json.dumps(line), *good.splitlines()[1:]]) + "\n")
-        (problem,) = evaluation.check(run, cfg, dataset, 0)
+        (problem,) = problems_of(run)
         assert problem.startswith(f"{path.stem}, memorization of 0: its counts contradict"), field
     path.write_text("".join(good.splitlines(keepends=True)[:-1]))
-    assert evaluation.check(run, cfg, dataset, 0) == [
-        f"{path.stem}, memorization of validation:docs: missing"
-    ]
+    assert problems_of(run) == [f"{path.stem}, memorization of validation:docs: missing"]
     path.write_text(good)
     shutil.rmtree(run / "checkpoints" / "step-00000000")
-    problems = evaluation.check(run, cfg, dataset, 0)
+    problems = problems_of(run)
     assert problems[0] == "there is no checkpoint of step 0"
 
 
@@ -505,7 +514,7 @@ def test_the_check_knows_every_chunk_that_a_step_ends(run):
         files.write_json(folder / "state.json", {**state, "step": step, "rows": step * B, "chunk": chunk})
 
     def missing():
-        problems = evaluation.check(run, cfg, dataset, 0)
+        problems = problems_of(run, cfg)
         return [problem for problem in problems if "has no checkpoint" in problem]
 
     assert missing() == []
@@ -525,7 +534,7 @@ def test_the_check_knows_every_chunk_that_a_step_ends(run):
 
 
 def hold_nothing_out(run, *sources):
-    """Gives a run a dataset of its own, in which some sources have no held-out row."""
+    """Gives a run a dataset of its own, in which some sources have no validation row."""
     cfg = config.load_run(run)
     folder = shutil.copytree(cfg.dataset, run.parent / "dataset")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -548,20 +557,20 @@ def test_a_source_that_holds_nothing_out_is_named_and_the_others_are_evaluated(r
     cfg, dataset = hold_nothing_out(run, "docs")
     code, out, errors = main(monkeypatch, capsys, run)
     assert not code, errors
-    assert out.splitlines()[0] == f"{dataset.folder} holds out no row of docs: not evaluated"
-    assert {line["source"] for line in lines_of(run)} == {"code"} and "held out" in out
+    assert out.splitlines()[0] == f"{dataset.folder} has no validation row of docs: not evaluated"
+    assert {line["source"] for line in lines_of(run)} == {"code"} and " validation " in out
     page = report.write(run).read_text()
     assert "could not be shown" not in page and "Nothing is held out of docs." in page
 
     code, _, errors = main(monkeypatch, capsys, run, "--source", "docs")
-    assert code == 2 and "holds out no row of docs" in errors and errors.count("\n") == 1
-    problems = evaluation.check(run, cfg, dataset, 0)
+    assert code == 2 and "has no validation row of docs" in errors and errors.count("\n") == 1
+    problems = problems_of(run)
     assert any(problem.startswith("code: ") for problem in problems)
     assert not any("docs" in problem for problem in problems)
     expect = {"code": 20.0, "docs": 20.0}
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, expect_bits_per_byte=expect))
-    told = "eval.expect_bits_per_byte names 'docs', which has no held-out row"
-    assert told in evaluation.check(run, cfg, dataset, 0)
+    told = "eval.expect_bits_per_byte names 'docs', which has no validation row"
+    assert told in problems_of(run, cfg)
 
 
 def test_where_nothing_is_held_out_memorization_and_page_go_on(run, monkeypatch, capsys):
@@ -569,11 +578,11 @@ def test_where_nothing_is_held_out_memorization_and_page_go_on(run, monkeypatch,
     code, out, errors = main(monkeypatch, capsys, run)
     assert not code, errors
     head, table = out.strip().split("\n\n")
-    assert head == f"{dataset.folder} holds out no row of any source: there is no loss to measure"
+    assert head == f"{dataset.folder} has no validation row of any source: there is no loss to measure"
     assert len(table.splitlines()) == 3 and not (run / "evals.jsonl").exists()
     code, _, errors = main(monkeypatch, capsys, run, "--check")
     expected = [f"check failed: chunk {chunk} has no checkpoint" for chunk in range(3)]
-    assert code == 1 and errors.splitlines() == expected  # and nothing about held-out text
+    assert code == 1 and errors.splitlines() == expected  # and nothing about validation text
     code, out, errors = main(
         monkeypatch, capsys, run / "checkpoints/step-00000009", "--dataset", dataset.folder
     )
@@ -590,16 +599,15 @@ def test_one_source_of_one_document_of_which_nothing_is_held_out(tmp_path, monke
     capsys.readouterr()
     code, out, errors = main(monkeypatch, capsys, cfg.run, "--check")
     assert not code, errors
-    assert "holds out no row of any source" in out and "check passed" in out and "step-00000000" in out
+    assert "has no validation row of any source" in out and "check passed" in out and "step-00000000" in out
     page = report.write(cfg.run).read_text()
     assert "could not be shown" not in page and "No text is held out, so there is no loss" in page
     figures = re.findall("<svg.*?</svg>", page, re.S)
     assert len(figures) >= 7 and "validation" not in "".join(figures)
 
 
-def test_a_source_without_held_out_rows_is_an_error_that_says_what_to_raise(run):
-    of, cfg = run_folder.chosen(run), config.load_run(run)
-    dataset = memorize.dataset_of(run, cfg, of)
+def test_a_source_without_validation_rows_is_an_error_that_says_what_to_raise(run):
+    dataset = measure.open_run(run).dataset
     dataset.validation = lambda source: np.empty((0, 42), np.uint16)
     with pytest.raises(ConfigError, match=r"raise data\.validation_fraction"):
-        evaluation.evaluate(run, cfg, dataset, of, ["code"], 0)
+        evaluation.with_validation_rows(dataset, ["code"])

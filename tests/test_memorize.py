@@ -14,6 +14,7 @@ import checkpoint
 import config
 import data
 import files
+import measure
 import memorize
 import optim
 import run_folder
@@ -107,8 +108,8 @@ def run(made, tmp_path):
 
 
 def compute(run, chunks=None):
-    of, cfg = run_folder.chosen(run), config.load_run(run)
-    return memorize.memorize(cfg, memorize.dataset_of(run, cfg, of), of, chunks)
+    opened = measure.open_run(run)
+    return measure.every(opened, memorize.metric(opened, chunks))
 
 
 def lines_of(run):
@@ -225,7 +226,7 @@ def test_rows_are_drawn_once_each_sorted_and_by_key():
     assert memorize.draw(1000, 5, "1234/memorization/0").tolist() == [200, 229, 578, 773, 828]
 
 
-def test_every_checkpoint_is_asked_about_the_same_rows_of_every_chunk_and_of_held_out_text(run):
+def test_every_checkpoint_is_asked_about_the_same_rows_of_every_chunk_and_of_validation_text(run):
     cfg = config.load_run(run)
     dataset = Dataset(cfg.dataset)
     asked = {}
@@ -271,7 +272,7 @@ def test_a_line_holds_the_counts_of_its_own_rows(run):
 # ---- kept, and computed once ------------------------------------------------------------------------------
 
 
-def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
+def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run):
     compute(run)
     before = lines_of(run)
     assert len(before) == 2 * 5
@@ -279,19 +280,27 @@ def test_nothing_is_computed_twice_and_a_killed_run_goes_on(run, monkeypatch):
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:3]) + whole[3][:40])  # killed in the middle of a line
     scored = []
-    score = memorize.score
-    monkeypatch.setattr(
-        memorize, "score", lambda *a: (scored.extend((a[2].step, p.chunk) for p in a[4]), score(*a))
-    )
-    table = compute(run)
+    opened = measure.open_run(run)
+    metric = memorize.metric(opened)
+
+    def score(model, c, chunks, done):
+        scored.extend((c.step, chunk) for chunk in chunks)
+        return metric.compute(model, c, chunks, done)
+
+    table = measure.every(opened, metric._replace(compute=score))
     assert scored == [(9, "validation:code"), (9, "validation:docs")]
     assert [line for _, lines in table for line in lines.values()] == before
 
 
 def test_results_are_kept_under_everything_that_determines_them(run):
-    c, cfg = run_folder.chosen(run)[-1], config.load_run(run)
-    dataset = Dataset(cfg.dataset)
-    seen = [memorize.inputs_of(cfg, dataset, c, torch.float32)]
+    opened = measure.open_run(run)
+    c, cfg = opened.checkpoints[-1], opened.cfg
+
+    def inputs(c=c, cfg=cfg, **changes):
+        changed = opened._replace(cfg=cfg, **changes)
+        return measure.inputs_of(changed, memorize.metric(changed), c)
+
+    seen = [inputs()]
     for name, value in (
         ("prompt_tokens", 5),
         ("continuation_tokens", 9),
@@ -299,16 +308,16 @@ def test_results_are_kept_under_everything_that_determines_them(run):
         ("seed", 1),
     ):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **{name: value}))
-        seen.append(memorize.inputs_of(other, dataset, c, torch.float32))
-    seen.append(memorize.inputs_of(cfg, dataset, c, torch.bfloat16))
+        seen.append(inputs(cfg=other))
+    seen.append(inputs(precision=torch.bfloat16))
     weights = {**c.state, "files": {**c.state["files"], "model.safetensors": "0" * 64}}
-    seen.append(memorize.inputs_of(cfg, dataset, c._replace(state=weights), torch.float32))
-    seen.append(memorize.inputs_of(cfg, dataset, c._replace(state={**c.state, "rows": 1}), torch.float32))
-    dataset.sha256 = "0" * 64
-    seen.append(memorize.inputs_of(cfg, dataset, c, torch.float32))
+    seen.append(inputs(c._replace(state=weights)))
+    seen.append(inputs(c._replace(state={**c.state, "rows": 1})))
+    opened.dataset.sha256 = "0" * 64
+    seen.append(inputs())
     assert len({json.dumps(inputs) for inputs in seen}) == 9
     faster = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, generate_batch_size=999))
-    assert memorize.inputs_of(faster, Dataset(cfg.dataset), c, torch.float32) == seen[0]
+    assert inputs(cfg=faster, dataset=Dataset(cfg.dataset)) == seen[0]
 
 
 def test_some_chunks_can_be_chosen(run):
@@ -318,13 +327,13 @@ def test_some_chunks_can_be_chosen(run):
         compute(run, [3])
 
 
-def test_rows_of_small_chunks_are_decoded_together():
-    sizes = [400, 400, 400, 1000, 1, 1]
-    made = memorize.groups([memorize.Part(i, np.arange(n)) for i, n in enumerate(sizes)])
-    assert [[part.chunk for part in group] for group in made] == [[0, 1, 2], [3], [4, 5]]
+def test_rows_of_small_chunks_are_decoded_together(run):
+    metric = memorize.metric(measure.open_run(run))
+    metric = metric._replace(items=dict(enumerate([400, 400, 400, 1000, 1, 1])))
+    assert measure.groups(metric, list(range(6))) == [[0, 1, 2], [3], [4, 5]]
 
 
-def test_the_table_separates_seen_newest_unseen_and_held_out(run):
+def test_the_table_separates_seen_newest_unseen_and_validation(run):
     c = run_folder.chosen(run)[-1]._replace(state={"chunk": 1, "rows": 6})
 
     def line(matches, seen):
@@ -337,7 +346,7 @@ def test_the_table_separates_seen_newest_unseen_and_held_out(run):
         "validation:code": line([2], [False]),
     }
     _, row = memorize.show([(c, lines)]).splitlines()
-    # seen (10 + 10 + 4 + 10 + 1) / 50, newest 11 / 20, unseen 3 / 20, held out 2 / 10
+    # seen (10 + 10 + 4 + 10 + 1) / 50, newest 11 / 20, unseen 3 / 20, validation 2 / 10
     assert row.split() == ["step-00000009", "0.7000", "0.5500", "0.1500", "0.2000", "3", "/", "5"]
 
 
@@ -348,15 +357,14 @@ def test_another_dataset_than_the_one_trained_on_is_refused(run, tmp_path):
     manifest.write_text(manifest.read_text() + "\n")
     of = run_folder.chosen(run)
     with pytest.raises(ConfigError, match="was trained with another dataset than the one in"):
-        memorize.dataset_of(run, dataclasses.replace(cfg, dataset=str(tmp_path / "other")), of)
+        measure.dataset_of(run, dataclasses.replace(cfg, dataset=str(tmp_path / "other")), of)
     with pytest.raises(ConfigError, match="which is not here"):
-        memorize.dataset_of(run, dataclasses.replace(cfg, dataset="datasets/none"), of)
+        measure.dataset_of(run, dataclasses.replace(cfg, dataset="datasets/none"), of)
 
 
 def test_the_rows_with_most_matches_have_their_documents_named(run):
-    of, cfg = run_folder.checkpoints(run), config.load_run(run)
-    dataset = memorize.dataset_of(run, cfg, of)
-    for _, lines in memorize.memorize(cfg, dataset, of):
+    dataset = measure.open_run(run).dataset
+    for _, lines in compute(run):
         for chunk, line in lines.items():
             named = [i for i, names in enumerate(line["documents"]) if names]
             assert len(line["documents"]) == line["total"]

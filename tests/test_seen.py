@@ -11,13 +11,14 @@ import re
 import conftest
 import numpy as np
 import pytest
-import torch
 from test_data import byte_tokenizer
 
 import config
 import data
 import figures
 import files
+import incidents
+import measure
 import memorize
 import optim
 import report
@@ -103,13 +104,13 @@ def some_states(dice, n_rows, chunks):
         plan = steps.Steps(((0, n_rows),), batch_size=max(1, n_rows // 41))
         kind = dice.choice(["plain", "deferred", "rolled back", "skipped"])
         if kind == "deferred":
-            plan = plan.deferred(step // 2, chunks[dice.randrange(len(chunks))]) or plan
+            plan = incidents.deferred(plan, step // 2, chunks[dice.randrange(len(chunks))]) or plan
         elif kind == "rolled back":
-            plan = plan.without(step // 2, step // 2 + 2)
-        skipped = [pair for s in (0, step - 1) for pair in plan.pieces(s)] if kind == "skipped" else []
-        consumed = [p for a, b in plan.order for p in range(a, b)][: plan.consumed(step)]
+            plan = incidents.without(plan, step // 2, step // 2 + 2)
+        skipped = [pair for s in (0, step - 1) for pair in plan.batch(s)] if kind == "skipped" else []
+        consumed = [p for a, b in plan.ranges for p in range(a, b)][: plan.consumed(step)]
         moved = [p for p in consumed if not any(a <= p < b for a, b in skipped)]
-        state = {"rows": plan.consumed(step), "order": [list(pair) for pair in plan.order]}
+        state = {"rows": plan.consumed(step), "order": [list(pair) for pair in plan.ranges]}
         yield {**state, "skipped": [list(pair) for pair in skipped]}, moved
 
 
@@ -251,6 +252,11 @@ def saved(cfg, d, step, **state):
     conftest.save(cfg.run, model, [optim.adamw(model, cfg.optim)], state, own)
 
 
+def memorized(run, steps=()):
+    opened = measure.open_run(run, steps)
+    return measure.every(opened, memorize.metric(opened))
+
+
 @pytest.fixture
 def repeated(tmp_path):
     """A small text that is trained on 60 times, and checkpoints after no, one and all repeats."""
@@ -265,8 +271,8 @@ def repeated(tmp_path):
 
 
 def test_after_one_of_sixty_repeats_no_row_is_unseen_and_the_page_says_so(repeated):
-    cfg, d = repeated
-    table = memorize.memorize(cfg, d, run_folder.chosen(cfg.run))
+    cfg, _ = repeated
+    table = memorized(cfg.run)
     for c, lines in table:
         for chunk, line in lines.items():
             assert line["seen"] == [c.step > 0 and isinstance(chunk, int)] * line["total"]
@@ -286,9 +292,9 @@ def test_after_one_of_sixty_repeats_no_row_is_unseen_and_the_page_says_so(repeat
 
 
 def test_lines_of_the_first_protocol_are_shown_with_a_note_until_they_are_measured_again(repeated):
-    cfg, d = repeated
+    cfg, _ = repeated
     of = run_folder.chosen(cfg.run)
-    memorize.memorize(cfg, d, of)
+    memorized(cfg.run)
     for c in of:  # as the version before wrote them
         path = memorize.log_of(c)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -301,22 +307,24 @@ def test_lines_of_the_first_protocol_are_shown_with_a_note_until_they_are_measur
     run = results.load(cfg.run)
     assert 'in 63 of 63 lines "unseen" goes by position only' in run.notes[-1][0]  # 3 x (20 + 1)
     assert len(run.matches(of[1].step, "unseen")) > 0
-    memorize.memorize(cfg, d, of[:2])
+    memorized(cfg.run, [c.step for c in of[:2]])
     run = results.load(cfg.run)
     assert "in 21 of 63 lines" in run.notes[-1][0]
     assert len(run.matches(of[1].step, "unseen")) == 0
-    memorize.memorize(cfg, d, of)
+    memorized(cfg.run)
     assert not any("position only" in text for text, _ in results.load(cfg.run).notes)
     assert len(memorize.log_of(of[0]).read_text().splitlines()) == 2 * 21  # nothing is deleted
 
 
 def test_a_result_is_kept_under_the_rows_that_moved_the_weights(repeated):
     cfg, d = repeated
-    c = run_folder.chosen(cfg.run)[1]
+    opened = measure.open_run(cfg.run)
+    c = opened.checkpoints[1]
     n = c.state["rows"]
 
     def inputs(**state):
-        return memorize.inputs_of(cfg, d, c._replace(state={**c.state, **state}), torch.float32)
+        changed = c._replace(state={**c.state, **state})
+        return measure.inputs_of(opened, memorize.metric(opened), changed)
 
     deferred = [[0, 6], [9, d.n_rows], [6, 9]]
     different = [inputs(), inputs(order=deferred), inputs(skipped=[[3, 6]]), inputs(rows=n - 3)]
@@ -328,8 +336,8 @@ def test_a_result_is_kept_under_the_rows_that_moved_the_weights(repeated):
 
 
 def test_chunks_with_seen_and_unseen_rows_are_drawn_as_two_means(repeated):
-    cfg, d = repeated
-    memorize.memorize(cfg, d, run_folder.chosen(cfg.run))
+    cfg, _ = repeated
+    memorized(cfg.run)
     run = results.load(cfg.run)
     step = [*run.scores][1]
     run.scores = {step: {chunk: run.scores[step][chunk] for chunk in (0, 1, 2, 3)}}
