@@ -32,8 +32,9 @@ from formats import families, shards
 from formats.families import end_of_text, model_config, read_config, reader
 from integrity import compared, first_look
 from model import Transformer
-from parallel import World, alone, bare, put, whole
+from parallel import World, alone, bare
 from run_folder import chosen, read, refuse
+from sharding import put, whole
 from steps import State
 
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # of each parameter

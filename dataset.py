@@ -275,23 +275,6 @@ class Dataset:
                     found += [self.position_of(i, epoch, rows) for epoch in range(stage["repeats"])]
         return np.unique(np.concatenate(found))
 
-    def validation_documents(self, source: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and UTF-8 bytes of each validation document of a source, in the order of its rows.
-
-        Tokens include the end-of-text token. Reads the source's table of documents from its start.
-        """
-        path = self.path(f"documents/{source}.jsonl")
-        sizes = []
-        try:
-            with open(path, "rb") as file:
-                for line in file:
-                    if b'"validation": true' in line:
-                        about = json.loads(line)
-                        sizes.append((about["tokens"], about["bytes"]))
-            return tuple(np.array(sizes, np.int64).reshape(-1, 2).T)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is missing or damaged; try: {self.check}") from None
-
 
 def line_of(table: Path, offsets: np.ndarray, n: int) -> dict:
     """The n-th line of a source's table of documents; offsets: the first byte of each line, and the end."""

@@ -33,6 +33,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
 
 import argparse
 import functools
+import json
 import math
 import sys
 import time
@@ -71,6 +72,24 @@ def nats_of(model: Transformer, rows: np.ndarray, batch_size: int, done=lambda n
     return total
 
 
+def validation_documents(dataset: Dataset, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and UTF-8 bytes of each validation document of a source, in the order of its rows.
+
+    Tokens include the end-of-text token. Reads the source's table of documents from its start.
+    """
+    path = dataset.path(f"documents/{source}.jsonl")
+    sizes = []
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if b'"validation": true' in line:
+                    about = json.loads(line)
+                    sizes.append((about["tokens"], about["bytes"]))
+        return tuple(np.array(sizes, np.int64).reshape(-1, 2).T)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is missing or damaged; try: {dataset.check}") from None
+
+
 def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     """The bytes of text that every target of a source's first n_rows validation rows stands for: (n_rows, T).
 
@@ -78,7 +97,7 @@ def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenize
     """
     # The documents that begin in these rows, and their tokens, as far as the dataset has them.
     rows, T = dataset.validation(source), dataset.seq_len
-    tokens, text_bytes = dataset.validation_documents(source)
+    tokens, text_bytes = validation_documents(dataset, source)
     ends = np.cumsum(tokens)
     n = int(np.searchsorted(ends - tokens, n_rows * T + 1))
     tokens, text_bytes, ends = tokens[:n], text_bytes[:n], ends[:n]

@@ -143,7 +143,7 @@ def respond(
     with the same numbers; no weight has been touched, and no checkpoint is being saved.
     """
     cfg, world, step = run.cfg, run.world, state.step
-    grad_norms = optim.grad_norms_by_layer(bare(run.model))  # all processes together
+    grad_norms = grad_norms_by_layer(bare(run.model))  # all processes together
     for optimizer in run.optimizers:
         optimizer.zero_grad()
     state.incidents += 1
@@ -298,6 +298,17 @@ def newest(found: list[Checkpoint], world: World) -> str:
     return f"the newest checkpoint, {path.name}, is whole"
 
 
+def grad_norms_by_layer(model: nn.Module) -> dict[str, float]:
+    """The norm of each layer's gradient, and of what is outside: {"embed_tokens": 0.3, "layers.0": 0.1}."""
+    layers = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts = name.split(".")
+            layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+            layers.setdefault(layer, []).append(p.grad)
+    return {layer: optim.l2_norm(gradients).item() for layer, gradients in layers.items()}
+
+
 def documents(dataset: Dataset, ranges: Iterable[tuple[int, int]]) -> list[str]:
     """The documents of the rows at ranges of positions: ["docs:a.txt", ...]."""
     found = set()
@@ -354,7 +365,7 @@ def replay(
         loss = model(row[:, :-1], row[:, 1:]) / dataset.seq_len
         (loss / len(positions)).backward()
         rows.append((position, loss.item(), documents(dataset, [(position, position + 1)])))
-    return rows, optim.grad_norms_by_layer(model), c.step
+    return rows, grad_norms_by_layer(model), c.step
 
 
 def finite_or_least(value: float) -> float:

@@ -63,8 +63,7 @@ from dataset import Dataset, unshuffle
 from model import Transformer
 from run_folder import Checkpoint
 from sample import generate
-from seen import SameText, same_text
-from steps import trained_ranges
+from seen import SameText, same_text, trained_ranges
 
 # The rules for scoring, for drawing rows, and for what is seen; a change of any of them needs a new name. In
 # "first-k+l-greedy-1" seen was about positions: a row could be unseen although an earlier pass had its text.

@@ -150,17 +150,6 @@ def grad_norm(model: nn.Module) -> Tensor:
     return l2_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def grad_norms_by_layer(model: nn.Module) -> dict[str, float]:
-    """The norm of each layer's gradient, and of what is outside: {"embed_tokens": 0.3, "layers.0": 0.1}."""
-    layers = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            parts = name.split(".")
-            layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-            layers.setdefault(layer, []).append(p.grad)
-    return {layer: l2_norm(gradients).item() for layer, gradients in layers.items()}
-
-
 def clip_gradients(model: nn.Module, grad_norm: float, limit: float) -> None:
     """Scales all gradients so that their norm, which is `grad_norm` now, is at most `limit`; 0: no limit.
 

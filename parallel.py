@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -37,7 +37,7 @@ import hardware
 import rendezvous
 import sharding
 from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
-from sharding import is_sharded
+from sharding import put
 
 # ---- who and where ----------------------------------------------------------------------------------------
 
@@ -300,25 +300,6 @@ def start(train: Train, settings: Parallel) -> World:
     return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
 
 
-# ---- models and tensors -----------------------------------------------------------------------------------
-
-
 def bare(model: nn.Module) -> nn.Module:
     """The model itself, out of DDP's wrapper."""
     return getattr(model, "module", model)
-
-
-@torch.no_grad()
-def put(tensor: Tensor, whole: Tensor) -> None:
-    """Copies a whole tensor, which every process has, into one of which each may hold only a part."""
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        whole = whole.to(tensor.device, tensor.dtype)
-        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(whole)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every process. All processes call this together."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor

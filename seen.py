@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset import Dataset
-from steps import trained
+from steps import Ranges, cut, joined
 
 
 class SameText(NamedTuple):
@@ -163,3 +163,27 @@ def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> 
 def identity(about: dict) -> tuple:
     """What a document has in common in all sources: the file that they share, and the id it came with."""
     return about.get("shared"), about.get("came_as", about["id"])
+
+
+# ---- which positions --------------------------------------------------------------------------------------
+
+
+def trained_ranges(state: dict) -> Ranges:
+    """The positions that a checkpoint was trained on, by its state.json, as ascending ranges."""
+    ranges = cut(state.get("order") or [(0, state["rows"])], 0, state["rows"])[1]
+    for first, end in state.get("skipped", []):  # consumed, without an update
+        sides = [side for a, b in ranges for side in ((a, min(b, first)), (max(a, end), b))]
+        ranges = [(a, b) for a, b in sides if a < b]
+    return joined(sorted(ranges))
+
+
+def trained(state: dict, positions):
+    """Which positions (an array) a checkpoint was trained on: an array of bool.
+
+    The text of another position can have been trained on too, at a position of its own: seen.py asks for the
+    text.
+    """
+    out = positions < 0
+    for first, end in trained_ranges(state):
+        out = out | (first <= positions) & (positions < end)
+    return out

@@ -131,3 +131,22 @@ def has_parameters(module: nn.Module, name: str) -> bool:
         if module is None:
             return False
     return any(True for _ in module.parameters())
+
+
+# ---- whole tensors ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def put(tensor: Tensor, whole: Tensor) -> None:
+    """Copies a whole tensor, which every process has, into one of which each may hold only a part."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = whole.to(tensor.device, tensor.dtype)
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every process. All processes call this together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -206,27 +206,6 @@ class State:
             self.recent = [*self.recent, (loss, grad_norm)][-cfg.train.spike_window :]
 
 
-def trained_ranges(state: dict) -> Ranges:
-    """The positions that a checkpoint was trained on, by its state.json, as ascending ranges."""
-    ranges = cut(state.get("order") or [(0, state["rows"])], 0, state["rows"])[1]
-    for first, end in state.get("skipped", []):  # consumed, without an update
-        sides = [side for a, b in ranges for side in ((a, min(b, first)), (max(a, end), b))]
-        ranges = [(a, b) for a, b in sides if a < b]
-    return joined(sorted(ranges))
-
-
-def trained(state: dict, positions):
-    """Which positions (an array) a checkpoint was trained on: an array of bool.
-
-    The text of another position can have been trained on too, at a position of its own: seen.py asks for the
-    text.
-    """
-    out = positions < 0
-    for first, end in trained_ranges(state):
-        out = out | (first <= positions) & (positions < end)
-    return out
-
-
 # ---- schedules and checkpoints ----------------------------------------------------------------------------
 
 

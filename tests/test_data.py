@@ -14,6 +14,7 @@ import pytest
 import chunks
 import data
 import encode
+import eval as evaluation
 from config import Config, ConfigError, Data, Model, Source, Stage, Tokenizer, Train
 from dataset import Dataset, shuffle, unshuffle
 from manifest import verify
@@ -560,7 +561,7 @@ def test_documents_too_short_to_be_split_are_all_trained_on_and_a_note_says_so(t
 def test_a_flipped_byte_in_a_list_of_documents_or_the_tokenizer_is_found_when_it_is_read(tmp_path):
     folder = data.build(make(tmp_path))
     for name, read in (
-        ("documents/a.jsonl", lambda d: d.validation_documents("a")),
+        ("documents/a.jsonl", lambda d: evaluation.validation_documents(d, "a")),
         ("documents/a.jsonl", lambda d: d.positions("a", "a-1")),
         ("documents/b.offsets.npy", lambda d: d.document("b", 3)),
         ("tokenizer.json", lambda d: None),

@@ -16,10 +16,10 @@ import files
 import incidents
 import optim
 import run_folder
-import steps
 import train
 from config import ConfigError, Train
 from dataset import Dataset
+from seen import trained as trained_positions
 
 ROOT = Path(__file__).parent.parent
 B = 6  # rows a step, of the recipe
@@ -130,7 +130,7 @@ def test_skip_leaves_the_weights_as_they_were_and_goes_on(recipe, tmp_path, monk
         -1
     ].state  # the batch that moved nothing is not one that was learned from
     assert end["skipped"] == [[5 * B, 6 * B]] and end["rows"] == 9 * B
-    seen = steps.trained(end, np.arange(11 * B))
+    seen = trained_positions(end, np.arange(11 * B))
     assert seen.tolist() == [p // B < 9 and p // B != 5 for p in range(11 * B)]
     assert next(r for r in metrics(run) if r["step"] == 6)["loss"] is None
 
@@ -173,10 +173,10 @@ def test_defer_trains_the_rest_of_the_chunk_at_the_end(recipe, tmp_path, monkeyp
         last = run_folder.checkpoints(run)[-1]
         assert last.state["order"] == [[0, first + B], [end, dataset.n_rows], [first + B, end]]
         assert last.state["chunk"] == 1  # the chunk that was completed last
-        trained = steps.trained(last.state, np.arange(dataset.n_rows))
+        trained = trained_positions(last.state, np.arange(dataset.n_rows))
         assert trained.sum() == n and trained[: first + B].all()
         middle = next(c for c in run_folder.checkpoints(run) if c.state["chunk"] == 2)
-        assert not steps.trained(middle.state, np.array(rest)).any()
+        assert not trained_positions(middle.state, np.array(rest)).any()
         assert not (run / ".processes").glob("*.json") or not list((run / ".processes").glob("*.json"))
     else:  # it is bad there too, and nothing is left to be trained on before it
         with pytest.raises(incidents.Stopped, match="nan"):
@@ -223,7 +223,7 @@ def test_rollback_goes_back_and_leaves_batches_out(recipe, tmp_path, monkeypatch
     assert [p.name for p in (run / "checkpoints").glob("incident-*")] == ["incident-1-step-00000012"]
     monkeypatch.undo()
     assert incidents.replay(run, 14)[2] == 12  # the weights before the incident, which were moved aside
-    assert not steps.trained(last.state, np.arange(12 * B, 16 * B)).any()
+    assert not trained_positions(last.state, np.arange(12 * B, 16 * B)).any()
 
 
 def test_a_spike_is_found_by_its_gradient_norm_and_skipped(recipe, tmp_path, monkeypatch):

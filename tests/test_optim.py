@@ -9,6 +9,7 @@ import torch
 
 import config
 import cost
+import incidents
 import optim
 import steps
 from config import Config, Model, Optim, Train
@@ -312,14 +313,14 @@ def test_muon_takes_its_learning_rate_and_decay_from_the_group():
 
 def test_grad_norms_by_layer_are_of_what_is_in_each():
     net = net_with_gradients(4, norm="layernorm", bias=True, positions="learned")
-    norms = optim.grad_norms_by_layer(net)
+    norms = incidents.grad_norms_by_layer(net)
     assert list(norms) == ["embed_tokens", "embed_positions", "layers.0", "layers.1", "norm", "lm_head"]
     for layer, value in norms.items():
         grads = [p.grad.double() for n, p in net.named_parameters() if n.startswith(f"{layer}.")]
         assert value == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-6)
     assert optim.grad_norm(net).item() == pytest.approx(math.hypot(*norms.values()), rel=1e-6)
     net.norm.weight.grad = net.norm.bias.grad = None
-    assert "norm" not in optim.grad_norms_by_layer(net)
+    assert "norm" not in incidents.grad_norms_by_layer(net)
 
 
 @pytest.mark.parametrize(

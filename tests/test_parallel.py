@@ -28,8 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import incidents
 import optim
 import parallel
+import sharding
 import train
 from config import Config, ConfigError, Eval, Model, Optim, Parallel, Train
 from model import Transformer
@@ -110,12 +112,12 @@ def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
         norm /= world.size
         seen.setdefault("loss", []).append(loss / N_TOKENS)
         seen.setdefault("norm", []).append(norm)
-        for layer, value in optim.grad_norms_by_layer(bare).items():
+        for layer, value in incidents.grad_norms_by_layer(bare).items():
             seen.setdefault(f"norm of {layer}", []).append(value)
         optim.update(model, optimizers, LR, norm, cfg.optim.grad_clip)
     out = {name: torch.tensor(values, dtype=torch.float64) for name, values in seen.items()}
     for (name, p), before in zip(bare.named_parameters(), start):
-        out[name] = parallel.whole(p).detach().clone() - before
+        out[name] = sharding.whole(p).detach().clone() - before
     return out
 
 
@@ -411,14 +413,14 @@ def calls(world: parallel.World) -> dict[str, Tensor]:
         value = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
         for dim in range(len(shape)):
             split = distribute_tensor(torch.zeros(shape), mesh, [Shard(dim)])
-            parallel.put(split, value)
+            sharding.put(split, value)
             chunks = value.chunk(n, dim)
             mine = chunks[rank] if rank < len(chunks) else value.narrow(dim, 0, 0)
             assert torch.equal(split.to_local(), mine.float())
-            assert torch.equal(parallel.whole(split), value.float())
+            assert torch.equal(sharding.whole(split), value.float())
     plain = torch.zeros(3)
-    parallel.put(plain, torch.ones(3))
-    assert parallel.whole(plain) is plain and plain.sum() == 3
+    sharding.put(plain, torch.ones(3))
+    assert sharding.whole(plain) is plain and plain.sum() == 3
     return {"passed": torch.ones(1)}
 
 

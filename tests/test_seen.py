@@ -143,7 +143,7 @@ def test_a_row_is_seen_when_any_of_its_text_was_trained_on(tmp_path, sources, st
     some = sorted(dice.sample(range(d.n_rows), 9))
     shares = []
     for state, moved in some_states(dice, d.n_rows, chunks):
-        assert np.flatnonzero(steps.trained(state, np.arange(d.n_rows))).tolist() == sorted(moved)
+        assert np.flatnonzero(seen.trained(state, np.arange(d.n_rows))).tolist() == sorted(moved)
         expected = by_hand.seen(moved, same_files)
         assert same.by(state).tolist() == expected
         assert seen.same_text(d, some).by(state).tolist() == [expected[p] for p in some]
