@@ -1,13 +1,13 @@
-"""A checkpoint folder, opened by lm-evaluation-harness as it stands, and scored on a small local task.
+"""Opens checkpoint folders in lm-evaluation-harness, unchanged, and scores them on a small local task.
 
     pip install "lm-eval[hf]"
     python benchmarks/harness.py runs/demo                 # the first checkpoint and the last one
 
-The task is made on the spot from held-out text of the run's own dataset: the first half of a validation row,
-and four ways to go on, of which one is the row's own second half. Chance is 0.25. It is written as a task of
-the harness (a JSON-lines file and a YAML file) into a temporary folder; the harness loads each checkpoint by
-`from_pretrained`, tokenizer included, and sees none of our code. Prints the accuracy that the harness reports
-beside the same accuracy computed by our own model: whoever finds them different has found a mistake.
+The task is made from validation rows of the run's own dataset. A question is the first half of a row and four
+possible continuations: the beginning of the row's own second half, and those of three other rows. Chance is
+0.25. It is written as a task of the harness (a JSON-lines file and a YAML file) into a temporary folder. The
+harness loads each checkpoint with `from_pretrained`, tokenizer included, and uses none of our code. Prints
+the accuracy that the harness reports beside the accuracy that our own model has: they must be equal.
 """
 
 import argparse
@@ -33,11 +33,12 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def questions(dataset, tokenizer, n: int) -> list[dict]:
-    """n documents of the task: {"start", "choices": four texts, "label": which is the true one}."""
+    """n documents of the task: {"start", "choices": four texts, "label": the index of the true one}."""
     rows, half = dataset.validation(dataset.sources[0])[:n], dataset.seq_len // 2
     texts = [(tokenizer.decode(row[:half]), tokenizer.decode(row[half : half + 24])) for row in rows]
     out = []
     for i, (start, _) in enumerate(texts):
+        # Three wrong choices are other rows' continuations.
         label = i % 4
         others = [texts[(i + 1 + 7 * k) % len(texts)][1] for k in range(4)]
         others[label] = texts[i][1]
@@ -48,8 +49,8 @@ def questions(dataset, tokenizer, n: int) -> list[dict]:
 def our_accuracy(folder: Path, asked: list[dict]) -> float:
     """The share of questions whose true choice has the largest sum of log-probabilities.
 
-    As the harness has it: blanks at the end of the start belong to the choice, and the choice is what the
-    whole has beyond the start's number of tokens, even where a token reaches across.
+    As in the harness, blanks at the end of the start belong to the choice. The tokens of the choice are those
+    of the whole text after as many as the start has alone, even where one token reaches across.
     """
     import torch
 
@@ -61,7 +62,7 @@ def our_accuracy(folder: Path, asked: list[dict]) -> float:
         start, scores = tokenizer.encode(question["start"].rstrip()), []
         for choice in question["choices"]:
             chosen = tokenizer.encode(question["start"] + choice)[len(start) :]
-            targets = torch.tensor([[-100] * (len(start) - 1) + chosen])
+            targets = torch.tensor([[-100] * (len(start) - 1) + chosen])  # -100: not a target
             ids = torch.tensor([start + chosen])
             with torch.no_grad():
                 scores.append(-model(ids[:, :-1], targets).item())
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
+
+    # What is needed: the harness, and a run with its dataset.
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -91,6 +94,8 @@ def main() -> None:
         found, dataset = run_folder.chosen(args.run), Dataset(config.load_run(args.run).dataset)
     except config.ConfigError as error:
         configurator.fail(error)
+
+    # The task's two files; then each checkpoint, by the harness and by our model.
     asked = questions(dataset, tokenizers.load(dataset.folder), args.questions)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "test.jsonl"
