@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 import checkpoint
 import config

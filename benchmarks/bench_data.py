@@ -1,4 +1,4 @@
-"""Compares a whole `python data.py` with bare tiktoken on the same text: how much of the speed is left?
+"""How fast a whole `python data.py` is, as a share of bare tiktoken's speed on the same text.
 
     python benchmarks/bench_data.py --tokenizer tokenizers/demo [FILES ...] [--workers 2] [--runs 5]
 
@@ -49,12 +49,16 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    """Times both, in turn, and prints a table. ConfigError where they do not give the same tokens."""
+    # The text, in memory.
     tok = tokenizer.load(arguments.tokenizer)
     paths = tuple(arguments.files) or (f"{sysconfig.get_paths()['stdlib']}/**/*.py",)
     source = Source("text", paths=paths, exclude=("site-packages/*", "dist-packages/*"))
     texts = [document.text for document in documents.read(source)]
     n_bytes = sum(len(text.encode()) for text in texts)
-    # This is right if ids are in the order of merges, as in GPT-2's tokenizer and in ours.
+
+    # Bare tiktoken with the same vocabulary. Ranks are ids: right if ids are in the order of merges, as in
+    # GPT-2's tokenizer and in ours.
     special = set(tok.special_tokens.values())
     ranks = {token: id for id, token in enumerate(tok.token_bytes) if token and id not in special}
     pattern = hf_tokenizer.split_of(json.loads(tok.content)["pre_tokenizer"], arguments.tokenizer)
@@ -62,12 +66,14 @@ def compare(arguments: argparse.Namespace) -> None:
 
     times: dict[str, list[float]] = {"bare tiktoken": [], "data.py": []}
     for _ in range(arguments.runs):
+        # Bare tiktoken.
         start = time.perf_counter()
         ids = bare.encode_ordinary_batch(texts, num_threads=arguments.workers)
         times["bare tiktoken"].append(time.perf_counter() - start)
-        n_tokens = sum(map(len, ids)) + len(ids)  # and the end of text after each document
+        n_tokens = sum(map(len, ids)) + len(ids)  # data.py adds an end of text to each document
         del ids
 
+        # A whole build.
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
             config = Config(
                 name="bench",
@@ -94,9 +100,8 @@ def compare(arguments: argparse.Namespace) -> None:
                 "that has no added tokens and no normalizer, such as one trained by tokenizer.py"
             )
 
-    print(
-        f"{len(texts):,} documents, {n_bytes / 1e6:.1f} MB, {n_tokens:,} tokens, {arguments.workers} workers"
-    )
+    text = f"{len(texts):,} documents, {n_bytes / 1e6:.1f} MB, {n_tokens:,} tokens"
+    print(f"{text}, {arguments.workers} workers")
     for name, seconds in times.items():
         runs = " ".join(f"{s:.2f}" for s in seconds)
         print(f"{name:<14} {n_bytes / 1e6 / statistics.median(seconds):6.2f} MB/s   seconds: {runs}")

@@ -11,7 +11,6 @@ other side is `generate` of transformers (requirements-dev.txt).
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -32,18 +31,21 @@ def rows_of(model, n: int, rng: np.random.Generator) -> np.ndarray:
 
     prompts = rng.integers(0, model.cfg.vocab_size, (n, K))
     rows = generate(model, torch.from_numpy(prompts), L).numpy()
-    wrong = rng.random((n, L)) < rng.random((n, 1))  # by row from none to all, so that counts are spread
+    # The share of tokens that are replaced is uniform in 0 .. 1 by row, so that all counts occur.
+    wrong = rng.random((n, L)) < rng.random((n, 1))
     rows[:, K:][wrong] = rng.integers(0, model.cfg.vocab_size, int(wrong.sum()))
     return rows
 
 
 def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
+    """Times both on the same rows and prints a line."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from formats.families import hf_config, to_family
     from memorize import count_matches
     from model import Transformer
 
+    # The same model twice, and the rows.
     ours = Transformer(cfg).eval().requires_grad_(False)
     ours.init_weights(0)
     theirs = LlamaForCausalLM(LlamaConfig(**hf_config(cfg))).eval()
@@ -51,16 +53,19 @@ def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
     parameters = sum(p.numel() for p in ours.parameters())
     rows = rows_of(ours, n_rows, np.random.default_rng(0))
 
+    def counts_of_ours(rows: np.ndarray) -> np.ndarray:
+        return count_matches(ours, rows, K, batch_size)
+
     @torch.inference_mode()
     def counts_of_theirs(rows: np.ndarray) -> np.ndarray:
         counts = []
         for truth in torch.from_numpy(rows).split(THEIR_BATCH):
             prompt = truth[:, :K]
-            made = theirs.generate(
+            row = theirs.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
                 min_new_tokens=L, max_new_tokens=L,
             )  # fmt: skip
-            counts.append((made[:, K:] == truth[:, K:]).sum(1).numpy())
+            counts.append((row[:, K:] == truth[:, K:]).sum(1).numpy())
         return np.concatenate(counts)
 
     def timed(count, rows: np.ndarray) -> tuple[float, np.ndarray]:
@@ -68,28 +73,28 @@ def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
         counts = count(rows)
         return time.perf_counter() - start, counts
 
-    for warm in (lambda r: count_matches(ours, r, K, batch_size), counts_of_theirs):
-        warm(rows[:64])
-    seconds, differ = [], 0
+    # First calls allocate, and are not measured. Then slice by slice; who begins alternates.
+    sides = (counts_of_ours, counts_of_theirs)
+    for count in sides:
+        count(rows[:64])
+    seconds, n_different = [], 0
     for repeat in range(repeats):
         ours_total = theirs_total = 0.0
         for start in range(0, n_rows, SLICE):
             part = rows[start : start + SLICE]
-            sides = [lambda r: count_matches(ours, r, K, batch_size), counts_of_theirs]
             order = (0, 1) if (repeat + start // SLICE) % 2 == 0 else (1, 0)
             result = {side: timed(sides[side], part) for side in order}
             ours_total += result[0][0]
             theirs_total += result[1][0]
-            differ += int((result[0][1] != result[1][1]).sum())
+            n_different += int((result[0][1] != result[1][1]).sum())
         seconds.append((ours_total, theirs_total))
-    mine, others = (statistics.median(column) for column in zip(*seconds))
+
+    # The medians over the repeats.
+    our_seconds, their_seconds = (statistics.median(column) for column in zip(*seconds))
     ratio = statistics.median(b / a for a, b in seconds)
-    print(
-        f"{name:<5} {parameters / 1e6:5.1f} M parameters, {n_rows:,} rows:  ours {mine:7.2f} s  "
-        f"transformers {others:7.2f} s  ratio {ratio:.2f}  "
-        f"counts that differ: {differ} of {repeats * n_rows:,}",
-        flush=True,
-    )
+    what = f"{name:<5} {parameters / 1e6:5.1f} M parameters, {n_rows:,} rows"
+    times = f"ours {our_seconds:7.2f} s  transformers {their_seconds:7.2f} s  ratio {ratio:.2f}"
+    print(f"{what}:  {times}  counts that differ: {n_different} of {repeats * n_rows:,}", flush=True)
 
 
 def main() -> None:
@@ -100,8 +105,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--batch_size", type=int, default=256, help="ours, a core")
+    parser.add_argument("--batch_size", type=int, default=256, help="ours, per core")
     args = parser.parse_args()
+
     import transformers
 
     import config
@@ -109,7 +115,8 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     hardware.keep_freed_memory()
-    print(f"{cpu()}, {args.threads} threads, FP32; batch {args.batch_size} a core against {THEIR_BATCH}")
+    batches = f"batch {args.batch_size} per core against {THEIR_BATCH}"
+    print(f"{hardware.processor()}, {args.threads} threads, FP32; {batches}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     models = {
         # 6 x (4 x 384 x 384 + 3 x 384 x 1024) + 2 x 4096 x 384 = 13.8 M
@@ -119,15 +126,6 @@ def main() -> None:
     for name, cfg in models.items():
         if args.model in (name, "both"):
             compare(name, cfg.resolved(), args.rows, args.repeats, args.batch_size)
-
-
-def cpu() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

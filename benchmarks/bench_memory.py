@@ -1,9 +1,9 @@
 """Peak memory of real training steps beside what plan.py says, for models of different shapes.
 
     python benchmarks/bench_memory.py                 # CUDA where there is one, else the CPU
-    python benchmarks/bench_memory.py --device cpu
+    python benchmarks/bench_memory.py --device cpu --shapes FSDP "tensor parallel"
 
-Each model is trained for a few steps, as train.py does it, in a process of its own, or in two. On CUDA the
+Each model is trained for several steps, as train.py does it, in a process of its own, or in two. On CUDA the
 peak is PyTorch's count of allocated bytes. On a CPU it is the peak of the process's resident memory, less its
 memory after a step of a tiny model (Python, PyTorch and the libraries that a first step loads). A CPU is
 measured twice: with a mapping of its own for each large tensor, which is unmapped when the tensor is freed,
@@ -32,9 +32,9 @@ from config import Config, Model, Parallel, Train
 
 LLAMA = Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1024)
 DEEP = Model(vocab_size=1000, seq_len=64, d_model=256, n_layers=6, n_heads=4, d_ff=1024)
-# Name: model, rows a micro-batch, micro-batches a step, activation checkpointing of every n-th block, how it
-# is spread over two processes. Together they have one of each: most bytes are activations, the vocabulary, or
-# weights.
+# By name: model, rows of a micro-batch, micro-batches of a step, activation checkpointing of every n-th
+# block, how two processes share it (None: one process). In some shapes most bytes are activations; in others
+# the vocabulary, or the weights.
 SHAPES = {
     "LLaMA, many tokens": (LLAMA, 12, 1, 0, None),
     "the same, every block recomputed": (LLAMA, 12, 1, 1, None),
@@ -62,6 +62,7 @@ SHAPES = {
 
 
 def settings(name: str, device: str) -> Config:
+    """The config of a shape."""
     model, micro, accumulation, every, spread = SHAPES[name]
     replicate, shard, _ = config.mesh_shape(spread, 2) if spread else (1, 1, 1)
     train = Train(
@@ -78,7 +79,7 @@ def processes(name: str) -> int:
 
 
 def free_at_once() -> None:
-    """Undoes hardware.keep_freed_memory: 64 KiB or more are a mapping of their own, unmapped when freed."""
+    """Undoes hardware.keep_freed_memory: a tensor of 64 KiB or more is a mapping, unmapped when freed."""
     M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     mallopt(M_MMAP_MAX, 2**20)
@@ -86,23 +87,29 @@ def free_at_once() -> None:
 
 
 def begin(cfg: Config, world):
-    """A model with weights and its optimizers, and a function that trains it for one step."""
+    """(model, optimizers, step): a model with weights, and a function that trains it for one step."""
     import torch
-    from learner import Learner
 
-    learner, T, n = Learner(cfg, world, 0), cfg.model.seq_len, cfg.train.batch_size
-    learner.fill(learner.model.initial_weights(0))
+    import optim
+    import parallel
+    import train
+    from initial import initial_weights
+
+    model, optimizers = train.build(cfg, world, eot=0)
+    world.fill(model, initial_weights(parallel.bare(model), 0))
+    T, n_rows = cfg.model.seq_len, cfg.train.batch_size
 
     def step() -> None:
-        tokens = torch.randint(cfg.model.vocab_size, (n // world.dp_size, T + 1), device=world.device)
-        learner.gradients(tokens, n * T)
-        learner.update(cfg.optim.lr, learner.norm().item(), 1.0)
+        rows = torch.randint(cfg.model.vocab_size, (n_rows // world.dp_size, T + 1), device=world.device)
+        train.forward_backward(model, rows, n_rows * T, train.next_token_loss, world, cfg)
+        optim.update(model, optimizers, cfg.optim.lr, optim.grad_norm(model).item(), limit=1.0)
 
-    return learner, step
+    return model, optimizers, step
 
 
 def take_steps(cfg: Config, world, n_steps: int) -> None:
-    _, step = begin(cfg, world)
+    """The first steps of a training; its model is freed afterwards."""
+    _, _, step = begin(cfg, world)
     for _ in range(n_steps):
         step()
 
@@ -110,25 +117,29 @@ def take_steps(cfg: Config, world, n_steps: int) -> None:
 def tensors_at_the_peak(cfg: Config, world, steps: int = 3) -> int:
     """Bytes of this process's tensors at the peak of a step, by PyTorch's profiler.
 
-    The smallest of a few steps: the profiler does not see what gloo's own threads free, so a step can only
+    The smallest of several steps: the profiler does not see what gloo's own threads free, so a step can only
     seem larger than it is.
     """
     import torch
 
-    learner, step = begin(cfg, world)
+    # Weights and moments exist all the time: the profiler sees only what is allocated during a step.
+    model, optimizers, step = begin(cfg, world)
     step()
-    state = [value for o in learner.optimizers for values in o.state.values() for value in values.values()]
-    always = [getattr(t, "_local_tensor", t) for t in (*learner.model.parameters(), *state)]
+    moments = [value for o in optimizers for values in o.state.values() for value in values.values()]
+    always = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *moments)]
+
     peaks = []
     for _ in range(steps):
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as seen:
+        # One step, and the events in which a tensor was allocated or freed, in order of time.
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
             step()
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            seen.export_chrome_trace(file.name)
+            profile.export_chrome_trace(file.name)
             events = json.loads(Path(file.name).read_text())["traceEvents"]
         events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+
+        # The sum of the tensors that exist at a time is largest at the peak.
         live, now, most = {}, 0, 0
         for event in (e["args"] for e in events):
             now -= live.pop(event["Addr"], 0)
@@ -148,10 +159,9 @@ def one_of_two(name: str, device: str, path: str) -> None:
 
     torch.set_num_threads(1)
     cfg = settings(name, device)
-    world = parallel.start(cfg.train, cfg.parallel)
-    most = max(world.collect(tensors_at_the_peak(cfg, world)))
-    world.once(Path(path).write_text, str(most))
-    world.leave()
+    with parallel.start(cfg.train, cfg.parallel) as world:
+        most = max(world.collect(tensors_at_the_peak(cfg, world)))
+        world.once(Path(path).write_text, str(most))
 
 
 def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) -> None:
@@ -160,31 +170,40 @@ def measure(name: str, device: str, threads: int, steps: int, keep: bool, pipe) 
 
     import parallel
 
+    # parallel.start makes malloc keep freed memory; `keep` leaves it so.
     torch.set_num_threads(threads)
     cfg = settings(name, device)
     world = parallel.start(cfg.train, cfg.parallel)
     cuda = world.device.type == "cuda"
     if not (keep or cuda):
         free_at_once()
+
+    # Python, PyTorch and the libraries that a first step loads are not counted.
     tiny = Model(vocab_size=8, seq_len=4, d_model=8, n_layers=1, n_heads=1, d_ff=8)
     take_steps(Config(model=tiny.resolved(), train=Train(batch_size=1, micro_batch_size=1)), world, 1)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    # The steps, and the peak.
     take_steps(cfg, world, steps)
     if cuda:
         pipe.send(torch.cuda.max_memory_allocated())
     else:
-        # not getrusage's maximum, which a new process inherits from the one that started it
+        # Not getrusage's maximum: a new process inherits that from the one that started it.
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         pipe.send(int(status["VmHWM"].split()[0]) * 2**10 - before)  # in KiB
 
 
 def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = False) -> int:
+    """Measured bytes of a shape of SHAPES. keep: malloc keeps freed memory, as in train.py."""
+    # Two processes: torchrun starts this file twice, and the first process writes the result.
     if processes(name) > 1:
         with tempfile.NamedTemporaryFile("r") as file:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             command = [*torchrun, __file__, "--one-of-two", name, device, file.name]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
             return int(file.read())
+
+    # One process: a new one, whose memory holds nothing of this one.
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=measure, args=(name, device, threads, steps, keep, there), daemon=True)
@@ -197,38 +216,48 @@ def peak(name: str, device: str, threads: int = 1, steps: int = 3, keep: bool = 
 
 
 def planned(name: str, device: str) -> dict[str, float]:
+    """Bytes by kind that plan.py expects of a shape, and the moment of the peak (memory.peak)."""
     return memory.peak(settings(name, device), processes(name), device == "cuda")
 
 
-if __name__ == "__main__":
+def compare(shape: str, args: argparse.Namespace) -> None:
+    """Prints a line of the table: what plan.py expects of a shape, and what it takes."""
+    says = planned(shape, args.device)
+    moment, total = says.pop("at"), sum(says.values())
+    measured = peak(shape, args.device, args.threads, args.steps)
+    kept = ""  # the whole process, as train.py runs
+    if args.device == "cpu" and processes(shape) == 1:
+        kept = f"{peak(shape, args.device, args.threads, args.steps, keep=True) / 2**20:,.0f}"
+    count = sum(cost.parameters(SHAPES[shape][0]).values())
+    line = f"{shape:<34}{count:>12,}{total / 2**20:>9,.0f}{measured / 2**20:>10,.0f}{total / measured:>7.2f}"
+    print(f"{line}{kept:>13}  when {moment}", flush=True)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one-of-two", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one_of_two:
-        one_of_two(*arguments.one_of_two)
-        sys.exit()
-    where = arguments.device
-    if where == "auto":
+    args = parser.parse_args()
+    if args.one_of_two:
+        return one_of_two(*args.one_of_two)
+
+    if args.device == "auto":
         import torch
 
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{platform.platform()}, Python {platform.python_version()}, {where}, {arguments.threads} threads")
-    kept = "as train.py" if where == "cpu" else ""
-    print(f"{'MiB':<30}{'parameters':>12}{'planned':>9}{'measured':>10}{'ratio':>7}{kept:>13}  planned peak")
-    for shape in SHAPES:
-        if processes(shape) > 1 and where == "cuda":
-            continue  # the profiler is of a CPU
-        says = planned(shape, where)
-        at, total = says.pop("at"), sum(says.values())
-        measured = peak(shape, where, arguments.threads, arguments.steps)
-        kept = ""
-        if where == "cpu" and processes(shape) == 1:
-            kept = f"{peak(shape, where, arguments.threads, arguments.steps, keep=True) / 2**20:,.0f}"
-        count = sum(cost.parameters(SHAPES[shape][0]).values())
-        print(f"{shape:<30}{count:>12,}{total / 2**20:>9,.0f}{measured / 2**20:>10,.0f}"
-              f"{total / measured:>7.2f}{kept:>13}  when {at}", flush=True)  # fmt: skip
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    version = platform.python_version()
+    print(f"{platform.platform()}, Python {version}, {args.device}, {args.threads} threads")
+    kept = "as train.py" if args.device == "cpu" else ""
+    print(f"{'MiB':<34}{'parameters':>12}{'planned':>9}{'measured':>10}{'ratio':>7}{kept:>13}  planned peak")
+    for shape in args.shapes:
+        if processes(shape) == 1 or args.device == "cpu":  # two processes are profiled on a CPU only
+            compare(shape, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,10 +5,11 @@
     python benchmarks/bench_save.py --folder /mnt/disk   # the disk that matters
 
 A round has two parts, so that noise of the machine reaches both: `--steps` steps without a checkpoint; then
-one is begun (checkpoint.Saving, as train.py does), and as many steps follow, or more if it is not written by
+one begins (checkpoint.Saving, as in train.py), and as many steps follow, or more if it is not written by
 then. The cost of a checkpoint is the time that training waits for it (begin, finish), plus the time by which
 each step during the writing is slower than the median step without. The share of 60 seconds is the cost of
-one checkpoint a minute. Steps are those of train.py.
+one checkpoint a minute. The steps are those of train.py.
+
 Writes checkpoints into a folder that is deleted afterwards, and the file that --json names.
 """
 
@@ -23,44 +24,58 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# layers, width, heads, hidden width, vocabulary, tokens a row, rows. 34,087,424 parameters: 8 x (4 x 512^2 +
-# 3 x 512 x 1408 + 2 x 512) + 2 x 8192 x 512 + 512. On CUDA that of configs/124m.py with a head of its own:
-# 123,587,328 + 50304 x 768.
+from config import Config, Model, Train
+
+# Layers, width, heads, hidden width, vocabulary, tokens a row, rows. On a CPU 34,087,424 parameters: 8 x
+# (4 x 512^2 + 3 x 512 x 1408 + 2 x 512) + 2 x 8192 x 512 + 512. On CUDA the model of configs/124m.py with a
+# head of its own: 123,587,328 + 50304 x 768 parameters.
 SIZES = {"cpu": (8, 512, 8, 1408, 8192, 256, 2), "cuda": (12, 768, 12, 2048, 50304, 1024, 16)}
 
 
-def measure(args, folder: str) -> dict:
+def settings(args: argparse.Namespace, device: str) -> Config:
+    """The config of a size: one micro-batch a step."""
+    layers, width, heads, ff, vocab_size, length, n_rows = args.size or SIZES[device]
+    shape = {"d_model": width, "n_layers": layers, "n_heads": heads, "d_ff": ff}
+    model = Model(vocab_size=vocab_size, seq_len=length, **shape)
+    return Config(
+        model=model, train=Train(batch_size=n_rows, micro_batch_size=n_rows, device=device)
+    ).resolved()
+
+
+def measure(args: argparse.Namespace, folder: str) -> dict:
     """Prints a table and returns its figures."""
     import torch
-    from learner import Learner
 
     import checkpoint
     import optim
     import parallel
     import run_folder
-    from config import Config, Model, Train
+    import steps
+    import train
+    from initial import initial_weights
 
+    # A model with weights, and what saves its checkpoints.
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    layers, width, heads, ff, vocab_size, length, rows = args.size or SIZES[device]
-    m = Model(vocab_size=vocab_size, seq_len=length, d_model=width, n_layers=layers, n_heads=heads, d_ff=ff)
-    cfg = Config(model=m, train=Train(batch_size=rows, micro_batch_size=rows, device=device)).resolved()
+    cfg = settings(args, device)
     world = parallel.start(cfg.train, cfg.parallel)
-    learner = Learner(cfg, world, None)
-    learner.fill(learner.model.initial_weights(0))
-    saving = checkpoint.Saving(folder, learner.model, learner.optimizers, world)
-    tokens = torch.randint(vocab_size, (rows, length + 1)).to(world.device)
-    n_tokens, made = rows * length, 0
+    model, optimizers = train.build(cfg, world, eot=None)
+    world.fill(model, initial_weights(parallel.bare(model), 0))
+    saving = checkpoint.Saving(folder, model, optimizers, world)
+    T, n_rows = cfg.model.seq_len, cfg.train.batch_size
+    rows = torch.randint(cfg.model.vocab_size, (n_rows, T + 1)).to(world.device)
+    n_done = 0
 
     def step() -> float:
-        nonlocal made
+        """A step as train.py makes it; returns its seconds."""
+        nonlocal n_done
         start = time.perf_counter()
-        nats = learner.gradients(tokens, n_tokens)
-        _, norm = world.sum(nats, learner.norm())
-        learner.update(1e-4, norm, optim.clip_limit(made, cfg.optim))
+        sums = train.forward_backward(model, rows, n_rows * T, train.next_token_loss, world, cfg)
+        grad_norm, _ = world.sum(optim.grad_norm(model), sums["loss"])
+        optim.update(model, optimizers, 1e-4, grad_norm, optim.clip_limit(n_done, cfg.optim))
         if device == "cuda":
             torch.cuda.synchronize()
-        made += 1
+        n_done += 1
         return time.perf_counter() - start
 
     def seconds(action, *arguments) -> float:
@@ -70,57 +85,77 @@ def measure(args, folder: str) -> dict:
 
     for _ in range(3):  # compilation and allocation; the first save allocates the copies
         step()
-    saving.begin({"step": made, "eot": None}, {})
+    saving.begin(steps.State(step=n_done))
     saving.finish()
+
     without, beside, begins, ends, writes = [], [], [], [], []
     rounds = []  # of each: its steps without a checkpoint, then the same number with one, in seconds
     for _ in range(args.rounds):
+        # Steps without a checkpoint.
         plain = [step() for _ in range(args.steps)]
+
+        # A checkpoint, and the steps that are made while it is written.
         start = time.perf_counter()
-        begins.append(seconds(saving.begin, {"step": made, "eot": None}, {}))
+        begins.append(seconds(saving.begin, steps.State(step=n_done)))
         times = []
-        if args.sync:
-            ends.append(seconds(saving.finish))
-            writes.append(begins[-1] + ends[-1])
         while not args.sync and saving.busy():
             times.append(step())
-        if not args.sync:
-            writes.append(time.perf_counter() - start)
-            ends.append(seconds(saving.finish))
+        written = time.perf_counter() - start
+        ends.append(seconds(saving.finish))
+        writes.append(begins[-1] + ends[-1] if args.sync else written)
         beside += times
+
+        # As many steps as without, at least; then only the newest checkpoint stays.
         while len(times) < args.steps:
             times.append(step())
         without += plain
-        pace = statistics.mean(plain)
-        rounds.append((pace * len(times), begins[-1] + ends[-1] + sum(times)))
-        run_folder.delete_others(folder, set(), 1)
+        rounds.append((statistics.mean(plain) * len(times), begins[-1] + ends[-1] + sum(times)))
+        run_folder.delete(folder, [c.step for c in run_folder.checkpoints(folder)[:-1]])
+
+    # The figures.
     median = statistics.median(without)
     slower = (sum(beside) - median * len(beside)) / args.rounds
-    stall, wait = statistics.median(begins), statistics.median(ends)
-    cost = stall + wait + max(0.0, slower)
-    direct = statistics.median(b - a for a, b in rounds)
-    size = sum(f.stat().st_size for f in Path(folder).glob("checkpoints/step-*/*"))
+    begin, finish = statistics.median(begins), statistics.median(ends)
+    cost = begin + finish + max(0.0, slower)
     figures = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "sync": args.sync,
-        "parameters": sum(p.numel() for p in learner.model.parameters()), "checkpoint_bytes": size,
-        "step_seconds": median, "step_seconds_beside": statistics.median(beside) if beside else None,
-        "steps_beside": len(beside), "begin_seconds": stall, "finish_seconds": wait,
-        "write_seconds": statistics.median(writes), "slower_seconds": slower, "cost_seconds": cost,
-        "cost_share": cost / 60, "direct_share": direct / 60, "rounds": args.rounds,
-    }  # fmt: skip
-    how = "waiting for the disk" if args.sync else "during training"
-    print(f"{figures['parameters']:,} parameters, {size / 1e6:,.0f} MB a checkpoint, saved {how}; {device}, "
-          f"{args.threads} threads, {args.rounds} rounds of {args.steps} steps, medians")  # fmt: skip
-    print(f"  a step without          {median:8.4f} s   ({min(without):.4f} to {max(without):.4f})")
-    if beside:
-        slow = statistics.median(beside)
-        print(f"  a step during a save    {slow:8.4f} s   {slow / median - 1:+.1%}, {len(beside)} of them")
-    print(f"  stall of begin          {stall:8.4f} s")
-    print(f"  stall of finish         {wait:8.4f} s")
-    print(f"  until it is written     {figures['write_seconds']:8.4f} s")
-    print(f"  a checkpoint costs      {cost:8.4f} s   {cost / 60:.2%} at one a minute")
-    print(f"  rounds with - without   {direct:8.4f} s   {direct / 60:+.2%}, noise of whole rounds included")
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "sync": args.sync,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "checkpoint_bytes": sum(f.stat().st_size for f in Path(folder).glob("checkpoints/step-*/*")),
+        "step_seconds": median,
+        "step_seconds_beside": statistics.median(beside) if beside else None,
+        "steps_beside": len(beside),
+        "begin_seconds": begin,
+        "finish_seconds": finish,
+        "write_seconds": statistics.median(writes),
+        "slower_seconds": slower,
+        "cost_seconds": cost,
+        "cost_share": cost / 60,
+        "direct_share": statistics.median(b - a for a, b in rounds) / 60,
+        "rounds": args.rounds,
+    }
+    show(figures, without, args)
     return figures
+
+
+def show(figures: dict, without: list[float], args: argparse.Namespace) -> None:
+    """The table. without: seconds of each step without a checkpoint."""
+    how = "while training waits" if args.sync else "while training continues"
+    what = f"{figures['parameters']:,} parameters, {figures['checkpoint_bytes'] / 1e6:,.0f} MB a checkpoint"
+    machine = f"{figures['device']}, {args.threads} threads"
+    print(f"{what}, saved {how}; {machine}; medians of {args.rounds} rounds of {args.steps} steps")
+
+    median, slow, direct = figures["step_seconds"], figures["step_seconds_beside"], figures["direct_share"]
+    print(f"  a step without          {median:8.4f} s   ({min(without):.4f} to {max(without):.4f})")
+    if slow:
+        n_steps = figures["steps_beside"]
+        print(f"  a step during a save    {slow:8.4f} s   {slow / median - 1:+.1%}, {n_steps} steps")
+    print(f"  waiting in begin        {figures['begin_seconds']:8.4f} s")
+    print(f"  waiting in finish       {figures['finish_seconds']:8.4f} s")
+    print(f"  until it is written     {figures['write_seconds']:8.4f} s")
+    cost, share = figures["cost_seconds"], figures["cost_share"]
+    print(f"  a checkpoint costs      {cost:8.4f} s   {share:.2%} at one a minute")
+    print(f"  rounds with - without   {60 * direct:8.4f} s   {direct:+.2%}, noise of whole rounds included")
 
 
 def main() -> None:
@@ -130,7 +165,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--sync", action="store_true", help="as with train.save_async=false")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="with and without, in each round")
+    parser.add_argument("--steps", type=int, default=10, help="with a checkpoint and without, in each round")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     names = "LAYERS WIDTH HEADS FF VOCABULARY LENGTH ROWS"
     parser.add_argument("--size", type=int, nargs=7, metavar=tuple(names.split()), help="of another model")

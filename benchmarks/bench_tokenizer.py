@@ -4,9 +4,9 @@
     python benchmarks/bench_tokenizer.py --files corpus/*.jsonl.gz --vocab_size 32000 --rounds 3
     python benchmarks/bench_tokenizer.py --encode --megabytes 20  # encoding, against bare tiktoken
 
-Each run is a process of its own that reads the documents first, which is not timed; the two take turns.
-Prints a line a run, then the medians, their ratio, the highest memory of a run (with its worker processes)
-and whether the merges are the same. Exit code 1 where they are not. Needs `pip install tokenizers`.
+Each run is a process of its own. It reads the documents first; that is not timed. The two take turns. Prints
+a line per run, then the medians, their ratio, the highest memory of a run (with its worker processes) and
+whether the merges are the same. Exit code 1 where they are not. Needs `pip install tokenizers`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from formats import documents, hf_tokenizer
 
 
 def corpus(files: list[str], megabytes: float) -> list[str]:
-    """Documents up to so many MB of UTF-8; the last one is cut."""
+    """Documents up to this many MB of UTF-8; the last one is cut short."""
     left, texts = int(megabytes * 1e6), []
     for document in documents.read(config.Source("bench", tuple(files))):
         text = document.text.encode()[:left].decode(errors="ignore")
@@ -43,18 +43,23 @@ def corpus(files: list[str], megabytes: float) -> list[str]:
 
 
 def train_ours(texts: list[str], arguments: argparse.Namespace) -> list[str]:
+    """The merges of our trainer."""
     settings = config.Tokenizer(vocab_size=arguments.vocab_size, split=arguments.split)
     trained = tokenizer.train_byte_pair(iter(texts), settings, arguments.workers)
     return json.loads(trained.content)["model"]["merges"]
 
 
 def train_library(texts: list[str], arguments: argparse.Namespace) -> list[str]:
+    """The merges of the library's trainer, with the same split pattern and the same special token."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+    # The same pattern, then bytes, as ours has them.
     model = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLITS[arguments.split]), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+
+    # The training. Merges are lists in newer versions, and strings in older ones.
     trainer = trainers.BpeTrainer(
         vocab_size=arguments.vocab_size,
         special_tokens=["<|endoftext|>"],
@@ -67,15 +72,16 @@ def train_library(texts: list[str], arguments: argparse.Namespace) -> list[str]:
 
 
 def one_run(arguments: argparse.Namespace) -> None:
-    """What the processes run: trains once and prints the result as JSON."""
+    """The work of one process: trains once and prints the result as JSON."""
     texts = corpus(arguments.files, arguments.megabytes)
     started = time.perf_counter()
     merges = {"ours": train_ours, "library": train_library}[arguments.run](texts, arguments)
     seconds = time.perf_counter() - started
-    own, workers = (
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    memory = own + workers * (arguments.workers if arguments.run == "ours" else 0)  # KiB, on Linux
+
+    # Memory in KiB, on Linux: the process, and for ours its workers, all as large as the largest.
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if arguments.run == "ours":
+        memory += arguments.workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(json.dumps({
         "seconds": seconds, "memory": memory * 1024, "merges": len(merges),
         "sha256": hashlib.sha256("\n".join(merges).encode()).hexdigest(),
@@ -84,6 +90,8 @@ def one_run(arguments: argparse.Namespace) -> None:
 
 
 def compare_trainers(arguments: argparse.Namespace) -> int:
+    """Runs both in turn and prints the result. Returns the exit code."""
+    # Each run is this file again, with --run.
     runs = {"ours": [], "library": []}
     for _ in range(arguments.rounds):
         for name, results in runs.items():
@@ -94,20 +102,20 @@ def compare_trainers(arguments: argparse.Namespace) -> int:
                 return done.returncode
             results.append(json.loads(done.stdout.splitlines()[-1]))
             one = results[-1]
-            print(
-                f"{name:8} {one['seconds']:7.1f} s  {one['memory'] / 1e9:5.2f} GB  {one['merges']:,} merges",
-                flush=True,
-            )
+            figures = f"{one['seconds']:7.1f} s  {one['memory'] / 1e9:5.2f} GB  {one['merges']:,} merges"
+            print(f"{name:8} {figures}", flush=True)
+
+    # Medians of the seconds, the most memory, and whether all merges are the same.
     median = {name: statistics.median(one["seconds"] for one in results) for name, results in runs.items()}
     memory = {name: max(one["memory"] for one in results) / 1e9 for name, results in runs.items()}
     one, hashes = runs["ours"][0], {run["sha256"] for results in runs.values() for run in results}
+    same = "the same" if len(hashes) == 1 else "NOT THE SAME"
     print(
         f"\n{one['bytes'] / 1e6:.1f} MB in {one['documents']:,} documents, {arguments.vocab_size:,} entries, "
         f"{arguments.split}, {arguments.workers} processes or threads, medians of {arguments.rounds}:\n"
         f"ours {median['ours']:.1f} s, {memory['ours']:.2f} GB; library {median['library']:.1f} s, "
-        f"{memory['library']:.2f} GB (the documents, which are in memory, included)\n"
-        f"ours takes {median['ours'] / median['library']:.2f} of the library's time; "
-        f"merges are {'the same' if len(hashes) == 1 else 'NOT THE SAME'}"
+        f"{memory['library']:.2f} GB (with the documents, which are in memory)\n"
+        f"ours takes {median['ours'] / median['library']:.2f} of the library's time; merges are {same}"
     )
     return len(hashes) != 1
 
@@ -116,12 +124,15 @@ def compare_encoders(arguments: argparse.Namespace) -> int:
     """encode_batch against tiktoken's encode_ordinary_batch with the same vocabulary, threads and texts."""
     import tiktoken
 
+    # One vocabulary for both: ours, trained on the texts.
     texts = corpus(arguments.files, arguments.megabytes)
     trained = tokenizer.train_byte_pair(texts, config.Tokenizer(vocab_size=8192, split=arguments.split))
     vocab = json.loads(trained.content)["model"]["vocab"]
     ranks = {hf_tokenizer.unspelled(text): id for text, id in vocab.items() if id != trained.eot}
     pattern, size = SPLITS[arguments.split], sum(len(text.encode()) for text in texts) / 1e6
     bare = tiktoken.Encoding("bare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    # In turn.
     ours, theirs, same = [], [], True
     for _ in range(arguments.rounds):
         started = time.perf_counter()

@@ -2,16 +2,16 @@
 
     python benchmarks/bench_train.py                                # with two vocabularies
     python benchmarks/bench_train.py --vocab_size 4096 --steps 20
-    python benchmarks/bench_train.py --compile                      # ours each block, theirs the whole model
+    python benchmarks/bench_train.py --compile                      # ours by block, theirs as a whole
 
-nano360 is the step that train.py makes. Beside it: LlamaForCausalLM of `transformers` and GPT
-of `litgpt`, each where it is installed, and `plain`, a LLaMA as one would write it by hand, below, with whole
-logits. All take fused AdamW, clip the gradient's norm, and on CUDA multiply in BF16 under autocast.
+nano360 is the step that train.py makes. Beside it are LlamaForCausalLM of `transformers` and GPT of `litgpt`,
+where they are installed, and `plain`, a LLaMA as one would write it by hand (below), with whole logits. All
+use fused AdamW and clip the gradient norm. On CUDA all compute matmuls in BF16 under autocast.
 
-On a CPU the model has 6 layers, 384 wide, and a batch 12 rows of 256 tokens; on CUDA it is the model of
-configs/124m.py with a head of its own, and 16 rows of 1,024 tokens. Each side is a process, so that
-its peak memory is its own; they step in turn, so that a noisy machine is noisy to all. All start from the
-same weights and see the same tokens, and their losses are compared. Writes what --json names.
+On a CPU the model has 6 layers of width 384, and a batch has 12 rows of 256 tokens. On CUDA it is the model
+of configs/124m.py with a head of its own, and a batch has 16 rows of 1,024 tokens. Each side is a process, so
+that its peak memory is its own. They step in turn, so that noise of the machine reaches all. All start from
+the same weights and see the same tokens, and their losses are compared. Writes the file that --json names.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# layers, width, heads, hidden width, tokens a row, rows; and vocabularies
+# Layers, width, heads, hidden width, tokens a row, rows; and vocabularies.
 SIZES = {"cpu": (6, 384, 6, 1024, 256, 12), "cuda": (12, 768, 12, 2048, 1024, 16)}
 VOCABULARIES = {"cpu": (4096, 50257), "cuda": (50304,)}
 WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
@@ -126,10 +126,12 @@ def other(name: str, m, weights: dict):
 
         from formats.families import hf_config, to_family
 
+        # shift_labels takes the targets as they are, so that it too computes T positions, not T + 1.
         net = LlamaForCausalLM(LlamaConfig(**{**hf_config(m), "use_cache": False}))
         net.load_state_dict(to_family(weights, m))
-        # shift_labels: the targets as they are, so that it too computes T positions, not T + 1
         return net, lambda net, inputs, targets: net(inputs, labels=targets, shift_labels=targets).loss
+
+    # litgpt: its names for the sizes, and our weights under its names.
     import torch
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
@@ -153,73 +155,83 @@ def other(name: str, m, weights: dict):
 
 def stepper(name: str, m, args):
     """(step, device): step takes tokens (B, T+1) on that device, trains on them and returns their loss."""
+    from config import Config, Optim, Train
+
+    compiles = "on" if args.compile else "off"
+    train = Train(batch_size=args.rows, micro_batch_size=args.rows, device=args.device, compile=compiles)
+    cfg = Config(model=m, optim=Optim(lr=LR, grad_clip=CLIP), train=train)
+    return step_of_ours(cfg) if name == "nano360" else step_of_another(name, cfg, args)
+
+
+def step_of_ours(cfg):
+    """As stepper: the step of train.py."""
+    import optim
+    import parallel
+    import train
+    from initial import initial_weights
+
+    world = parallel.start(cfg.train, cfg.parallel)
+    model, optimizers = train.build(cfg, world, eot=None)
+    world.fill(model, initial_weights(parallel.bare(model), 0))
+
+    def step(rows):
+        n_targets = rows[:, 1:].numel()
+        sums = train.forward_backward(model, rows, n_targets, train.next_token_loss, world, cfg)
+        grad_norm, total = world.sum(optim.grad_norm(model), sums["loss"])
+        optim.update(model, optimizers, LR, grad_norm, CLIP)
+        return total / n_targets
+
+    return step, world.device
+
+
+def step_of_another(name: str, cfg, args):
+    """As stepper: a model of `other`, trained in the usual way, in the same precision."""
     import torch
-    from learner import Learner
 
     import hardware
     import parallel
-    from config import Config, Optim, Parallel, Train
     from model import Transformer
 
-    train = Train(
-        batch_size=args.rows,
-        micro_batch_size=args.rows,
-        device=args.device,
-        compile="on" if args.compile else "off",
-    )
-    cfg = Config(model=m, optim=Optim(lr=LR, grad_clip=CLIP), train=train)
-    if name == "nano360":
-        world = parallel.start(cfg.train, Parallel())
-        learner = Learner(cfg, world, None)
-        learner.fill(learner.model.initial_weights(0))
-
-        def ours(tokens):
-            nats = learner.gradients(tokens, tokens[:, 1:].numel())
-            loss, norm = world.sum(nats / tokens[:, 1:].numel(), learner.norm())
-            learner.update(LR, norm, CLIP)
-            return loss
-
-        return ours, world.device
+    # Device and precision, as parallel.start chooses them for ours.
     device = parallel.device(args.device)
     dtype = parallel.precision("auto", device)
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")
     if args.malloc_for_all and device.type == "cpu":
         hardware.keep_freed_memory()
-    first = Transformer(m)
+
+    # The model with our first weights, and its optimizer.
+    first = Transformer(cfg.model)
     first.init_weights(0)
-    net, loss_of = other(name, m, first.state_dict())
+    net, loss_of = other(name, cfg.model, first.state_dict())
     del first
     net.to(device)
     run = torch.compile(net) if args.compile else net
     o = cfg.optim
-    adamw = torch.optim.AdamW(
-        net.parameters(), lr=LR, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
+    recipe = {"lr": LR, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay}
+    adamw = torch.optim.AdamW(net.parameters(), **recipe, fused=True)
 
-    def theirs(tokens):
+    def step(rows):
         with parallel.autocast(device, dtype):
-            loss = loss_of(run, tokens[:, :-1], tokens[:, 1:].contiguous())
+            loss = loss_of(run, rows[:, :-1], rows[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
         return loss.item()
 
-    return theirs, device
+    return step, device
 
 
 def side(name: str, vocab_size: int, args, pipe) -> None:
-    """One competitor: takes a step for every message and answers (seconds, loss, peak MiB)."""
+    """One side, in a process of its own: for every message a step, and (seconds, loss, peak MiB) back."""
     import torch
 
     from config import Model
 
     torch.set_num_threads(args.threads)
-    m = Model(
-        vocab_size=vocab_size, seq_len=args.length, d_model=args.width, n_layers=args.layers,
-        n_heads=args.heads, d_ff=args.ff,
-    ).resolved()  # fmt: skip
+    shape = {"d_model": args.width, "n_layers": args.layers, "n_heads": args.heads, "d_ff": args.ff}
+    m = Model(vocab_size=vocab_size, seq_len=args.length, **shape).resolved()
     step, device = stepper(name, m, args)
     generator = torch.Generator().manual_seed(1)
     while pipe.recv():
@@ -229,13 +241,14 @@ def side(name: str, vocab_size: int, args, pipe) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-        else:  # not getrusage's maximum, which a new process inherits from the one that started it
+        else:  # not getrusage's maximum: a new process inherits that from the one that started it
             peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 2**10
         pipe.send((time.perf_counter() - start, loss, peak / 2**20))
 
 
 def compare(vocab_size: int, args) -> dict:
     """Prints a table and returns its figures."""
+    # A process for each side.
     names, pipes, processes = args.sides, {}, []
     spawn = multiprocessing.get_context("spawn")
     for name in names:
@@ -243,6 +256,8 @@ def compare(vocab_size: int, args) -> dict:
         processes.append(spawn.Process(target=side, args=(name, vocab_size, args, there), daemon=True))
         processes[-1].start()
         there.close()  # if the side dies, recv raises EOFError instead of waiting for ever
+
+    # The steps, one side after another; another side begins each time.
     results = {name: [] for name in names}
     for step in range(args.steps + WARM_UP):
         for i in range(len(names)):
@@ -252,21 +267,31 @@ def compare(vocab_size: int, args) -> dict:
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
         process.join()
-    seconds = {name: [r[0] for r in results[name][WARM_UP:]] for name in names}
-    losses = {name: [r[1] for r in results[name]] for name in names}
+
+    # They must compute the same.
+    losses = {name: [loss for _, loss, _ in results[name]] for name in names}
     apart = max(abs(a - b) for theirs in losses.values() for a, b in zip(losses["nano360"], theirs))
     assert math.isfinite(apart)
-    print(f"\nvocabulary {vocab_size:,}{', compiled' * args.compile}; losses differ by at most {apart:.1e}")
+    compiled = ", compiled" if args.compile else ""
+    print(f"\nvocabulary {vocab_size:,}{compiled}; losses differ by at most {apart:.1e}")
+
+    # Each side's speed and memory.
     figures = {"vocab_size": vocab_size, "compile": args.compile, "losses_apart": apart, "sides": {}}
+    seconds = {name: [s for s, _, _ in results[name][WARM_UP:]] for name in names}
+    n_tokens = args.rows * args.length
     for name in names:
-        median, tokens = statistics.median(seconds[name]), args.rows * args.length
+        median, peak, first = statistics.median(seconds[name]), results[name][-1][2], results[name][0][0]
         figures["sides"][name] = {
-            "seconds": median, "tokens_per_second": tokens / median, "peak_mib": results[name][-1][2],
-            "first_step_seconds": results[name][0][0],
-        }  # fmt: skip
-        print(f"  {name:<13} {tokens / median:>9,.0f} tokens/s   {median:.3f} s a step "
-              f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})   "
-              f"peak {results[name][-1][2]:,.0f} MiB   first step {results[name][0][0]:.1f} s")  # fmt: skip
+            "seconds": median,
+            "tokens_per_second": n_tokens / median,
+            "peak_mib": peak,
+            "first_step_seconds": first,
+        }
+        spread = f"{median:.3f} s a step ({min(seconds[name]):.3f} to {max(seconds[name]):.3f})"
+        memory = f"peak {peak:,.0f} MiB   first step {first:.1f} s"
+        print(f"  {name:<13} {n_tokens / median:>9,.0f} tokens/s   {spread}   {memory}")
+
+    # Ours against each other side, by pairs of steps that followed one another.
     others = [name for name in names if name != "nano360"]
     figures["ratios"] = ratios = {}
     for name in others:
@@ -296,6 +321,8 @@ def main() -> None:
     parser.add_argument("--malloc-for-all", action="store_true", help=help)
     parser.add_argument("--json", help="a file to write the figures to")
     args = parser.parse_args()
+
+    # What was not asked for: the device, the sizes, the sides.
     if args.device == "auto":
         import torch
 
@@ -305,14 +332,15 @@ def main() -> None:
     there = [name for name in known if name in ("nano360", "plain") or importlib.util.find_spec(name)]
     missing = [name for name in known if name not in there]
     args.sides = [name for name in there if not args.sides or name in ("nano360", *args.sides)]
-    print(f"{platform.platform()}, Python {platform.python_version()}, {args.device}, {args.threads} threads"
-          + f"; not installed: {', '.join(missing)}" * bool(missing), flush=True)  # fmt: skip
+    where = f"{platform.platform()}, Python {platform.python_version()}, {args.device}"
+    absent = f"; not installed: {', '.join(missing)}" if missing else ""
+    print(f"{where}, {args.threads} threads{absent}", flush=True)
+
     figures = [compare(size, args) for size in args.vocab_size or VOCABULARIES[args.device]]
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
-        Path(args.json).write_text(
-            json.dumps({"format": 1, "settings": settings, "tables": figures}, indent=1) + "\n"
-        )
+        written = {"format": 1, "settings": settings, "tables": figures}
+        Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How long comparing hashes takes: a model folder and a chunk, opened with and without verification.
+"""How long it takes to compare hashes: a model folder and a chunk, opened with and without verification.
 
     python benchmarks/bench_verify.py                 # about 1 GB of weights, and a chunk of 1 GB
-    python benchmarks/bench_verify.py --gb 13         # about 13 GB: needs as much memory and disk
+    python benchmarks/bench_verify.py --gb 13         # about 13 GB of weights: needs as much memory and disk
     python benchmarks/bench_verify.py --folder /mnt/disk --cold
 
 The two ways alternate, and medians are printed. With verification, each round reads every file and also
 hashes it. Files are in the page cache; --cold drops them from it before every round (if the kernel follows
 posix_fadvise), so that the disk is measured too. Weights are random numbers, written once into a folder that
-is deleted afterwards, in files of 5 GB as train.py writes them.
+is deleted afterwards, in files of 5 GB as train.py writes them. Writes the file that --json names.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# Of about 1 GB: 16 layers x (4 x 1024^2 + 3 x 1024 x 2816) + 2 x 8192 x 1024 = 222 M parameters of 4 bytes.
+# A model of about 1 GB has 16 layers x (4 x 1024^2 + 3 x 1024 x 2816) + 2 x 8192 x 1024 = 222 M parameters of
+# 4 bytes.
 WIDTH, HEADS, FF, VOCABULARY, LENGTH = 1024, 16, 2816, 8192, 1024
 LAYER_BYTES = 4 * (4 * WIDTH**2 + 3 * WIDTH * FF)
 
@@ -31,19 +32,21 @@ def write_model(folder: Path, gb: float) -> int:
     import torch
     from safetensors.torch import save_file
 
-    import checkpoint
     import files
     import run_folder
     from config import Model
-    from formats import families
+    from formats import families, shards
     from model import Transformer
 
+    # The names and shapes of its tensors, and their files.
     sizes = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "d_model": WIDTH, "n_heads": HEADS, "d_ff": FF}
     cfg = Model(n_layers=round(gb * 1e9 / LAYER_BYTES), **sizes).resolved()
     files.write_json(folder / "config.json", families.hf_config(cfg, 0))
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Transformer(cfg).state_dict().items()}
-    layout = checkpoint.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
+    layout = shards.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
+
+    # The files: random numbers.
     places = {}
     for file, names in layout.items():
         tensors = families.to_family({name: torch.randn(shapes[name]) for name in names}, cfg)
@@ -51,18 +54,21 @@ def write_model(folder: Path, gb: float) -> int:
         places |= dict.fromkeys(tensors, file)
     if len(layout) > 1:
         files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+
+    # What integrity.py compares them with.
     hashes = {path.name: files.sha256(path) for path in folder.iterdir()}
     files.write_json(folder / "state.json", {"format": run_folder.FORMAT, "step": 0, "files": hashes})
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def write_dataset(folder: Path, gb: float) -> int:
-    """As much of a dataset folder as a chunk needs in order to be opened. Returns the chunk's bytes."""
+    """The part of a dataset folder that opening one chunk needs. Returns the chunk's bytes."""
     import numpy as np
 
     import files
     import manifest
 
+    # The chunk: random token ids.
     rows = round(gb * 1e9 / (2 * (LENGTH + 1)))
     (folder / "chunks").mkdir(parents=True)
     path = folder / "chunks" / "000.bin"
@@ -70,6 +76,8 @@ def write_dataset(folder: Path, gb: float) -> int:
         for first in range(0, rows, 4096):
             size = (min(4096, rows - first), LENGTH + 1)
             file.write(np.random.default_rng(first).integers(0, 50_000, size, np.uint16).tobytes())
+
+    # Its manifest; keys that nobody reads here are 0.
     about = {"format": 1, "seq_len": LENGTH, "row_length": LENGTH + 1, "dtype": "uint16", "rows": rows}
     about |= {"files": {"chunks/000.bin": files.sha256(path)}, "sources": {}, "stages": []}
     about |= {"file_bytes": {"chunks/000.bin": path.stat().st_size}}
@@ -89,8 +97,8 @@ def drop(folder: Path) -> None:
 
 
 def compare(what: str, action, folder: Path, size: int, args: argparse.Namespace) -> dict:
-    """Prints and returns the medians of action(verify), with and without, in turn."""
-    import checkpoint
+    """Times action(verify), with verification and without in turn; prints the medians, returns the times."""
+    import integrity
 
     action(False)  # imports and first allocations are not measured
     seconds = {True: [], False: []}
@@ -98,7 +106,7 @@ def compare(what: str, action, folder: Path, size: int, args: argparse.Namespace
         verify = i % 2 == 0
         if args.cold:
             drop(folder)
-        checkpoint.hash_of.cache_clear()  # as in a new process
+        integrity.cached_hash.cache_clear()  # as in a new process
         start = time.perf_counter()
         action(verify)
         seconds[verify].append(time.perf_counter() - start)

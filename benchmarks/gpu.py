@@ -4,14 +4,14 @@
     python benchmarks/gpu.py --only steps attention            # some parts; the file keeps the others
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --cpu-smoke     # each part in miniature on a CPU
 
-steps            `train.py CONFIG --benchmark`: 124m, 1b, 7b with activation checkpointing
-others           bench_train.py beside transformers, litgpt and a plain loop, with and without --compile
+steps            benchmark.py: 124m, 1b, and 7b with activation checkpointing
+others           bench_train.py: a step beside transformers, litgpt and a plain loop, also with --compile
 save             bench_save.py, without and with --sync
-precision        loss curves in BF16 and in FP32 of a small model of local text, and of another seed in FP32
-attention        compiled flex attention in a model's gradients, against the CPU's with the mask written out
-deterministic    train.deterministic twice, in two processes: the same bits
+precision        loss curves of a small model in BF16, in FP32, and in FP32 from another seed
+attention        gradients with compiled flex attention, against those of a dense mask on the CPU
+deterministic    a training with train.deterministic in each of two processes: are the weights the same bits?
 
-Each part is a process of its own; one that fails is recorded as failed, and the others continue. Writes
+Each part is a process of its own. One that fails is recorded as failed, and the others continue. Writes
 benchmarks/gpu-<device>-<date>.json after every part. Exit code 1 where a part failed, 2 without a GPU.
 """
 
@@ -31,16 +31,19 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from learner import Learner
+from torch import Tensor, nn
 
 import configurator
 import optim
 import parallel
+import train
 from config import Config, Model, Train
+from initial import initial_weights
 
 ROOT, SPAWN = Path(__file__).parents[1], multiprocessing.get_context("spawn")
 SMOKE = {  # sizes that a CPU finishes in seconds
@@ -52,7 +55,7 @@ SMOKE = {  # sizes that a CPU finishes in seconds
 
 
 def script(*command: object) -> dict:
-    """Runs a script that has --json FILE, with what it prints on the console; returns the file."""
+    """Runs a script that has --json FILE and returns that file. What it prints is on the console."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "figures.json")
         line = [sys.executable, *map(str, command), "--json", str(path)]
@@ -63,23 +66,25 @@ def script(*command: object) -> dict:
 
 
 def alone(action, *arguments):
-    """Calls it in a process of its own, so that its memory is free and its settings are gone afterwards."""
+    """Calls action(*arguments) in a process of its own, whose memory and settings are gone afterwards."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         return pool.submit(action, *arguments).result()
 
 
 def steps(smoke: bool) -> dict:
-    """Real steps of three configs. A step has a few micro-batches, which show as much as hundreds would."""
+    """Real steps of three configs. A step has one to four micro-batches; hundreds would show no more."""
     configs = {"124m": ["--train.batch_size=128"], "1b": ["--train.batch_size=32"]}
     configs["7b"] = ["--train.batch_size=10", "--train.activation_checkpointing=1"]
     if not smoke and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
-        # FP32 weights, gradients and two moments of 6.74e9 parameters are 100 GiB; of half the layers 52
+        # FP32 weights, gradients and two moments of 6.74e9 parameters are 100 GiB; with half the layers, 52.
         configs["7b"].append("--model.n_layers=16")
-    n, found = 1 if smoke else 30, {}
+
+    n_steps, found = 1 if smoke else 30, {}
     for name, settings in configs.items():
         try:
             settings += SMOKE["steps"].split() * smoke
-            found[name] = {"settings": settings, **script("train.py", name, "--benchmark", n, *settings)}
+            figures = script("benchmark.py", name, "--steps", n_steps, *settings)
+            found[name] = {"settings": settings, **figures}
         except RuntimeError as error:  # such as a lack of memory: the others still answer
             found[name] = {"error": str(error)}
             print(f"  {error}")
@@ -87,12 +92,14 @@ def steps(smoke: bool) -> dict:
 
 
 def others(smoke: bool) -> dict:
+    """A step of ours beside a step of others."""
     command = ["benchmarks/bench_train.py", *(SMOKE["others"] if smoke else "--steps 30").split()]
-    fewer = ["--sides", "plain"] if smoke else []  # to compile takes a CPU minutes
+    fewer = ["--sides", "plain"] if smoke else []  # compiling them takes minutes on a CPU
     return {"eager": script(*command), "compiled": script(*command, "--compile", *fewer)}
 
 
 def save(smoke: bool) -> dict:
+    """What saving a checkpoint costs."""
     command = ["benchmarks/bench_save.py", *(SMOKE["save"] if smoke else "--steps 30").split()]
     return {"async": script(*command), "sync": script(*command, "--sync")}
 
@@ -100,50 +107,73 @@ def save(smoke: bool) -> dict:
 # ---- numbers ----------------------------------------------------------------------------------------------
 
 
-def learner(smoke: bool, model: dict, train: dict, seed: int = 0):
-    """A Learner of a model with its first weights, on the GPU, or on the CPU for a smoke test."""
+class Built(NamedTuple):
+    """A model that can be trained, as train.py has it."""
+
+    cfg: Config
+    world: parallel.World
+    model: nn.Module
+    optimizers: list
+
+
+def build(smoke: bool, model: dict, settings: dict, seed: int = 0) -> Built:
+    """A model with its first weights, on the GPU, or on the CPU for a smoke test."""
     torch.set_float32_matmul_precision("highest")  # parallel.start loosens it for BF16
-    train = {"device": "cpu" if smoke else "cuda", "compile": "off" if smoke else "on", **train}
-    cfg = Config(model=Model(**model), train=Train(batch_size=32, micro_batch_size=32, **train)).resolved()
-    made = Learner(cfg, parallel.start(cfg.train, cfg.parallel), 0)
-    made.fill(made.model.initial_weights(seed))
-    return made
+    settings = {"device": "cpu" if smoke else "cuda", "compile": "off" if smoke else "on", **settings}
+    settings = Train(batch_size=32, micro_batch_size=32, **settings)
+    cfg = Config(model=Model(**model), train=settings).resolved()
+    world = parallel.start(cfg.train, cfg.parallel)
+    net, optimizers = train.build(cfg, world, eot=0)
+    world.fill(net, initial_weights(parallel.bare(net), seed))
+    return Built(cfg, world, net, optimizers)
 
 
-def learn(made, batch, step: int, n_steps: int) -> float:
+def gradient(built: Built, rows: Tensor) -> Tensor:
+    """Takes the gradient of the mean loss over rows (b, T+1), and returns the mean loss, on the device."""
+    n_targets = rows[:, 1:].numel()
+    rows = rows.to(built.world.device)
+    loss_fn = train.next_token_loss
+    sums = train.forward_backward(built.model, rows, n_targets, loss_fn, built.world, built.cfg)
+    return sums["loss"] / n_targets
+
+
+def train_step(built: Built, rows: Tensor, step: int, n_steps: int) -> float:
     """One step as train.py makes it; returns the loss."""
-    n_tokens = batch[:, 1:].numel()
-    loss, norm = made.world.sum(made.gradients(batch, n_tokens) / n_tokens, made.norm())
-    settings = dataclasses.replace(made.cfg.optim, lr=1e-3, warmup_steps=n_steps // 10)
-    made.update(optim.learning_rate(step, n_steps, settings), norm, optim.clip_limit(step, settings))
+    loss, grad_norm = built.world.sum(gradient(built, rows), optim.grad_norm(built.model))
+    recipe = dataclasses.replace(built.cfg.optim, lr=1e-3, warmup_steps=n_steps // 10)
+    lr, limit = optim.learning_rate(step, n_steps, recipe), optim.clip_limit(step, recipe)
+    optim.update(built.model, built.optimizers, lr, grad_norm, limit)
     return loss
 
 
 def precision(smoke: bool) -> dict:
-    """How far BF16's loss is from FP32's, in nats a byte, beside how far another seed's weights are."""
+    """How far BF16's loss is from FP32's, in nats per byte, beside how far that of another seed is."""
     n_steps, width = (6, 5) if smoke else (400, 20)
-    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    text = torch.tensor(list(b"".join(path.read_bytes() for path in library)[: 2**22]), dtype=torch.uint8)
     # 6 x (4 x 384^2 + 3 x 384 x 1024 + 2 x 384) + 2 x 256 x 384 + 384 = 10,819,968 parameters
     shape = {"vocab_size": 256, "d_model": 384, "n_layers": 6, "n_heads": 6, "d_ff": 1024, "seq_len": 256}
     if smoke:
         shape |= {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 48, "seq_len": 64}
+    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = torch.tensor(list(b"".join(path.read_bytes() for path in library)[: 2**22]), dtype=torch.uint8)
+
+    # Three trainings on the same rows.
     curves = {}
     for name, dtype, seed in (("fp32", "fp32", 0), ("bf16", "bf16", 0), ("other seed", "fp32", 1)):
-        made, generator = learner(smoke, shape, {"precision": dtype}, seed), torch.Generator().manual_seed(0)
+        built = build(smoke, shape, {"precision": dtype}, seed)
+        generator = torch.Generator().manual_seed(0)
         curve = []
         for step in range(n_steps):
             starts = torch.randint(len(text) - shape["seq_len"], (32, 1), generator=generator)
-            batch = text[starts + torch.arange(shape["seq_len"] + 1)].long().to(made.world.device)
-            curve.append(learn(made, batch, step, n_steps))
+            rows = text[starts + torch.arange(shape["seq_len"] + 1)].long()  # (32, T+1)
+            curve.append(train_step(built, rows, step, n_steps))
         curves[name] = torch.tensor(curve)
         torch._dynamo.reset()
+
+    # The first losses fall steeply, and differ with every small delay: they are left out.
     smooth = {name: curve.unfold(0, width, 1).mean(1) for name, curve in curves.items()}
     report = {"steps": n_steps, "smoothed_over": width, "final": {k: c[-1].item() for k, c in smooth.items()}}
     for name in ("bf16", "other seed"):
-        apart = (smooth[name] - smooth["fp32"])[
-            n_steps // 8 :
-        ]  # the first losses fall steeply, and differ with every small delay
+        apart = (smooth[name] - smooth["fp32"])[n_steps // 8 :]
         values = {"max": apart.abs().max(), "mean_absolute": apart.abs().mean(), "mean": apart.mean()}
         report[f"{name} - fp32"] = {key: value.item() for key, value in values.items()}
     print(json.dumps(report))
@@ -156,20 +186,24 @@ KINDS["all three"] = {key: value for kind in KINDS.values() for key, value in ki
 
 def attention(smoke: bool) -> dict:
     """Loss and gradients of a model on CUDA, blocks compiled, flex attention, against a dense mask."""
-    report, T = {}, 64 if smoke else 677  # 677: five of flex attention's blocks of 128, and some
+    report, T = {}, 64 if smoke else 677  # 677: five of flex attention's blocks of 128, and a part of one
     shape = {"vocab_size": 300, "seq_len": T, "d_model": 256, "n_heads": 4, "n_kv_heads": 2, "d_ff": 512}
-    batch = torch.randint(300, (3, T + 1), generator=torch.Generator().manual_seed(0))
-    batch[:, 50 :: 1 + T // 3] = 0  # ends of documents
-    # of a gradient's norm: FP32 1e-4, the house's; BF16 0.05, about ten roundings of 2^-8
+    rows = torch.randint(300, (3, T + 1), generator=torch.Generator().manual_seed(0))
+    rows[:, 50 :: 1 + T // 3] = 0  # ends of documents
+
+    # Tolerances are relative to a gradient's norm. FP32: 1e-4, as in the tests. BF16: about ten roundings of
+    # 2^-8.
     for dtype, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
         for name, kind in KINDS.items():
-            made = []
-            for train in ({"precision": dtype}, {"device": "cpu", "compile": "off", "precision": "fp32"}):
-                made.append(learner(smoke, {**shape, "n_layers": 2, **kind}, train))
-                made[-1].nats = made[-1].gradients(batch.to(made[-1].world.device), 3 * T).item()
-            apart = {"loss": abs(made[0].nats / made[1].nats - 1)}
-            for (key, ours), theirs in zip(made[0].model.named_parameters(), made[1].model.parameters()):
-                apart[key] = ((ours.grad.cpu() - theirs.grad).norm() / theirs.grad.norm()).item()
+            model = {**shape, "n_layers": 2, **kind}
+            ours = build(smoke, model, {"precision": dtype})
+            our_loss = gradient(ours, rows).item()
+            dense = build(smoke, model, {"device": "cpu", "compile": "off", "precision": "fp32"})
+            dense_loss = gradient(dense, rows).item()
+
+            apart = {"loss": abs(our_loss / dense_loss - 1)}
+            for (key, p), expected in zip(ours.model.named_parameters(), dense.model.parameters()):
+                apart[key] = ((p.grad.cpu() - expected.grad).norm() / expected.grad.norm()).item()
             worst = max(apart, key=apart.get)
             report[f"{name}, {dtype}"] = {"worst": worst, "apart": apart[worst], "tolerance": tolerance}
             print(f"  {name}, {dtype}: {apart[worst]:.1e} apart at worst, in {worst}; tolerance {tolerance}")
@@ -178,12 +212,13 @@ def attention(smoke: bool) -> dict:
 
 
 def judged(report: dict, good: dict) -> dict:
+    """The report of a part, with an "error" that names those of its entries that are not good."""
     failed = ", ".join(name for name in report if not good[name])
     return {**report, "error": f"not as it should be: {failed}"} if failed else report
 
 
 def deterministic(smoke: bool) -> dict:
-    """The hash of all weights after a few steps, from two processes."""
+    """Whether two processes that train the same model have the same weights afterwards, bit for bit."""
     report = {}
     for name, kind in {"causal": {}, "all three": KINDS["all three"]}.items():
         hashes = [alone(trained_hash, smoke, kind) for _ in range(2)]
@@ -193,14 +228,15 @@ def deterministic(smoke: bool) -> dict:
 
 
 def trained_hash(smoke: bool, kind: dict) -> str:
+    """The hash of all weights after a short training."""
     n_steps, T = (3, 64) if smoke else (20, 512)
     shape = {"vocab_size": 1000, "seq_len": T, "d_model": 256, "n_layers": 2, "n_heads": 4, "d_ff": 512}
-    made = learner(smoke, {**shape, **kind}, {"deterministic": True})
+    built = build(smoke, {**shape, **kind}, {"deterministic": True})
     generator = torch.Generator().manual_seed(0)
     for step in range(n_steps):
-        batch = torch.randint(1000, (8, T + 1), generator=generator).to(made.world.device)
-        learn(made, batch, step, n_steps)
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in made.model.parameters())
+        rows = torch.randint(1000, (8, T + 1), generator=generator)
+        train_step(built, rows, step, n_steps)
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in built.model.parameters())
     return hashlib.sha256(weights).hexdigest()
 
 
@@ -210,6 +246,7 @@ PARTS = {part.__name__: part for part in (steps, others, save, precision, attent
 
 
 def about(smoke: bool) -> dict:
+    """Date, device and versions."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     there = [name for name in ("triton", "transformers", "litgpt") if importlib.util.find_spec(name)]
     versions |= {name: importlib.metadata.version(name) for name in there}
@@ -226,10 +263,13 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.cpu_smoke or torch.cuda.is_available()):
         configurator.fail("PyTorch sees no CUDA device here; --cpu-smoke runs the script without one")
+
+    # The file, if there is one of today, keeps the parts that are not run now.
     report = about(args.cpu_smoke)
     folder = Path(tempfile.gettempdir()) if args.cpu_smoke else Path(__file__).parent
     path = folder / f"gpu-{report['device'].lower().replace(' ', '-')}-{report['date']}.json"
     parts = report["parts"] = json.loads(path.read_text())["parts"] if path.exists() else {}
+
     for part in args.only:
         print(f"\n== {part}", flush=True)
         start = time.perf_counter()
@@ -241,8 +281,9 @@ def main() -> None:
             print(f"FAILED: {found['error'][:2000]}", flush=True)
         parts[part] = {"part_seconds": time.perf_counter() - start, **found}
         path.write_text(json.dumps(report, indent=1) + "\n")
+
     failed = [part for part in args.only if "error" in parts[part]]
-    print(f"\n{path}" + f"; failed: {', '.join(failed)}" * bool(failed))
+    print(f"\n{path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     sys.exit(bool(failed))
 
 

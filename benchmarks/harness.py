@@ -33,11 +33,12 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def questions(dataset, tokenizer, n: int) -> list[dict]:
-    """n documents of the task: {"start", "choices": four texts, "label": which is the true one}."""
+    """n documents of the task: {"start", "choices": four texts, "label": the index of the true one}."""
     rows, half = dataset.validation(dataset.sources[0])[:n], dataset.seq_len // 2
     texts = [(tokenizer.decode(row[:half]), tokenizer.decode(row[half : half + 24])) for row in rows]
     out = []
     for i, (start, _) in enumerate(texts):
+        # Three wrong choices are other rows' continuations.
         label = i % 4
         others = [texts[(i + 1 + 7 * k) % len(texts)][1] for k in range(4)]
         others[label] = texts[i][1]
@@ -61,7 +62,7 @@ def our_accuracy(folder: Path, asked: list[dict]) -> float:
         start, scores = tokenizer.encode(question["start"].rstrip()), []
         for choice in question["choices"]:
             chosen = tokenizer.encode(question["start"] + choice)[len(start) :]
-            targets = torch.tensor([[-100] * (len(start) - 1) + chosen])
+            targets = torch.tensor([[-100] * (len(start) - 1) + chosen])  # -100: not a target
             ids = torch.tensor([start + chosen])
             with torch.no_grad():
                 scores.append(-model(ids[:, :-1], targets).item())
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
+
+    # What is needed: the harness, and a run with its dataset.
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -91,6 +94,8 @@ def main() -> None:
         found, dataset = run_folder.chosen(args.run), Dataset(config.load_run(args.run).dataset)
     except config.ConfigError as error:
         configurator.fail(error)
+
+    # The task's two files; then each checkpoint, by the harness and by our model.
     asked = questions(dataset, tokenizers.load(dataset.folder), args.questions)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "test.jsonl"

@@ -1,21 +1,21 @@
-"""The coordinate check of muP: how far a few steps of training move activations, at widths from 64 to 1,024.
+"""The coordinate check of muP: how far some training steps move activations, at widths from 64 to 1,024.
 
     python benchmarks/mup_coordinate_check.py         # a minute and a half on one core
 
-With muP the answer should not depend on the width (Yang et al. 2022, section 8 and appendix D.1); without it,
-a step moves a wide model further than a narrow one, so its learning rate must be found anew. The figure has
-the *change* since initialisation: the mean of |x_t - x_0| over a fixed batch, for x the embedding, the last
-layer's attention, the residual stream after the last layer, and the logits. `growth` is the slope of its
-logarithm against the width's: 0 is flat, 1 is in proportion to the width.
+With muP the answer should not depend on the width (Yang et al. 2022, section 8 and appendix D.1). Without it,
+a step moves a wide model further than a narrow one, so a wide model needs another learning rate. The figure
+has the *change* since initialisation: the mean of |x_t - x_0| over a fixed batch, where x is the embedding,
+the last layer's attention, the residual stream after the last layer, or the logits. `growth` is the slope of
+the change against the width, both as logarithms: 0 is flat, 1 is in proportion to the width.
 
 The models have 2 layers, heads of 32, and 256 ids: the bytes of this repository's LICENSE, so that every
-machine trains on the same rows. Weights start at 0.02, as in LLaMA and GPT-2; AdamW has no warm-up and no
-decay, and nothing is clipped. The standard parametrisation and muP are the same model at width 64, muP's base
-width, but for attention's scale, 1 / sqrt(32) beside 1 / 32. With muP, the logits' first change falls with
-the width: part of it is the final norm's output moving under the head's random start, which adds up as
-1 / sqrt(width). What the head learns is flat, and soon is most of it.
+machine trains on the same rows. The initial deviation of weights is 0.02, as in LLaMA and GPT-2. AdamW has no
+warm-up and no decay, and nothing is clipped. At width 64, muP's base width, the standard parametrisation and
+muP are the same model except for attention's scale, 1 / sqrt(32) and 1 / 32. With muP, the logits' first
+change falls with the width: the final norm's output moves, and the head's random initial weights turn that
+into a change in proportion to 1 / sqrt(width). What the head learns is flat, and soon is most of the change.
 
-Writes mup_coordinates.json and mup_coordinates.svg beside this file, or where --out says.
+Writes mup_coordinates.json and mup_coordinates.svg, beside this file or into --out.
 """
 
 import argparse
@@ -43,17 +43,18 @@ LICENSE = Path(__file__).parents[1] / "LICENSE"
 PARAMETRISATIONS = ("standard", "muP")
 ACTIVATIONS = ("embedding", "attention", "residual stream", "logits")
 LR = 2**-8  # in the middle of the widths' best learning rates without muP (mup_lr_sweep.py)
-ROWS = 4  # of a batch
+ROWS = 4  # rows of a batch
 
 
 def settings(width: int, mup: bool) -> Model:
+    """The model of a width, in muP with the base width 64, or in the standard parametrisation."""
     # d_ff: near LLaMA's 8/3 of the width, without a remainder at any width
     sizes = dict(vocab_size=256, seq_len=64, d_model=width, n_layers=2, n_heads=width // 32, d_ff=3 * width)
     return Model(**sizes, **(dict(init="mup", mup_base_width=64) if mup else dict(init="gpt2")))
 
 
 def changes(cfg: Model, lr: float, steps: int, seed: int, mup_scale: float = 0) -> dict[str, list[float]]:
-    """How far activations are from where they began, after each of `steps` updates: name -> mean |x_t - x_0|.
+    """The change of each activation after each of `steps` updates: name -> mean |x_t - x_0| by step.
 
     `mup_scale` multiplies the learning rate of matrices inside the layers; 0: the model's own factor.
     """
@@ -74,7 +75,7 @@ def changes(cfg: Model, lr: float, steps: int, seed: int, mup_scale: float = 0) 
     generator = torch.Generator().manual_seed(seed)
     first, found = {}, {name: [] for name in ACTIVATIONS}
     for step in range(steps + 1):
-        # How far have the activations moved?
+        # How far the activations have moved.
         watched = (net.embed_tokens, net.layers[-1].self_attn, net.layers[-1])
         hooks = [module.register_forward_hook(keep(name)) for module, name in zip(watched, ACTIVATIONS)]
         with torch.no_grad():
@@ -85,6 +86,7 @@ def changes(cfg: Model, lr: float, steps: int, seed: int, mup_scale: float = 0) 
         if step:
             for name in ACTIVATIONS:
                 found[name].append((now[name] - first[name]).abs().mean().item())
+
         # One update on random rows of the data.
         if step < steps:
             starts = torch.randint(len(data) - length, (ROWS, 1), generator=generator)
@@ -176,7 +178,7 @@ def main() -> None:
                 mean = [statistics.geometric_mean(at) for at in zip(*(found[activation] for found in each))]
                 sizes[name][activation].append([float(f"{size:.4g}") for size in mean])
             last = "  ".join(f"{a} {sizes[name][a][-1][-1]:<8.3g}" for a in ACTIVATIONS)
-            print(f"{name:<9}{width:>6} wide  {last}", flush=True)
+            print(f"{name:<9}width {width:>6}  {last}", flush=True)
 
     # powers[parametrisation][activation][step]: the exponent by which the change grows with the width
     powers = {name: {} for name in PARAMETRISATIONS}

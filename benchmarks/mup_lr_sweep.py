@@ -3,15 +3,16 @@
     python benchmarks/mup_lr_sweep.py                 # took 19 minutes on a shared core
     python benchmarks/mup_lr_sweep.py --widths 32 64 --steps 50 --out /tmp
 
-Models of 2 layers and heads of 16 read the bytes of some modules of Python's standard library: every machine
-has them, though each version of Python a little different ones. The standard parametrisation starts matrices
-alike at every width, as GPT-2 does, and has one learning rate. muP is based on the narrowest width, where
-both are the same model but for attention's scale. All runs of a seed see the same rows. The loss is that of
-256 validation rows after the last step. The best learning rate is also estimated between those tried: where
-the parabola through the best point and its two neighbours is lowest.
+Models have 2 layers and heads of 16, and are trained on the bytes of some modules of Python's standard
+library. Every machine has these, though they differ a little between versions of Python. The standard
+parametrisation gives matrices the same initial deviation at every width, as GPT-2 does, and has one learning
+rate. The base width of muP is the narrowest one: there both are the same model, except for attention's scale.
+All runs of a seed see the same rows. The loss is that of 256 validation rows after the last step. The best
+learning rate is also estimated between those tried: where the parabola through the best point and its two
+neighbours is lowest.
 
-Writes mup_lr_sweep.json, after every run, and mup_lr_sweep.svg beside this file, or where --out says. Runs
-that the JSON already has are not repeated.
+Writes mup_lr_sweep.json after every run, and mup_lr_sweep.svg at the end, beside this file or into --out.
+Runs that the JSON already has are not repeated.
 """
 
 import argparse
@@ -39,10 +40,10 @@ from model import Transformer
 PARAMETRISATIONS = ("standard", "muP")
 MODULES = ("argparse.py", "ast.py", "doctest.py", "inspect.py", "tarfile.py", "turtle.py", "typing.py")
 VALIDATION = 64 * 1024  # bytes at the end of the text, which no model trains on
-ROWS, LENGTH = 8, 64  # of a batch
-# Deviation of the initial weights. 1 / sqrt(width), 0.18 for 32 and 0.06 for 256, would keep a sum's size.
-# At these widths both parametrisations ended lower with 0.1 than with 0.02 (2.22 and 2.43 with muP, 32 wide;
-# 2.06 and 2.13 without, 128 wide; with less text than here).
+ROWS, LENGTH = 8, 64  # rows of a batch, tokens of a row
+# Standard deviation of the initial weights. 1 / sqrt(width), which is 0.18 for 32 and 0.06 for 256, would
+# keep activations at their size. At these widths both parametrisations reached a lower loss with 0.1 than
+# with 0.02 (muP, width 32: 2.22 and 2.43; standard, width 128: 2.06 and 2.13; with less text than here).
 INIT_STD = 0.1
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # exponents
@@ -55,6 +56,7 @@ def text() -> torch.Tensor:
 
 
 def settings(width: int, mup: bool, base: int) -> Model:
+    """The model of a width, in muP with the base width `base`, or in the standard parametrisation."""
     sizes = dict(
         vocab_size=256, seq_len=LENGTH, d_model=width, n_layers=2, n_heads=width // 16, d_ff=2 * width
     )
@@ -84,6 +86,7 @@ def train(cfg: Model, peak: float, steps: int, seed: int, data: torch.Tensor) ->
         lr = optim.learning_rate(step, steps, recipe)
         optim.update(net, [optimizer], lr, optim.grad_norm(net).item(), recipe.grad_clip)
 
+    # The loss of the validation rows.
     rows = validation[: 256 * (LENGTH + 1)].view(256, LENGTH + 1)
     with torch.no_grad():
         nats = sum(net(part[:, :-1], part[:, 1:]).item() for part in rows.split(32))
@@ -113,12 +116,14 @@ def best(x: list[float], y: list[float]) -> dict:
 
 def draw(runs: list[dict], widths: list[int]) -> Figure:
     """Loss against learning rate: one line per width, one panel per parametrisation, a ring at the best."""
+    # Two panels that share both axes.
     figure = Figure((7.2, 3.2))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     figure.subplots_adjust(0.075, 0.125, 0.985, 0.86, wspace=0.08)
     lowest = min(min(curve(runs, name, width)[1]) for name in PARAMETRISATIONS for width in widths)
-    titles = ("standard: one rate for all matrices", f"muP, base width {widths[0]}")
+    titles = ("standard: one learning rate for all matrices", f"muP, base width {widths[0]}")
     for panel, name, title in zip(panels, PARAMETRISATIONS, titles):
+        # A line for each width, with a ring at its lowest point.
         panel.set_title(title, color=figures.INK)
         for i, width in enumerate(widths):
             x, y = curve(runs, name, width)
@@ -126,16 +131,16 @@ def draw(runs: list[dict], widths: list[int]) -> Figure:
             panel.plot(x, y, color=colour, marker="o", markersize=2.5, label=f"width {width}")
             at = y.index(min(y))
             panel.plot(x[at], y[at], "o", markersize=8, color="none", markeredgecolor=colour)
-        panel.set(
-            xlabel="peak learning rate", xticks=x, xticklabels=["2" + str(e).translate(RAISED) for e in x]
-        )
-        panel.set_ylim(lowest - 0.06, lowest + 0.8)  # beyond are learning rates that nobody would take
+
+        # Axes. Losses above the limit belong to learning rates that nobody would choose.
+        powers = ["2" + str(exponent).translate(RAISED) for exponent in x]
+        panel.set(xlabel="peak learning rate", xticks=x, xticklabels=powers)
+        panel.set_ylim(lowest - 0.06, lowest + 0.8)
         panel.grid(axis="x")
-    panels[0].set_ylabel("held-out loss, nats a byte")
+    panels[0].set_ylabel("validation loss, nats per byte")
     lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        lines, labels, loc="upper center", ncol=len(widths), frameon=False, bbox_to_anchor=(0.53, 1.01)
-    )
+    place = {"loc": "upper center", "bbox_to_anchor": (0.53, 1.01)}
+    figure.legend(lines, labels, ncol=len(widths), frameon=False, **place)
     return figure
 
 
@@ -143,10 +148,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--widths", type=int, nargs="+", default=[32, 64, 128, 256], help="the first: muP's base"
-    )
-    parser.add_argument("--rates", type=int, nargs="+", default=list(range(-10, -3)), help="powers of two")
+    widths = [32, 64, 128, 256]
+    parser.add_argument("--widths", type=int, nargs="+", default=widths, help="the first: muP's base width")
+    powers = list(range(-10, -3))
+    parser.add_argument("--log2_lrs", type=int, nargs="+", default=powers, help="learning rates, as log2")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
@@ -158,6 +163,8 @@ def main() -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
+    """Trains what the JSON lacks, prints the best learning rates, writes the JSON and the figure."""
+    # What all runs have in common.
     torch.set_num_threads(1)
     hardware.keep_freed_memory()
     path, data = args.out / "mup_lr_sweep.json", text()
@@ -174,6 +181,8 @@ def sweep(args: argparse.Namespace) -> None:
         "init_std": INIT_STD,
         "base_width": args.widths[0],
     }
+
+    # Runs of before, if they were made with the same settings.
     runs, date = [], ""
     if path.exists():
         before = json.loads(path.read_text())
@@ -183,39 +192,46 @@ def sweep(args: argparse.Namespace) -> None:
                 f"{path} was made with other settings ({', '.join(differs)}); delete it, or give --out"
             )
         runs, date = before["runs"], before["date"]
+
+    # The other runs.
     done = {(r["parametrisation"], r["width"], r["log2_rate"], r["seed"]) for r in runs}
     keys = [
-        (name, width, rate, seed)
+        (name, width, log2_lr, seed)
         for seed in range(args.seeds)
         for width in args.widths
         for name in PARAMETRISATIONS
-        for rate in sorted(args.rates)
+        for log2_lr in sorted(args.log2_lrs)
     ]
-    for name, width, rate, seed in keys:
-        if (name, width, rate, seed) in done:
+    for name, width, log2_lr, seed in keys:
+        if (name, width, log2_lr, seed) in done:
             continue
         start = time.perf_counter()
         cfg = settings(width, name == "muP", args.widths[0])
-        loss = train(cfg, 2.0**rate, args.steps, seed, data)
+        loss = train(cfg, 2.0**log2_lr, args.steps, seed, data)
         runs.append({
             "parametrisation": name,
             "width": width,
-            "log2_rate": rate,
+            "log2_rate": log2_lr,
             "seed": seed,
             "loss": round(loss, 4) if math.isfinite(loss) else None,
             "seconds": round(time.perf_counter() - start, 1),
         })  # fmt: skip
         date = time.strftime("%Y-%m-%d")
         files.write_json(path, {**about, "date": date, "runs": runs})
-        print(f"{name:<9}{width:>5} wide  rate 2^{rate:<4} seed {seed}  loss {loss:.4f}", flush=True)
+        what = f"{name:<9}width {width:>5}  learning rate 2^{log2_lr:<4}"
+        print(f"{what} seed {seed}  loss {loss:.4f}", flush=True)
+
+    # The best learning rate of each width, and the figure.
     found = {
         name: {str(width): best(*curve(runs, name, width)) for width in args.widths}
         for name in PARAMETRISATIONS
     }
     for name, by_width in found.items():
         for width, b in by_width.items():
-            tried, between = (f"2^{b[key]}" for key in ("log2_rate", "log2_rate_between"))
-            print(f"{name:<9}{width:>5} wide  best {tried}, between rates {between}: {b['loss']:.3f}")
+            between = b["log2_rate_between"]
+            estimate = "no estimate" if between is None else f"estimate 2^{between}"
+            best_lr = f"best learning rate 2^{b['log2_rate']}, {estimate}"
+            print(f"{name:<9}width {width:>5}  {best_lr}, loss {b['loss']:.3f}")
     files.write_json(path, {**about, "date": date, "best": found, "runs": runs})
     with matplotlib.rc_context(figures.STYLE):
         drawn, _ = figures.svg(draw(runs, args.widths), "mup-lr-sweep", "Loss over learning rates and widths")
