@@ -126,9 +126,7 @@ def delete(run: Path | str, steps: list[int]) -> None:
     """Deletes the checkpoints of these steps."""
     for c in checkpoints(run):
         if c.step in steps:
-            aside = c.path.with_name(
-                f".{c.path.name}"
-            )  # at once: half a folder must not look like a checkpoint
+            aside = c.path.with_name(f".{c.path.name}")
             os.replace(c.path, aside)  # first: half a folder must not look like a checkpoint
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -13,7 +13,7 @@ import pytest
 
 import config
 import configurator
-import dataset
+import manifest
 from config import DATASET, LEARNED, MODEL, RUN, Config, ConfigError, Model, Optim, Stage, Train
 
 ROOT = Path(__file__).parents[1]
@@ -318,7 +318,7 @@ def test_the_purposes_of_settings_are_these():
 
 def test_a_dataset_records_its_settings_in_the_order_of_every_manifest():
     names = [name for name in IN_THE_DATASET.split() if name != "train.batch_size"]
-    recorded = dataset.settings(config.load("demo"))
+    recorded = manifest.settings(config.load("demo"))
     assert list(recorded) == ["model.seq_len", "train.batch_size", *names[1:]]
     assert recorded["tokenizer.special_tokens"] == [] and recorded["data.sources"][0]["name"] == "code"
 

@@ -1,6 +1,6 @@
 """README, imports and style of the house: what the front door says is so.
 
-python tests/test_readme.py    # writes the lines of ring 1 as they are now into the README's table
+python tests/test_readme.py    # writes the lines of every file, as they are now, into the README's map
 """
 
 import ast
@@ -27,13 +27,13 @@ MOST_LINES, MOST_LINES_OF_A_FILE = 2400, 400
 
 # Every file, after all files that it imports. A file imports only what is before it, so there is no circle.
 LAYERS = """
-    configurator consistency config files metrics
-    formats.shards formats.families formats.documents
+    configurator consistency config files
+    formats.shards formats.documents
     bpe formats.sentencepiece formats.hf_tokenizer tokenizer
     manifest dataset encode chunks data steps seen
-    run_folder cost hardware memory
-    loss masks model optim sharding parallel
-    integrity checkpoint formats.llama2c
+    run_folder cost hardware memory metrics
+    loss masks initial model optim sharding rendezvous parallel
+    formats.families integrity checkpoint formats.llama2c
     incidents preflight train benchmark audit plan
     measure sample memorize eval convert
     results figures report mirror
@@ -44,18 +44,19 @@ ORDER = LAYERS.split()
 # any file of that folder may be imported.
 RING_1_TRUSTS = {
     "config": {"configurator", "consistency"},
-    "model": {"masks"},
+    "model": {"initial", "masks"},
     "loss": set(),
     "optim": set(),
     "dataset": {"files", "manifest"},
     "steps": set(),
-    "parallel": {"configurator", "hardware", "sharding"},
-    "checkpoint": {"configurator", "files", "integrity", "run_folder", "formats."},
+    "parallel": {"configurator", "hardware", "rendezvous", "sharding"},
+    "checkpoint": {"files", "integrity", "run_folder", "sharding", "formats."},
     "train": {
         "configurator",
         "files",
         "hardware",
         "incidents",
+        "initial",
         "integrity",
         "metrics",
         "preflight",
@@ -106,22 +107,38 @@ def n_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
+def lines_of(name: str) -> int:
+    """Lines of a row of the map: of a file, or of all files of a folder."""
+    return (
+        sum(map(n_lines, sorted((ROOT / name).glob("*.py")))) if name.endswith("/") else n_lines(ROOT / name)
+    )
+
+
 def with_lines_counted(readme: str) -> str:
-    """The README with the numbers of ring 1's table as they should be."""
-    counts = {f"{name}.py": n_lines(ROOT / f"{name}.py") for name in RING_1}
-    for name, n in counts.items():
-        readme = re.sub(rf"^(\| `{name}` \|[^|]*\|)[^|]*\|", rf"\1 {n:,} |", readme, count=1, flags=re.M)
-    return re.sub(r"^\| total \|.*$", f"| total | | {sum(counts.values()):,} | |", readme, flags=re.M)
+    """The README with the numbers of its three tables as they are now."""
+    for name in [name for table in RINGS for name in table if name.endswith((".py", "/"))]:
+        readme = re.sub(
+            rf"^(\| `{name}` \|[^|]*\|)[^|]*\|", rf"\1 {lines_of(name):,} |", readme, count=1, flags=re.M
+        )
+    total = sum(lines_of(f"{name}.py") for name in RING_1)
+    return re.sub(r"^\| total \|.*$", f"| total | | {total:,} | |", readme, flags=re.M)
 
 
-def test_ring_1_is_short_and_the_readme_shows_its_lines():
+def test_ring_1_is_read_in_one_sitting():
     counts = {name: n_lines(ROOT / f"{name}.py") for name in RING_1}
     assert [f"{name}.py" for name in RING_1] == list(RINGS[0]), "the reading order"
     assert max(counts.values()) <= MOST_LINES_OF_A_FILE, counts
     assert sum(counts.values()) <= MOST_LINES, counts
-    right = set(with_lines_counted(README).split("\n")) - set(README.split("\n"))
-    lines = "\n".join(sorted(right))
-    assert not right, f"`python tests/test_readme.py` writes these lines into the README:\n{lines}"
+
+
+def test_the_map_shows_the_lines_of_every_file():
+    """A small change need not touch the README; `python tests/test_readme.py` writes the numbers into it."""
+    for table in RINGS:
+        for name, (_, shown, _) in table.items():
+            if name.endswith((".py", "/")) and name in README and f"| `{name}` |" in README:
+                assert abs(int(shown.replace(",", "")) - lines_of(name)) <= 20, (
+                    f"{name} has {lines_of(name)} lines"
+                )
 
 
 def test_every_file_of_the_root_is_in_one_ring():
