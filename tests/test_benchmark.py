@@ -1,4 +1,8 @@
-"""benchmark.py and what hardware.py measures: figures that belong together, and a trace that opens."""
+"""benchmark.py, and what hardware.py measures in a run: figures that agree, and a trace that opens.
+
+The command is `python benchmark.py CONFIG --steps N [--json FILE] [--anyway]`. The scripts of benchmarks/ run
+in miniature.
+"""
 
 import json
 import os
@@ -24,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments: object, processes: int = 1, script: str = "benchmark.py") -> subprocess.CompletedProcess:
+    """A script in a process of its own, or in several by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
     command = [sys.executable, *(launcher if processes > 1 else []), ROOT / script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,7 +76,8 @@ def test_what_does_not_fit_is_refused_in_a_moment_before_any_memory_is_touched(t
     result = run("7b", "--train.device=cpu", "--steps", "1", f"--run={tmp_path / 'run'}")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "this does not fit" in result.stderr and "--anyway tries all the same" in result.stderr
-    assert time.perf_counter() - began < 15 and not (tmp_path / "run").exists()  # two seconds, if nobody else
+    # It takes two seconds on an idle machine.
+    assert time.perf_counter() - began < 15 and not (tmp_path / "run").exists()
 
 
 def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_path, monkeypatch, capsys):
@@ -112,7 +118,7 @@ def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("note     --anyway: this does not fit")
 
 
-def test_a_profile_is_a_trace_of_steps_with_the_matrix_products_in_it(recipe, tmp_path):
+def test_a_profile_is_a_trace_of_steps_with_the_matmuls_in_it(recipe, tmp_path):
     cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", "--train.steps=8"])
     train.train(cfg, profile=True)
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
@@ -140,3 +146,33 @@ def test_energy_is_power_times_time_and_mfu_is_costs(recipe, monkeypatch):
     assert record["kwh"] == pytest.approx(2.0) and record["gpu_watts"] == 350 and record["gpu_use"] == 0.97
     # 2 kWh x PUE 1.1 x 0.385 kg/kWh
     assert meter.totals() == {"kwh": pytest.approx(2.0), "kg_co2": pytest.approx(0.847)}
+
+
+# ---- benchmarks/ ------------------------------------------------------------------------------------------
+
+MODEL = "--layers 1 --width 32 --heads 2 --ff 48 --length 32 --rows 2 --vocab_size 300 --threads 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("bench_train", f"{MODEL} --steps 2 --sides plain"),
+        ("bench_save", "--size 2 32 2 48 300 64 2 --steps 2 --rounds 2 --threads 1"),
+        ("bench_save", "--size 2 32 2 48 300 64 2 --steps 2 --rounds 2 --threads 1 --sync"),
+        ("bench_verify", "--gb 0.05 --chunk_gb 0.01 --rounds 1"),
+    ],
+)
+def test_a_script_of_benchmarks_runs_in_miniature_and_writes_its_figures(script, flags, tmp_path):
+    file = tmp_path / "figures.json"
+    result = run(*flags.split(), f"--json={file}", script=f"benchmarks/{script}.py")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(file.read_text())["format"] == 1
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_gpu_script_run_in_miniature_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # its file is there
+    parts = ("precision", "attention", "deterministic")  # the others call scripts that are tested above
+    result = run("--cpu-smoke", "--only", *parts, script="benchmarks/gpu.py")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""hardware.py: the GPUs it knows, the memory of this machine, what is said of the machine, without torch."""
+"""hardware.py: GPUs by name, the memory of this machine, what a run says about it; imported without torch."""
 
 import os
 import subprocess
@@ -45,10 +45,8 @@ def test_a_peak_is_not_guessed_from_a_part_of_a_name(device):
 
 
 def test_a_number_of_gpus_can_stand_before_their_name():
-    assert hardware.by_name("8xH100") == (8, "h100-80gb") and hardware.by_name("RTX 4090") == (
-        None,
-        "rtx-4090",
-    )
+    assert hardware.by_name("8xH100") == (8, "h100-80gb")
+    assert hardware.by_name("RTX 4090") == (None, "rtx-4090")
     assert hardware.by_name("cpu") == (None, "cpu")
     with pytest.raises(ConfigError, match="--gpu=8xh2000, which is not known; did you mean 'h200'"):
         hardware.by_name("8xh2000")
