@@ -1,10 +1,10 @@
 """Folders that an earlier version made: they open, resume, evaluate and report as before.
 
 Each archive in data/ holds a config, its text, tokenizer and dataset (with repeats and a pass that is not
-whole), a run that was stopped at step 40 and evaluated, and the losses of the same run when that version trained
-it to its end.
+whole), a run that was stopped at step 40 and evaluated, and the losses of the same run when that version
+trained it to its end.
 
-made_by_890c4d3.tar.gz    manifest format 1, whose mixtures are approximate; other protocols of eval and memorize
+made_by_890c4d3.tar.gz    manifest format 1, whose mixtures are approximate; other protocols of evaluation
 made_by_217e2f0.tar.gz    as now, before files and settings got other names: train.on_spike, model.init_cut
 """
 
