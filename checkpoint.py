@@ -32,9 +32,9 @@ from formats import families, shards
 from formats.families import end_of_text, model_config, read_config, reader
 from integrity import compared, first_look
 from model import Transformer
-from parallel import World, alone, bare
+from parallel import World, alone
 from run_folder import chosen, read, refuse
-from sharding import put, whole
+from sharding import bare, put, whole
 from steps import State
 
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # of each parameter
@@ -71,7 +71,7 @@ class Saving:
     def begin(self, state: State) -> None:
         """Copies everything that belongs to the state; a thread then writes it."""
         self.finish()
-        self.state = dataclasses.replace(state, order=list(state.order), recent=list(state.recent))
+        self.state = dataclasses.replace(state)  # a copy; its lists are replaced, never changed in place
         self.aside = self.folder / f".step-{state.step:08d}"
         self.world.once(self.make_folder)
 
@@ -87,7 +87,7 @@ class Saving:
         # Every process gathers every tensor; the owner of its file keeps a copy.
         self.mine: dict[str, dict] = {}
         for i, (file, names, tensors) in enumerate(contents):
-            owner = i * self.world.size // len(contents)
+            owner = i * self.world.size // len(contents)  # with fewer files than processes, some own none
             for name in names:
                 tensor = whole(tensors[name])
                 if owner == self.world.rank:
@@ -166,7 +166,7 @@ class Saving:
         """Writes state.json, which makes the folder a checkpoint, and gives the folder its name."""
         self.state.time = time.time()
         files.write_json(self.aside / "state.json", dataclasses.asdict(self.state))
-        if final.exists():  # without a state.json: not ours
+        if final.exists():  # a leftover without state.json: with one, this step would have been resumed
             shutil.rmtree(final)
         os.replace(self.aside, final)
         files.sync(self.folder)
@@ -188,7 +188,7 @@ class Saving:
 
 
 def optimizer_tensors(model: Transformer, optimizers: list) -> dict[str, torch.Tensor]:
-    """The optimizers' state under the parameters' names, and the state of the random generators."""
+    """The optimizers' state under the parameters' names, and the random generators' of the file's owner."""
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -203,7 +203,7 @@ def optimizer_tensors(model: Transformer, optimizers: list) -> dict[str, torch.T
 
 
 def load(folder: Path | str, model: nn.Module, optimizers: list, verify: bool, world: World) -> None:
-    """Weights, moments and random generators of a checkpoint, in place: what makes resumption exact."""
+    """Weights, moments and random generators of a checkpoint, in place: with its State, all of a run."""
     load_weights(folder, model, verify, world)
     load_optimizer(folder, model, optimizers, verify, world)
 

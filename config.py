@@ -8,8 +8,8 @@ A config is a plain Python file that ends in `config = Config(...)`. One spellin
     python train.py --help                                             # every setting, default and meaning
 
 `configs/demo.py`, `config/demo.py` and `demo` name the same file. configurator.py reads files, overrides and
-the comments below, and checks types and ranges. No torch: a mistake is reported in well under a second,
-before a GPU or a process group is touched.
+the comments below, and checks types and ranges. It does not import torch: a mistake is reported in well under
+a second, before a GPU or a process group is touched.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ class Stage:
     """A part of training with its own mixture: how often each source is read, or in which proportion."""
 
     name: str = "main"  # names the stage in the manifest and in figures
-    # passes over each source, by name; {}: one over all. 2.3: two, and one that ends after 0.3 of the tokens
+    # passes over each source, by name; {}: one over all. 2.3 is two passes and 0.3 of the tokens of a third
     epochs: dict[str, float] = field(default_factory=dict)
     # instead of epochs: the share of each source in `tokens`, normalised; it is read as often as that needs
     weights: dict[str, float] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Optim:
     # AdamW; or Muon for the matrices inside the layers, and AdamW for the rest
     optimizer: Literal["adamw", "muon"] = setting("adamw", LEARNED)
     lr: float = setting(3e-4, LEARNED, above=0)  # peak learning rate
-    # learning rate at the last step, as a fraction of the peak
+    # learning rate at the end of the schedule, as a fraction of the peak
     final_lr_fraction: float = setting(0.1, LEARNED, least=0, most=1)
     # decay from the peak to the end; constant: stays at the peak, then falls in the last decay_fraction
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", LEARNED)
@@ -236,7 +236,7 @@ class Optim:
     # the limit is this many times looser in the first grad_clip_start_steps steps (OLMo-7B: 10)
     grad_clip_start_factor: float = setting(1.0, LEARNED, above=0)
     grad_clip_start_steps: int = setting(1000, LEARNED, least=0)  # length of that start
-    # z-loss: the square of log(sum of exp(logits)), times this, is added to the loss (PaLM: 1e-4)
+    # z-loss: this times log(sum of exp(logits))^2 joins the gradient, not the logged loss (PaLM: 1e-4)
     z_loss: float = setting(0.0, LEARNED, least=0)
     embedding_gradient: float = setting(1.0, LEARNED, least=0)  # factor of its gradient (GLM-130B: 0.1)
     check = consistency.check_optim
@@ -251,7 +251,8 @@ class Optim:
 class Train:
     """The training loop (train.py)."""
 
-    batch_size: int = setting(2048, DATASET | LEARNED, least=1)  # sequences in a step, over all GPUs
+    # sequences in a step, over all GPUs; chunks of the dataset end at multiples of it
+    batch_size: int = setting(2048, DATASET | LEARNED, least=1)
     # the batch doubles each time this many tokens have been trained on (OLMo-65B: 100e9); 0: never
     batch_double_tokens: int = setting(0, LEARNED, least=0)
     batch_size_max: int = setting(0, LEARNED, least=0)  # sequences in the largest batch (OLMo-65B: 8192)

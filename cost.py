@@ -140,11 +140,11 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
         )
 
     # Annealing continues the plan of its origin, from the origin's step on.
-    plan, begin, assumed = steps.of(cfg, n_rows), 0, ""
+    plan, begin, assumed = steps.plan_of(cfg, n_rows), 0, ""
     anneal = cfg.optim.anneal_steps
     if anneal:
         begin, order, assumed = origin(cfg, plan.n_steps)
-        plan = steps.of(cfg, n_rows, order, begin)
+        plan = steps.plan_of(cfg, n_rows, order, begin)
     if begin + anneal > plan.n_steps:
         raise ConfigError(
             f"optim.anneal_steps={anneal}: after the origin's step {begin} there are data for "

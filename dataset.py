@@ -57,7 +57,7 @@ def feistel(values: object, n: int, key: str, backwards: bool) -> np.ndarray:
     if values.size and (values.min() < 0 or values.max() >= n):
         raise IndexError(f"rows {values.min()} .. {values.max()} are not within 0 .. {n - 1}")
 
-    # The width of a half: 4^h is at least n and less than 4n.
+    # The width of a half: 4^h is at least n and less than 4n (4 where n is 1).
     h = max(1, ((n - 1).bit_length() + 1) // 2)
     bits, half = np.uint64(h), np.uint64((1 << h) - 1)
     # Four rounds are enough for large halves (Luby and Rackoff 1988). Ours can be a few bits: twice as many.
@@ -227,6 +227,8 @@ class Dataset:
 
     def documents(self, position: int) -> list[tuple[str, str, int, int]]:
         """The documents in a row: (source, id, first, end); tokens first .. end-1 of the row are its text."""
+        # The stage's table, (3, documents + 1): first token in the stream, number of the source, and of the
+        # document there; the last column is the end of the stream.
         stage, _, row = (int(x[0]) for x in self.locate(position))
         starts, sources, numbers = self.array(f"documents/{self.manifest['stages'][stage]['name']}.npy")
         begin, end = row * self.seq_len, row * self.seq_len + self.row_length  # in the stage's stream
@@ -268,7 +270,7 @@ class Dataset:
                 block = slice(begin, begin + BLOCK_DOCUMENTS)
                 mine = (sources[block] == self.sources.index(source)) & np.isin(documents[block], numbers)
                 for k in begin + np.flatnonzero(mine):
-                    # Row r holds tokens r*T .. r*T + T of the stream; the last is also the first of row r+1.
+                    # Row r holds tokens r*T .. r*T + T of the stream: token r*T is in row r - 1 too.
                     first = max(0, (int(starts[k]) - 1) // self.seq_len)
                     end = min(stage["rows"], (int(starts[k + 1]) - 1) // self.seq_len + 1)
                     rows = np.arange(first, end)

@@ -258,7 +258,7 @@ def check_chunks(run: measure.Run) -> list[str]:
     dataset, ended = run.dataset, set()
     chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
     for c in run.checkpoints:
-        plan = steps.of(run.cfg, dataset.n_rows, c.state.get("order"))
+        plan = steps.plan_of(run.cfg, dataset.n_rows, c.state.get("order"))
         step = min(plan.step_after(c.state["rows"]), plan.n_steps)
         for chunk, row in plan.chunk_ends(chunks).items():
             if min(plan.step_after(row), plan.n_steps) == step:

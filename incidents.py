@@ -43,8 +43,9 @@ import steps
 from config import Config, ConfigError, Train
 from configurator import say
 from dataset import Dataset
-from parallel import World, bare
+from parallel import World
 from run_folder import Checkpoint
+from sharding import bare
 from steps import State, Steps, cut, joined
 
 KINDS = ("nonfinite", "spike")  # events of the ledger
@@ -55,24 +56,24 @@ class Stopped(RuntimeError):
 
 
 class Signals:
-    """`came`: the number of the signal that asks the run to save and end (Ctrl-C, SIGTERM, SIGHUP), or 0.
+    """`received`: the number of the signal that asks the run to save and end (Ctrl-C, SIGTERM, SIGHUP), or 0.
 
     A second signal ends the process at once; but not within a second of the first, because whoever stops a
     machine may signal every process and torchrun, which signals its processes again.
     """
 
     def __init__(self):
-        self.came, self.at = 0, 0.0
+        self.received, self.at = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self.note)
 
     def note(self, number, frame) -> None:
-        if self.came and time.monotonic() - self.at > 1:
+        if self.received and time.monotonic() - self.at > 1:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.came:
-            self.came, self.at = number, time.monotonic()
+        elif not self.received:
+            self.received, self.at = number, time.monotonic()
 
 
 @contextlib.contextmanager
@@ -352,7 +353,7 @@ def replay(
     if incident:
         ranges = [(first, last + 1) for first, last in incident[-1]["rows"]]
     else:
-        plan = steps.of(cfg, dataset.n_rows, c.state.get("order"))
+        plan = steps.plan_of(cfg, dataset.n_rows, c.state.get("order"))
         if step >= plan.n_steps:
             raise ConfigError(f"{run} has {plan.n_steps} steps; there is no batch after step {step}")
         ranges = plan.batch(step)

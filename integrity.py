@@ -17,7 +17,8 @@ from pathlib import Path
 import files
 import steps
 from config import Config, ConfigError
-from parallel import World, alone, first_on_node
+from parallel import World, alone
+from rendezvous import first_on_node
 from run_folder import NEEDED, Checkpoint, read, recorded, refuse
 
 N_THREADS = 4  # files hashed at a time: SHA-256 of one runs at 0.4 to 1.5 GB/s, slower than a good disk reads
@@ -157,7 +158,7 @@ def contradictions(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> l
             reached = end
 
     # What follows from the number of steps.
-    plan = steps.of(cfg, n_rows, order)
+    plan = steps.plan_of(cfg, n_rows, order)
     if step > plan.n_steps or state.get("begin", 0) > step:
         return [f"step {step} is not within {state.get('begin', 0)} .. {plan.n_steps}, this run's steps"]
     chunks = [(chunk["first"], chunk["first"] + chunk["rows"]) for chunk in manifest["chunks"]]

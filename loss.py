@@ -77,19 +77,20 @@ class VocabularyLoss(torch.autograd.Function):
             x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
             keep = target != IGNORE
             target = target.masked_fill(~keep, 0)  # an index that gather and scatter can use
-            z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V)
+            z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V) logits
             peak = z.amax(1, keepdim=True)
             chosen = z.gather(1, target) - peak
-            z.sub_(peak).exp_()
+            z.sub_(peak).exp_()  # from here on z holds exp(logit - peak)
             partition = z.sum(1, keepdim=True)
             log = partition.log()
             total += ((log - chosen) * keep).sum()
 
             # The gradient of the logits, softmax - onehot, replaces them; a masked target's is zero.
             if with_gradient:
-                share = keep * (1 + 2 * z_loss * (log + peak)) if z_loss else keep
-                z.mul_(share / partition)
-                z.scatter_add_(1, target, -keep.float())
+                # d/dz of z_loss x log^2 is 2 z_loss log x softmax, where log is the whole denominator's.
+                factor = keep * (1 + 2 * z_loss * (log + peak)) if z_loss else keep
+                z.mul_(factor / partition)
+                z.scatter_add_(1, target, -keep.float())  # now z is the gradient
                 gradient = z.to(h.dtype)
                 torch.mm(gradient, head, out=d_h[start : start + rows])
                 if head.dtype == torch.float32:

@@ -53,6 +53,7 @@ import configurator
 import files
 import hardware
 import parallel
+import rendezvous
 import run_folder
 from config import Config, ConfigError
 from dataset import Dataset
@@ -140,8 +141,8 @@ def device_of(cfg: Config) -> torch.device:
         return device
     hardware.keep_freed_memory()
     # torchrun gives each process one thread, unless OMP_NUM_THREADS says otherwise; let them share the cores.
-    if parallel.world_size() > 1 and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.processes_here()))
+    if rendezvous.world_size() > 1 and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rendezvous.processes_here()))
     return device
 
 
@@ -201,7 +202,7 @@ def every(run: Run, metric: Metric) -> list[tuple[Checkpoint, dict[str | int, di
         return [item for item in metric.items if item not in lines[c.step]]
 
     # Each process begins at another checkpoint, so that few models are loaded by more than one process.
-    begin = rank() * len(run.checkpoints) // parallel.world_size()
+    begin = rank() * len(run.checkpoints) // rendezvous.world_size()
     in_order = run.checkpoints[begin:] + run.checkpoints[:begin]
     with bar(metric.kind, total) as progress, Claims(run.folder / f".{metric.kind}.lock") as claims:
         while True:
@@ -260,7 +261,7 @@ def groups(metric: Metric, items: list) -> list[list]:
 
     Several processes make smaller groups, so that each of them gets some.
     """
-    enough = metric.group_rows // parallel.world_size()
+    enough = metric.group_rows // rendezvous.world_size()
     out, n_rows = [], enough
     for item in items:
         if n_rows >= enough:
@@ -305,7 +306,7 @@ class Claims:
         self.path, self.file = path, None
 
     def __enter__(self) -> "Claims":
-        if parallel.world_size() > 1:
+        if rendezvous.world_size() > 1:
             # A descriptor, because Python closes its own files before the process has ended.
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         return self

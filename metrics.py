@@ -60,11 +60,11 @@ class Log:
         if skipped:
             line["skipped"] = True
         durable = False  # a line that a crash loses is trained again
-        self.world.aside(files.append, Path(self.cfg.run) / "metrics.jsonl", line, durable)
+        self.world.only_first(files.append, Path(self.cfg.run) / "metrics.jsonl", line, durable)
         if state.step % self.cfg.train.log_every == 0 or state.step in (1, plan.last_step):
             seconds = time.perf_counter() - self.began
             seconds_left = (plan.last_step - state.step) * seconds / self.n_done
-            self.world.aside(say, printed(line, values, plan.last_step, seconds_left))
+            self.world.only_first(say, printed(line, values, plan.last_step, seconds_left))
         self.profiler.step(self.n_done, state.step == plan.last_step)
 
     def totals(self) -> dict:

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: LLaMA, OLMo, OLMo 2, Pythia, CrystalCoder, baichuan. Settings choose.
+"""The decoder-only transformer: LLaMA, OLMo, OLMo 2, Pythia, CrystalCoder, baichuan. config.Model chooses.
 
     tokens -embed_tokens-> h -[h += self_attn(norm(h)); h += mlp(norm(h))] x n_layers-> norm -lm_head-> logits
 
@@ -8,7 +8,7 @@ formats/families.py has the names of other families. masks.py says which tokens 
 weights begin.
 
 The residual stream, norms, rotary embedding and loss are FP32 in every precision: lines of this file and of
-loss.py cast to it. Under BF16 autocast the matmuls are BF16.
+loss.py cast to it. Under BF16 autocast the matmuls are BF16, also the one that gives the logits.
 
 Shapes: B sequences, T tokens, S tokens in the row so far (keys), D d_model, H query heads, K key/value heads,
 Dh d_head, R rotary dimensions of a head, F d_ff, V vocabulary.
@@ -85,9 +85,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Ten
     R = 2 * cos.shape[-1]
     rotary, rest = x.split([R, x.shape[-1] - R], dim=-1)
     rotary = rotary.float()
-    a, b = (rotary[..., 0::2], rotary[..., 1::2]) if neighbours else rotary.chunk(2, dim=-1)  # (B, T, H, R/2)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    y = torch.stack((a, b), dim=-1).flatten(-2) if neighbours else torch.cat((a, b), dim=-1)
+    if neighbours:
+        a, b = rotary[..., 0::2], rotary[..., 1::2]  # 2 x (B, T, H, R/2)
+        y = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotary.chunk(2, dim=-1)
+        y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     return torch.cat((y.type_as(x), rest), dim=-1) if rest.shape[-1] else y.type_as(x)
 
 
@@ -112,7 +115,9 @@ class Attention(nn.Module):
         self.k_norm = Norm(cfg, kv_width) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, rope, mask, cache: Cache | None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); rope: from rotary_angles, or None; mask: from masks.visible."""
+        """x (B, T, D) -> (B, T, D); rope: from rotary_angles, or None; mask: from
+        masks.positions_and_mask: None (causal), a Tensor, or a block mask of flex attention.
+        """
         # Queries, keys and values; OLMo-1.7 clamps them, OLMo 2 normalizes them over their whole width.
         x = cast_once(x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H Dh), 2 x (B, T, K Dh)
@@ -261,7 +266,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T, lengths)
 
-        # Final norm. The head has no bias, so that this multiplies the logits.
+        # Final norm. The head has no bias, so multiplying its input multiplies the logits.
         h, multiplier = self.norm(h), cfg.logits_multiplier * cfg.mup_scale
         return h if multiplier == 1 else h * multiplier
 

@@ -3,8 +3,8 @@
     lr = learning_rate(step, n_steps, cfg)
     update(model, optimizers, lr, grad_norm(model).item(), clip_limit(step, cfg))    # once each step
 
-Pure functions of the config, except for PyTorch's own optimizers. No function here knows how many processes
-there are: `grad_norm` and `clip_gradients` also take gradients of which each process holds a shard.
+Schedules and groups are pure functions; `update` changes gradients and weights in place. No function here
+knows how many processes there are: each process may hold a shard of every gradient.
 """
 
 import math
@@ -36,16 +36,18 @@ def learning_rate(at: int, length: int, cfg: Optim) -> float:
     final_lr_fraction x lr at `length` and stays there: the last update is one step short of it. Amber starts
     from 0 (its first update changes only the moments), OLMo-1 from a tenth of the peak.
     """
-    left, late = choose("optim.schedule", cfg.schedule, SCHEDULES)
+    remaining, only_at_the_end = choose("optim.schedule", cfg.schedule, SCHEDULES)
     if at < cfg.warmup:
         start = cfg.warmup_start_fraction
         return cfg.lr * (start + (1 - start) * at / cfg.warmup)
 
     # The decay begins at the end of warm-up, or later. One that never begins stays at the peak, also beyond
     # `length`: a constant schedule with decay_fraction=0 has no end.
-    begin = max(cfg.warmup, length - round(cfg.decay_fraction * length)) if late else cfg.warmup
+    begin = cfg.warmup
+    if only_at_the_end:
+        begin = max(begin, length - round(cfg.decay_fraction * length))
     progress = min(1.0, max(0, at - begin) / (length - begin)) if begin < length else 0.0
-    return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left(progress))
+    return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * remaining(progress))
 
 
 def annealed_lr(begin_lr: float, done: int, cfg: Optim) -> float:
@@ -71,11 +73,12 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
 
     Under muP the matrices inside the layers learn at mup_scale = mup_base_width / d_model of the learning
     rate; embeddings, norms, biases and the head at all of it (Yang et al. 2022, table 8; CrystalCoder's
-    parameters). Decay is multiplied by a group's own learning rate. `inner`: the matrices for Muon.
+    parameters). Decay is multiplied by a group's own learning rate. `for_muon`: matrices that Muon moves.
     """
     linear_weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
+    # Parameters with the same weight decay and learning rate, and for the same optimizer, are one group.
     groups = {}
     for name, p in model.named_parameters():
         table = {
@@ -86,14 +89,14 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
         }
         decays = choose("optim.decay", cfg.decay, table)
         inner = name.startswith("layers.") and p.ndim > 1
-        key = (decays, mup_scale if inner else 1.0, inner and cfg.optimizer == "muon")
-        groups.setdefault(key, []).append(p)
+        for_muon = inner and cfg.optimizer == "muon"
+        groups.setdefault((decays, mup_scale if inner else 1.0, for_muon), []).append(p)
     if mup_scale != 1 or cfg.optimizer == "muon":
-        assert any(scale != 1 or inner for _, scale, inner in groups), "no matrix has the name layers.*"
+        assert any(scale != 1 or for_muon for _, scale, for_muon in groups), "no matrix is named layers.*"
 
     return [
-        {"params": p, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale, "inner": inner}
-        for (decays, scale, inner), p in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {"params": p, "weight_decay": cfg.weight_decay * decays, "lr_scale": scale, "for_muon": for_muon}
+        for (decays, scale, for_muon), p in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
@@ -114,25 +117,25 @@ def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[tor
     if cfg.optimizer != "muon":
         raise unknown("optim.optimizer", cfg.optimizer)
     groups = parameter_groups(model, cfg, mup_scale)
-    inner = [group for group in groups if group["inner"]]
-    rest = [group for group in groups if not group["inner"]]
+    inner = [group for group in groups if group["for_muon"]]
+    rest = [group for group in groups if not group["for_muon"]]
     return [
         torch.optim.Muon(inner, lr=cfg.lr, momentum=cfg.muon_momentum, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True),
     ]
 
 
-def shrink_embedding_gradient(model: nn.Module, share: float) -> None:
-    """From now on multiplies the embedding's gradient by `share` (GLM-130B, section 2.2: 0.1 against spikes).
+def shrink_embedding_gradient(model: nn.Module, factor: float) -> None:
+    """From now on multiplies the embedding's gradient by `factor` (GLM-130B, 2.2: 0.1 against spikes).
 
     Only the gradient through the embedding: a head that is tied to it still gives its whole part.
     """
 
     def shrink(module, arguments, out):
         if out.requires_grad:
-            out.register_hook(lambda gradient: gradient * share)
+            out.register_hook(lambda gradient: gradient * factor)
 
-    if share != 1:
+    if factor != 1:
         model.embed_tokens.register_forward_hook(shrink)
 
 
@@ -153,7 +156,7 @@ def grad_norm(model: nn.Module) -> Tensor:
 def clip_gradients(model: nn.Module, grad_norm: float, limit: float) -> None:
     """Scales all gradients so that their norm, which is `grad_norm` now, is at most `limit`; 0: no limit.
 
-    A norm that is not finite scales nothing: incidents.py judges it.
+    A norm that is not finite scales nothing: train.py does not update then (incidents.judge).
     """
     if limit and math.isfinite(grad_norm) and grad_norm + 1e-6 > limit:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

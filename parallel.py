@@ -1,8 +1,8 @@
 """One process or many: who am I, on which device, in which precision; and what all processes do together.
 
-The only file that knows ranks. Everything else says `world.sum(...)` or `world.once(...)` and is the same
-program on a laptop and on a hundred nodes. torchrun starts the processes and sets RANK, LOCAL_RANK and
-WORLD_SIZE:
+Ranks are known here, and in checkpoint.py, which deals files out to processes. All other files say
+`world.sum(...)` or `world.once(...)` and are the same program on a laptop and on many nodes. torchrun starts
+the processes and sets RANK, LOCAL_RANK and WORLD_SIZE:
 
     python train.py configs/demo.py                                                # one process
     torchrun --nproc_per_node=2 -- train.py configs/demo.py                        # two processes: DDP
@@ -42,26 +42,6 @@ from sharding import put
 # ---- who and where ----------------------------------------------------------------------------------------
 
 
-def world_size() -> int:
-    """Processes in this run, known before any of them has met another."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def processes_here() -> int:
-    """Those of them on this machine: they share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def is_first() -> bool:
-    """Whether this process speaks for all, known before any of them has met another."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def first_on_node() -> bool:
-    """Whether this process does the work of its node, such as hashing files that all processes read."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
 def device(choice: str) -> torch.device:
     """auto, cpu or cuda -> this process's device. Raises ConfigError where CUDA is asked for and absent."""
     if choice not in ("auto", "cpu", "cuda"):
@@ -80,7 +60,7 @@ def device(choice: str) -> torch.device:
 
 
 def precision(choice: str, device: torch.device) -> torch.dtype:
-    """auto, fp32 or bf16 -> the dtype of matmuls. ConfigError where a GPU has no BF16.
+    """Where BF16 is decided: auto, fp32 or bf16 -> the dtype of matmuls. ConfigError without BF16 hardware.
 
     auto is BF16 on CUDA with hardware for it, else FP32: on a CPU without BF16 instructions a BF16 matmul is
     some thirty times slower than one in FP32.
@@ -97,7 +77,7 @@ def precision(choice: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Where BF16 is decided: matmuls in `dtype` over FP32 weights. A context manager around a forward."""
+    """Where BF16 is applied: matmuls in `dtype` over FP32 weights. A context manager around a forward."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
@@ -171,7 +151,7 @@ class World:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         # Gradients are views into the buffers that are reduced, which saves a copy of all gradients. `fill`
-        # gives all processes the same weights, so DDP need not.
+        # or a checkpoint gives all processes the same weights, so DDP need not.
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
 
     def fill(self, model: nn.Module, values) -> None:
@@ -186,8 +166,8 @@ class World:
     def accumulate(self, model: nn.Module, last: bool):
         """Around forward and backward: delays gradient communication to the last micro-batch, where possible.
 
-        Sharded gradients cannot wait: whole ones would fill the memory that sharding saves. Between replicas
-        they can.
+        DDP then all-reduces once a step. FSDP reduce-scatters after every micro-batch, as whole gradients
+        would fill the memory that sharding saves; only the all-reduce between its replicas waits.
         """
         if self.sharded:
             if self.shape[0] > 1:
@@ -218,7 +198,9 @@ class World:
         return values
 
     def once(self, action: Callable, *arguments) -> None:
-        """Runs action(*arguments) in the first process, while all others wait. Where it raises, all raise."""
+        """Runs action(*arguments) in the first process, while all others wait. Where it raises, all raise:
+        otherwise the others would wait for the first one for ever.
+        """
         problem = None
         if self.rank == 0:
             try:
@@ -240,12 +222,14 @@ class World:
         def ask():
             told[0] = function(*arguments)
 
+        ask.__name__ = function.__name__  # for the message of `once`
+
         self.once(ask)
         if self.size > 1:
             dist.broadcast_object_list(told, src=0)
         return told[0]
 
-    def aside(self, action: Callable, *arguments) -> None:
+    def only_first(self, action: Callable, *arguments) -> None:
         """Runs action(*arguments) in the first process; nobody waits for it."""
         if self.rank == 0:
             action(*arguments)
@@ -270,7 +254,7 @@ def alone() -> World:
 
 def start(train: Train, settings: Parallel) -> World:
     """Meets the other processes. Raises ConfigError before that where the device is not to be had."""
-    here, n = device(train.device), world_size()
+    here, n = device(train.device), rendezvous.world_size()
     dtype, shape = precision(train.precision, here), mesh_shape(settings, n)
 
     # This process: its device, its arithmetic.
@@ -298,8 +282,3 @@ def start(train: Train, settings: Parallel) -> World:
             for group in mesh.get_all_groups():  # groups of a mesh do not inherit the timeout
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
     return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model itself, out of DDP's wrapper."""
-    return getattr(model, "module", model)

@@ -22,6 +22,7 @@ import hardware
 import memory
 import optim
 import parallel
+import rendezvous
 import run_folder
 import steps
 import tokenizer as tokenizers
@@ -30,8 +31,8 @@ from configurator import say
 from dataset import Dataset
 from formats.families import model_config
 from manifest import differences
-from parallel import bare
 from run_folder import Checkpoint
+from sharding import bare
 
 
 class Start(NamedTuple):
@@ -47,7 +48,7 @@ class Start(NamedTuple):
 
 def check(cfg: Config) -> Start:
     """What a run starts with. Raises ConfigError for every mistake that can be known by now."""
-    accumulation = cost.accumulation(cfg, parallel.world_size())
+    accumulation = cost.accumulation(cfg, rendezvous.world_size())
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
@@ -55,7 +56,7 @@ def check(cfg: Config) -> Start:
     if not run_folder.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
         origin = open_origin(cfg, dataset)
         if not cfg.optim.anneal_steps:
-            cost.check_warmup(cfg, steps.of(cfg, dataset.n_rows))
+            cost.check_warmup(cfg, steps.plan_of(cfg, dataset.n_rows))
     annealed = run_folder.read(origin) if origin and cfg.optim.anneal_steps else None
     changed = check_same_run(cfg, dataset)
     return Start(dataset, origin, annealed, changed, accumulation, tokenizer_files(dataset))
@@ -66,19 +67,19 @@ def check_memory(cfg: Config, anyway: bool) -> None:
 
     Raises ConfigError with the smallest change that would fit; with `anyway` only says so.
     """
-    processes, device = parallel.world_size(), parallel.device(cfg.train.device)
+    processes, device = rendezvous.world_size(), parallel.device(cfg.train.device)
     cost.accumulation(cfg, processes)  # they must divide
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory * hardware.USABLE
     else:
-        have = hardware.usable("cpu", parallel.processes_here())
+        have = hardware.usable("cpu", rendezvous.processes_here())
     try:
         memory.check(cfg, processes, device.type, have)
     except ConfigError as error:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
             raise ConfigError(f"{said}. --anyway tries all the same") from None
-        if parallel.is_first():
+        if rendezvous.is_first():
             say(f"note     --anyway: {said}")
 
 
@@ -90,7 +91,7 @@ def open_dataset(cfg: Config) -> Dataset:
     if not Path(cfg.dataset, "manifest.json").exists():
         raise ConfigError(f"there is no dataset in {cfg.dataset}; build it: {cfg.again('data.py')}")
     # Of the processes of a node, which read the same files, one hashes them.
-    dataset = Dataset(cfg.dataset, verify=cfg.train.verify and parallel.first_on_node())
+    dataset = Dataset(cfg.dataset, verify=cfg.train.verify and rendezvous.first_on_node())
 
     # The model.
     if dataset.seq_len != cfg.model.seq_len:
@@ -175,7 +176,10 @@ def check_annealing(cfg: Config, dataset: Dataset, state: dict) -> None:
             f"{origin} was trained on another dataset than {cfg.dataset}; annealing "
             "continues on the same one. Without optim.anneal_steps its weights begin anew on any data"
         )
-    plan, n_steps = steps.of(cfg, dataset.n_rows, state.get("order")), steps.of(cfg, dataset.n_rows).n_steps
+    plan, n_steps = (
+        steps.plan_of(cfg, dataset.n_rows, state.get("order")),
+        steps.plan_of(cfg, dataset.n_rows).n_steps,
+    )
     if plan.consumed(step) != (rows := state.get("rows")):
         raise ConfigError(
             f"{origin} consumed {rows} rows in {step} steps, and "

@@ -1,6 +1,7 @@
-"""How the processes of a run meet, part, and notice that one of them is gone: PyTorch's faults worked around.
+"""How the processes of a run meet, part, and notice that one is gone; faults of PyTorch worked around.
 
-torchrun sets RANK, WORLD_SIZE and the address of a store; parallel.py calls these.
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE and the address of a store. The first four functions say what is
+known before any process has met another; parallel.py and train.py call the others.
 """
 
 import datetime
@@ -10,6 +11,26 @@ import time
 import torch.distributed as dist
 
 from config import ConfigError
+
+
+def world_size() -> int:
+    """Processes in this run, known before any of them has met another."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes_here() -> int:
+    """Those of them on this machine: they share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all, known before any of them has met another."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def first_on_node() -> bool:
+    """Whether this process does the work of its node, such as hashing files that all processes read."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def meet(backend: str, timeout: datetime.timedelta) -> None:

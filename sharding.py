@@ -150,3 +150,8 @@ def put(tensor: Tensor, whole: Tensor) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor, on every process. All processes call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, out of DDP's wrapper."""
+    return getattr(model, "module", model)

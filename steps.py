@@ -1,4 +1,4 @@
-"""The plan of a run and where the run is in it: pure functions of a config and of state.json. No torch.
+"""The plan of a run and where the run is in it: pure functions of a config and of state.json.
 
     plan = Steps(ranges=((0, 9000),), batch_size=16)
     plan.batch(3)                  # [(48, 64)]: step 3 trains on positions 48 .. 63 of the dataset's order
@@ -8,7 +8,7 @@ A run consumes rows in the dataset's order, except for what an incident changed 
 the (first, end) pairs of positions in the order in which they are consumed. They are in the state.json of
 every checkpoint, so batch(step) stays a pure function of what is on disk, on any number of processes.
 
-Steps count from 0 here: batch(s) is what the update after s finished steps sees.
+Steps count from 0 here: batch(s) is what the update after s finished steps sees. No torch is imported.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Steps:
         out = [(0, 0, self.batch_size)]
         while self.double_rows and out[-1][2] < self.largest:
             step, row, size = out[-1]
-            steps_left = -(-(len(out) * self.double_rows - row) // size)  # until the next doubling
+            steps_left = ceil_div(len(out) * self.double_rows - row, size)  # until the next doubling
             out.append((step + steps_left, row + steps_left * size, 2 * size))
         return out
 
@@ -74,7 +74,7 @@ class Steps:
     def step_after(self, row: int) -> int:
         """The number of finished steps when the first `row` rows of the ranges have been consumed."""
         first_step, before, size = self.phase_of_row(row)
-        return first_step - (before - row) // size
+        return first_step + ceil_div(row - before, size)
 
     def batch(self, step: int, share: slice = slice(None)) -> list[tuple[int, int]]:
         """The ranges of positions that step `step` trains on, or those of a share of the batch's rows."""
@@ -102,7 +102,7 @@ class Steps:
     def chunk_ends(self, chunks: list[tuple[int, int]]) -> dict[int, int]:
         """For each chunk, given as (first, end) positions: the rows consumed when its last one is.
 
-        A chunk of which no row is left in the ranges is not in it.
+        A chunk of which no row is left in the ranges is not in it. One in several ranges ends with its last.
         """
         ends, consumed = {}, 0
         for first, end in self.ranges:
@@ -113,28 +113,33 @@ class Steps:
         return ends
 
     def chunk_steps(self, chunks: list[tuple[int, int]]) -> list[int]:
-        """For each chunk that is in the ranges: the steps finished when its last row is consumed."""
+        """For each chunk that is in the ranges: the steps finished when its last row is consumed.
+
+        A step beyond last_step is that of a rest at the end, which is smaller than a batch.
+        """
         return [self.step_after(row) for row in sorted(self.chunk_ends(chunks).values())]
 
     def newest_chunk(self, chunks: list[tuple[int, int]], step: int) -> int:
         """The chunk whose last row was consumed latest, after `step` finished steps; -1 if there is none.
 
-        A rest that is smaller than a batch is never consumed, so the last step completes the last chunk.
+        At the end of the data all chunks count as consumed, although a rest smaller than a batch never is.
         """
         rows = self.n_rows if step >= self.n_steps else self.consumed(step)
         ends = {end: chunk for chunk, end in self.chunk_ends(chunks).items() if end <= rows}
         return ends[max(ends)] if ends else -1
 
 
-def of(cfg: Config, n_rows: int, ranges: object = None, begin: int = 0) -> Steps:
+def plan_of(cfg: Config, n_rows: int, ranges: object = None, begin: int = 0) -> Steps:
     """The plan of a config over a dataset of n_rows; with the ranges of a state.json, or the whole dataset.
 
     begin: the step at which annealing began.
     """
     ranges = tuple((first, end) for first, end in ranges) if ranges else ((0, n_rows),)
-    double_rows = -(-cfg.train.batch_double_tokens // cfg.model.seq_len)
-    ends = [cfg.train.steps, begin + cfg.optim.anneal_steps if cfg.optim.anneal_steps else 0]
-    stop = min((end for end in ends if end), default=0)
+    double_rows = ceil_div(cfg.train.batch_double_tokens, cfg.model.seq_len)
+    stop = cfg.train.steps
+    if cfg.optim.anneal_steps:
+        end = begin + cfg.optim.anneal_steps
+        stop = min(stop or end, end)
     return Steps(ranges, cfg.train.batch_size, double_rows, cfg.train.batch_size_max, stop)
 
 
@@ -143,14 +148,21 @@ def cut(ranges: Ranges, first: int, end: int) -> tuple[Ranges, Ranges, Ranges]:
 
     cut(((20, 30), (0, 5)), 8, 12) -> ((20, 28),), ((28, 30), (0, 2)), ((2, 5),)
     """
-    parts, done = ([], [], []), 0
+    before, inside, after = [], [], []
+    done = 0  # rows in the ranges before the one at hand
     for a, b in ranges:
-        marks = [a, *(min(max(a + mark - done, a), b) for mark in (first, end)), b]
-        for part, low, high in zip(parts, marks, marks[1:]):
-            if low < high:
-                part.append((low, high))
+        low = min(max(a + first - done, a), b)  # where this range is cut, or one of its ends
+        high = min(max(a + end - done, a), b)
+        before += [(a, low)] if a < low else []
+        inside += [(low, high)] if low < high else []
+        after += [(high, b)] if high < b else []
         done += b - a
-    return tuple(tuple(part) for part in parts)
+    return tuple(before), tuple(inside), tuple(after)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def joined(ranges: Ranges) -> Ranges:
@@ -181,7 +193,7 @@ class State:
     dataset_sha256: str = ""
     tokenizer_sha256: str = ""
     world_size: int = 1  # processes that wrote the checkpoint
-    order: list = field(default_factory=list)  # the plan's ranges
+    order: list = field(default_factory=list)  # the plan's `ranges`, under their name on disk
     incidents: int = 0  # incidents so far
     recent: list = field(default_factory=list)  # (loss, grad_norm) of the last steps, if spikes are judged
     time: float = 0.0  # when it was written, Unix seconds
@@ -219,11 +231,11 @@ def schedule_position(cfg: Config, plan: Steps, step: int) -> int:
     return plan.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
 
 
-def checkpoint_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int = 0) -> list[int]:
+def checkpoint_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]]) -> list[int]:
     """Steps after which a checkpoint is saved: those that are kept, and every train.checkpoint_every."""
     every = cfg.train.checkpoint_every
     others = set(range(0, plan.last_step, every)) if every else set()
-    return sorted(others | kept_steps(cfg, plan, chunks, begin))
+    return sorted(others | kept_steps(cfg, plan, chunks))
 
 
 def kept_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int = 0) -> set[int]:
@@ -242,6 +254,7 @@ def deleted_steps(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
         return []
     kept = set(kept)
     if cfg.train.on_incident == "rollback":  # and the newest one that a rollback now would go back to
-        kept |= set([step for step in saved if step <= saved[-1] - cfg.train.rollback_steps][-1:])
+        old = [step for step in saved if step <= saved[-1] - cfg.train.rollback_steps]
+        kept |= set(old[-1:])
     others = [step for step in saved if step not in kept]
     return others[: -cfg.train.keep_others]

@@ -2,8 +2,8 @@
 
     python train.py configs/demo.py                              # one process
     python train.py demo --init_from=models/mine --run=runs/new  # from weights that are there
-    torchrun --nproc_per_node=8 train.py configs/7b.py           # eight GPUs, the same program
-    torchrun --nproc_per_node=8 --max-restarts=9 train.py 7b     # and again by itself when a process dies
+    torchrun --nproc_per_node=8 -- train.py configs/7b.py        # eight GPUs, the same program
+    torchrun --nproc_per_node=8 --max-restarts=9 -- train.py 7b  # and again by itself when a process dies
     python train.py demo --profile                               # three steps, in runs/demo/trace.json
     python train.py 7b --anyway                                  # although plan.py says that it does not fit
 
@@ -12,8 +12,10 @@ SIGTERM save a checkpoint and end the run. The same command again continues from
 checkpoint, also after kill -9, and ends with the same weights, bit for bit, as a run that was never
 interrupted (on the same hardware and number of processes; on CUDA with --train.deterministic=true).
 
-Read `train` first: it is a step in five paragraphs. To train on another loss, or on rows with some targets
-masked, hand it another `loss_fn` and another `make_batches`.
+Read the function `train` first: its loop is one step in five paragraphs. A script of your own can call
+train(cfg, loss_fn, make_batches) with another loss, or with rows of which some targets are masked. A subclass
+of Batches then makes the rows in `read` and counts the targets of the whole batch in `n_targets`: see
+tests/test_train.py.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import: help and mistakes answer at once
@@ -48,7 +50,8 @@ from configurator import say
 from dataset import Dataset
 from initial import initial_weights
 from model import Transformer
-from parallel import World, bare
+from parallel import World
+from sharding import bare
 from steps import State, Steps
 
 # ---- a step -----------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def forward_backward(
             with parallel.autocast(world.device, world.dtype):
                 parts = loss_fn(model, micro_batch)
             # The sum is divided by the targets of the whole batch: a mean of means would be wrong wherever
-            # micro-batches differ in targets. DDP and FSDP average over dp_size processes; this undoes it.
+            # micro-batches differ in targets. dp_size undoes the average that DDP and FSDP make of gradients.
             (parts["loss"] * (world.dp_size / n_targets)).backward()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -95,8 +98,11 @@ class Batches:
     def get(self, plan: Steps, step: int) -> tuple[Tensor, int]:
         """(rows (b, T+1) on the device, the number of targets of the whole batch)."""
         asked, future = self.ahead
-        rows = future.result() if asked == (plan, step) else self.read(plan, step)
-        if step + 1 < plan.n_steps:
+        if asked == (plan, step):
+            rows = future.result()
+        else:  # the first batch, or an incident has changed the plan
+            rows = self.read(plan, step)
+        if step + 1 < plan.last_step:
             self.ahead = (plan, step + 1), self.reader.submit(self.read, plan, step + 1)
         return rows.to(self.world.device, non_blocking=True), self.n_targets(plan, step)
 
@@ -176,11 +182,11 @@ def train(
                 # 2. The gradient of the mean over all targets of the global batch.
                 sums = forward_backward(run.model, rows, n_targets, loss_fn, world, cfg)
 
-                # 3. Agreement: the one moment of a step at which the CPU waits for the GPU. Afterwards all
-                #    processes hold the same numbers, so they take the same decisions below.
-                mine = (optim.grad_norm(run.model), signals.came > 0, saving.busy(), log.joules())
+                # 3. Agreement: one all-reduce of a few numbers; here the CPU waits for the GPU. All processes
+                #    then hold the same numbers, so they take the same decisions below.
+                mine = (optim.grad_norm(run.model), signals.received > 0, saving.busy(), log.joules())
                 grad_norm, stop, writing, joules, *totals = world.sum(*mine, *sums.values())
-                grad_norm /= world.size  # every process had the same one
+                grad_norm /= world.size  # all had the same one, up to the last bit under tensor parallel
                 means = {name: total / n_targets for name, total in zip(sums, totals)}
                 clock.done("forward_backward")
 
@@ -193,6 +199,7 @@ def train(
                     state.remember(means["loss"], grad_norm, cfg)
                 else:
                     complete_save(run, plan)
+                    # Drops the gradient and does what train.on_incident says; Stopped ends the run.
                     moved = incidents.respond(problem, run, state, plan, means["loss"], grad_norm)
                     if moved:  # to an earlier step, or to a plan with other rows
                         state, plan = moved
@@ -201,8 +208,8 @@ def train(
                 state.advance(plan, cfg, run.chunks)
                 clock.done("optimizer")
 
-                # 5. Write it down, and save in the background. A checkpoint counts when all processes have
-                #    written their part of it.
+                # 5. Write it down, and save in the background. A checkpoint counts once `complete_save` has
+                #    given its folder its name, at the first step at which all processes have written theirs.
                 values = {**means, "grad_norm": grad_norm, "lr": lr}  # for console, metrics.jsonl and page
                 log.write(state, plan, values, clock, joules, skipped=problem is not None)
                 if not writing:
@@ -215,7 +222,7 @@ def train(
         if state.step < plan.last_step:
             world.once(run_folder.log, cfg.run, "interrupted", {"step": state.step})
             world.once(say, f"interrupted and saved at step {state.step}; the same command continues there")
-            return signals.came or signal.SIGTERM  # where another process got the signal
+            return signals.received or signal.SIGTERM  # where another process got the signal
         world.once(run_folder.log, cfg.run, "finish", {"step": state.step, **log.totals()})
         return 0
 
@@ -257,6 +264,7 @@ def where_to_start(
     source: the checkpoint with the weights and moments of this state: the run's own newest one, if it
     resumes, or the one to anneal from. None: the run begins anew.
     """
+    # Resume the newest checkpoint, or anneal from another run's, or begin anew.
     found, dataset = world.first(run_folder.checkpoints, cfg.run), start.dataset
     source = found[-1] if found else start.annealed
     state = State()
@@ -266,7 +274,7 @@ def where_to_start(
         state.begin = state.begin if found else state.step
     state.eot, state.world_size = dataset.manifest["eot"], world.size
     state.dataset_sha256, state.tokenizer_sha256 = dataset.sha256, dataset.manifest["tokenizer"]["sha256"]
-    plan = steps.of(cfg, dataset.n_rows, state.order, state.begin)
+    plan = steps.plan_of(cfg, dataset.n_rows, state.order, state.begin)
     state.order = list(plan.ranges)
     return state, plan, source, bool(found)
 
@@ -277,7 +285,8 @@ def build(cfg: Config, world: World, eot: int | None) -> tuple[nn.Module, list[t
         model = Transformer(cfg.model, eot)
     model.loss.z_loss = cfg.optim.z_loss
     optim.shrink_embedding_gradient(model, cfg.optim.embedding_gradient)
-    return world.spread(model, cfg), optim.optimizers(model, cfg.optim, cfg.model.mup_scale)
+    spread = world.spread(model, cfg)  # before the optimizers: sharding replaces the parameters
+    return spread, optim.optimizers(model, cfg.optim, cfg.model.mup_scale)
 
 
 def build_run(
@@ -286,17 +295,17 @@ def build_run(
     """The model with its weights, and what else a training works with."""
     dataset = start.dataset
     model, optimizers = build(cfg, world, state.eot)
-    if source:
+    if source:  # also the state of the random generators
         checkpoint.load(source.path, model, optimizers, cfg.train.verify, world)
-    elif start.origin:
-        checkpoint.load_weights(start.origin, model, cfg.train.verify, world)
     else:
-        world.fill(model, initial_weights(bare(model), cfg.train.seed))
-    if not source:
         torch.manual_seed(cfg.train.seed)
+        if start.origin:
+            checkpoint.load_weights(start.origin, model, cfg.train.verify, world)
+        else:
+            world.fill(model, initial_weights(bare(model), cfg.train.seed))
     saving = checkpoint.Saving(cfg.run, model, optimizers, world, start.tokenizer_files)
     chunks = [dataset.chunk_range(chunk) for chunk in range(dataset.n_chunks)]
-    n_steps = steps.of(cfg, dataset.n_rows).n_steps
+    n_steps = steps.plan_of(cfg, dataset.n_rows).n_steps
     return Run(cfg, world, dataset, model, optimizers, saving, chunks, n_steps)
 
 

@@ -91,12 +91,12 @@ def begin(cfg: Config, world):
     import torch
 
     import optim
-    import parallel
+    import sharding
     import train
     from initial import initial_weights
 
     model, optimizers = train.build(cfg, world, eot=0)
-    world.fill(model, initial_weights(parallel.bare(model), 0))
+    world.fill(model, initial_weights(sharding.bare(model), 0))
     T, n_rows = cfg.model.seq_len, cfg.train.batch_size
 
     def step() -> None:

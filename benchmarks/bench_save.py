@@ -50,6 +50,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     import optim
     import parallel
     import run_folder
+    import sharding
     import steps
     import train
     from initial import initial_weights
@@ -60,7 +61,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     cfg = settings(args, device)
     world = parallel.start(cfg.train, cfg.parallel)
     model, optimizers = train.build(cfg, world, eot=None)
-    world.fill(model, initial_weights(parallel.bare(model), 0))
+    world.fill(model, initial_weights(sharding.bare(model), 0))
     saving = checkpoint.Saving(folder, model, optimizers, world)
     T, n_rows = cfg.model.seq_len, cfg.train.batch_size
     rows = torch.randint(cfg.model.vocab_size, (n_rows, T + 1)).to(world.device)

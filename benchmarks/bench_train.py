@@ -167,12 +167,13 @@ def step_of_ours(cfg):
     """As stepper: the step of train.py."""
     import optim
     import parallel
+    import sharding
     import train
     from initial import initial_weights
 
     world = parallel.start(cfg.train, cfg.parallel)
     model, optimizers = train.build(cfg, world, eot=None)
-    world.fill(model, initial_weights(parallel.bare(model), 0))
+    world.fill(model, initial_weights(sharding.bare(model), 0))
 
     def step(rows):
         n_targets = rows[:, 1:].numel()

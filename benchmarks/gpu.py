@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import configurator
 import optim
 import parallel
+import sharding
 import train
 from config import Config, Model, Train
 from initial import initial_weights
@@ -124,7 +125,7 @@ def build(smoke: bool, model: dict, settings: dict, seed: int = 0) -> Built:
     cfg = Config(model=Model(**model), train=settings).resolved()
     world = parallel.start(cfg.train, cfg.parallel)
     net, optimizers = train.build(cfg, world, eot=0)
-    world.fill(net, initial_weights(parallel.bare(net), seed))
+    world.fill(net, initial_weights(sharding.bare(net), seed))
     return Built(cfg, world, net, optimizers)
 
 

@@ -76,7 +76,7 @@ def test_a_schedule_that_counts_tokens_follows_batches_that_double():
         optim=o,
         train=Train(batch_size=3, micro_batch_size=1, batch_double_tokens=1400, batch_size_max=12),
     )
-    plan = steps.of(cfg, n_rows=700)
+    plan = steps.plan_of(cfg, n_rows=700)
     # by brute force: a batch is as large as the rows consumed before it say
     consumed, expected = 0, []
     while consumed + (size := 3 if consumed < 200 else 6 if consumed < 400 else 12) <= 700:
@@ -98,7 +98,7 @@ def test_the_length_of_a_schedule_is_what_is_asked_for_or_all_the_data():
     ):
         cfg = Config(model=Model(seq_len=5), optim=Optim(**settings), train=Train(batch_size=2))
         assert steps.schedule_length(cfg, 40) == length
-        assert steps.schedule_position(cfg, steps.of(cfg, 80), 4) == position
+        assert steps.schedule_position(cfg, steps.plan_of(cfg, 80), 4) == position
 
 
 @pytest.mark.parametrize("at", [0, 5, 50])
@@ -112,7 +112,7 @@ def test_a_schedule_that_is_not_in_the_table_raises_where_it_is_used(at):
 def test_a_warm_up_as_long_as_the_schedule_or_the_data_is_refused_with_a_number():
     def check(n_rows=466, **settings):
         cfg = Config(model=Model(seq_len=5), optim=Optim(**settings), train=Train(batch_size=2))
-        cost.check_warmup(cfg, steps.of(cfg, n_rows))
+        cost.check_warmup(cfg, steps.plan_of(cfg, n_rows))
 
     with pytest.raises(config.ConfigError, match=r"the data have 233 steps.*--optim\.warmup_steps=23,"):
         check()  # 2,000 steps, the default

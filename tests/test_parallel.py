@@ -101,7 +101,7 @@ def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
     "loss" (STEPS), "norm" (STEPS), "norm of <layer>" (STEPS) and, of each parameter, how far it has moved.
     """
     model, optimizers = train.build(cfg, world, EOT)
-    bare, start = parallel.bare(model), first_weights(cfg)
+    bare, start = sharding.bare(model), first_weights(cfg)
     world.fill(model, start)
     seen = {}
     for batch in batches():

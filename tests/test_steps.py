@@ -82,7 +82,7 @@ def test_the_batches_of_olmo_65b():
     """From 1,024 rows to 8,192, doubling every 100 B tokens, of 2,048 a row: 48,828,125 rows."""
     model = Model(seq_len=2048, n_heads=2, d_model=8)
     train = Train(batch_size=1024, batch_double_tokens=100_000_000_000, batch_size_max=8192)
-    plan = steps.of(Config(model=model, train=train), n_rows=1_000_000_000)
+    plan = steps.plan_of(Config(model=model, train=train), n_rows=1_000_000_000)
     assert plan == Steps(((0, 1_000_000_000),), 1024, 48_828_125, 8192)
     # 48,828,125 / 1,024 = 47,683.7; then 97,656,250 - 48,828,416 = 48,827,834 rows, / 2,048 = 23,841.7;
     # then 146,484,375 - 97,656,832 = 48,827,543 rows, / 4,096 = 11,920.8
@@ -96,13 +96,13 @@ def test_the_batches_of_olmo_65b():
     assert plan.batch(47_683) == [(48_828_416 - 1024, 48_828_416)]
     assert plan.batch(47_684) == [(48_828_416, 48_828_416 + 2048)]
     # a run that ends before the first doubling has batches of one size
-    assert steps.of(Config(model=model, train=train), n_rows=10_240).n_steps == 10
+    assert steps.plan_of(Config(model=model, train=train), n_rows=10_240).n_steps == 10
 
 
 def test_an_order_from_json_is_an_order():
     cfg = Config(model=Model(seq_len=16, n_heads=2, d_model=8), train=Train(batch_size=3))
-    assert steps.of(cfg, 20, [[5, 9], [0, 5]]) == Steps(((5, 9), (0, 5)), 3)
-    assert steps.of(cfg, 20) == steps.of(cfg, 20, []) == Steps(((0, 20),), 3)
+    assert steps.plan_of(cfg, 20, [[5, 9], [0, 5]]) == Steps(((5, 9), (0, 5)), 3)
+    assert steps.plan_of(cfg, 20) == steps.plan_of(cfg, 20, []) == Steps(((0, 20),), 3)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -269,9 +269,9 @@ def test_the_oldest_of_the_other_checkpoints_are_deleted_and_one_is_kept_to_go_b
 
 def test_a_plan_ends_where_the_run_is_asked_to_and_annealing_where_it_ends():
     cfg = config_with(steps=7)
-    assert steps.of(cfg, 400).last_step == 7 and steps.of(cfg, 400).n_steps == 100
-    assert steps.of(config_with(steps=700), 400).last_step == 100
+    assert steps.plan_of(cfg, 400).last_step == 7 and steps.plan_of(cfg, 400).n_steps == 100
+    assert steps.plan_of(config_with(steps=700), 400).last_step == 100
     annealing = dataclasses.replace(config_with(), optim=Optim(anneal_steps=5))
-    assert steps.of(annealing, 400, None, begin=20).last_step == 25
+    assert steps.plan_of(annealing, 400, None, begin=20).last_step == 25
     both = dataclasses.replace(config_with(steps=23), optim=Optim(anneal_steps=5))
-    assert steps.of(both, 400, None, begin=20).last_step == 23
+    assert steps.plan_of(both, 400, None, begin=20).last_step == 23
