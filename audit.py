@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
 
     configurator.quiet_imports()
 
-import argparse
 import json
 import re
 import sys
@@ -101,9 +100,7 @@ def strange_moments(folder: Path, model: Transformer) -> list[str]:
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder")
     args = parser.parse_args()
     sys.exit(0 if audit(args.run) else 1)

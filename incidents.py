@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
 
     configurator.quiet_imports()
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -396,9 +395,7 @@ def show_replay(run: Path | str, step: int, at: int | None, verify: bool) -> Non
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--replay", type=int, metavar="STEP", help="the batch after this step, row by row")
     parser.add_argument(

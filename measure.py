@@ -147,7 +147,7 @@ def device_of(cfg: Config) -> torch.device:
 
 def arguments(doc: str, metavar: str = "RUN") -> argparse.ArgumentParser:
     """The command line that every script over checkpoints has: the run, --checkpoint, --no-verify."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = configurator.parser(doc)
     step = run_folder.step_number
     parser.add_argument("run", metavar=metavar)
     parser.add_argument("--checkpoint", type=step, nargs="+", default=[], metavar="STEP", help="default: all")

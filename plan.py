@@ -229,13 +229,8 @@ def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> li
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the overrides of settings. Raises ConfigError where a name is neither."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=config.settings_help(),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python plan.py CONFIG [flags] [--section.name=value ...]",
-    )
+    usage = "python plan.py CONFIG [flags] [--section.name=value ...]"
+    parser = configurator.parser(__doc__, epilog=config.settings_help(), allow_abbrev=False, usage=usage)
     add, kinds = parser.add_argument, ", ".join((*hardware.GPUS, "cpu"))
     pue, kg = {"type": float, "default": cost.PUE}, {"type": float, "default": cost.KG_CO2_PER_KWH}
     add("config", help="configs/7b.py, or 7b")

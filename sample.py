@@ -250,9 +250,7 @@ def sample(args: argparse.Namespace) -> None:
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("folder", metavar="RUN|CHECKPOINT")
     parser.add_argument(
         "--prompt", default="", help="empty: the start of a document; special tokens in it are text"

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before packages that take a second to import
 
     configurator.quiet_imports()
 
-import argparse
 import ast
 import dataclasses
 import hashlib
@@ -541,8 +540,7 @@ def compare(names: list[str], paths: list[str]) -> None:
 
 @configurator.script
 def main() -> None:
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = configurator.parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("train", help="learn a tokenizer", allow_abbrev=False).add_argument
     add("inputs", nargs="+", metavar="CONFIG|FILES", help="a config, or files, folders and globs")

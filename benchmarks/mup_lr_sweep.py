@@ -30,6 +30,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+import configurator
 import figures
 import files
 import hardware
@@ -145,9 +146,7 @@ def draw(runs: list[dict], widths: list[int]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     widths = [32, 64, 128, 256]
     parser.add_argument("--widths", type=int, nargs="+", default=widths, help="the first: muP's base width")
     powers = list(range(-10, -3))
