@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import config
+import consistency
 import hardware
 from config import Config, ConfigError, Model, choose
 from cost import BF16, FP32, accumulation, norms_of_a_block, optimizer_numbers, parameters, precision
@@ -169,7 +169,7 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
 
     Which moment is the worst depends on the shape: during backward, activations are freed block by block
     while gradients appear; before it, the loss holds the gradient of the head. Raises ConfigError as
-    config.mesh_shape.
+    consistency.mesh_shape.
     """
     s, m = sizes(cfg, gpus, cuda), cfg.model.resolved()
 
@@ -198,7 +198,7 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
 def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
     """The sizes of a config on one of `gpus` GPUs."""
     m, every, micro = cfg.model.resolved(), cfg.train.activation_checkpointing, cfg.train.micro_batch_size
-    replicate, shard, tp = config.mesh_shape(cfg.parallel, gpus)
+    replicate, shard, tp = consistency.mesh_shape(cfg.parallel, gpus)
     sharded = gpus > 1 and (cfg.parallel.strategy == "fsdp" or tp > 1)  # as parallel.start
     bf16 = precision(cfg, cuda) == "bf16"
     c, n = BF16 if bf16 else FP32, micro * m.seq_len
@@ -359,7 +359,7 @@ def total(kinds: dict) -> float:
 
 
 def fits(cfg: Config, gpus: int, gpu: str, have: float = 0) -> bool:
-    """Whether every process has room, in `have` bytes or those of `gpu`. ConfigError as config.mesh_shape."""
+    """Whether every process has room, in `have` bytes or those of `gpu`. ConfigError as mesh_shape."""
     return total(peak(cfg, gpus, cuda=gpu != "cpu")) <= (have or hardware.usable(gpu, gpus))
 
 
@@ -430,7 +430,7 @@ def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[s
 def can_split(cfg: Config, tp: int) -> bool:
     """Whether the model can be split over tp GPUs by tensor parallel."""
     try:
-        config.check_parallel(cfg.model.resolved(), dataclasses.replace(cfg.parallel, tp=tp), cfg.optim)
+        consistency.check_parallel(cfg.model.resolved(), dataclasses.replace(cfg.parallel, tp=tp), cfg.optim)
     except ConfigError:
         return False
     return True

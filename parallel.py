@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 import hardware
 import rendezvous
 import sharding
-from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
+from config import Config, ConfigError, Parallel, Train, choose, unknown
+from consistency import mesh_shape
 from sharding import put
 
 # ---- who and where ----------------------------------------------------------------------------------------

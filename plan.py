@@ -18,6 +18,7 @@ import textwrap
 
 import config
 import configurator
+import consistency
 import cost
 import hardware
 import memory
@@ -306,7 +307,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 def main(argv: list[str] | None = None) -> None:
     cfg, args = command_line(argv)
     when = cost.schedule(cfg, args.tokens or 0)
-    _, shard, tp = config.mesh_shape(cfg.parallel, args.gpus)
+    _, shard, tp = consistency.mesh_shape(cfg.parallel, args.gpus)
     how = f", {cfg.parallel.strategy.upper()}" * (args.gpus > 1)
     how += f" over {shard}" * (1 < shard < args.gpus) + f", tensor parallel over {tp}" * (tp > 1)
     if every := cfg.train.activation_checkpointing:

@@ -213,7 +213,7 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     # it was, the dataset's hash says, which is compared below.
     before, now = flat(config.load_run(cfg.run)), flat(cfg)
     changed = {name: f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if before.get(name) != v}
-    fixed = set(config.settings_for(config.LEARNED)) - set(config.without_effect(cfg))
+    fixed = set(config.settings_for(config.LEARNED)) - set(cfg.without_effect())
     fatal = [said for name, said in changed.items() if name in fixed]
     if fatal:
         raise ConfigError(

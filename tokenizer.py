@@ -481,7 +481,8 @@ def is_config(name: str) -> bool:
     if path.is_file():
         return path.suffix == ".py" and sets_config(path.read_text("utf-8", "replace"))
     if path.exists():
-        return name == path.name and any((at / f"{name}.py").is_file() for at in (Path(), config.CONFIGS))
+        places = (Path(), configurator.CONFIGS)
+        return name == path.name and any((at / f"{name}.py").is_file() for at in places)
     return path.suffix in ("", ".py") and not set(name) & set("*?[")
 
 

@@ -27,7 +27,7 @@ import tiktoken
 import configurator
 import data
 import tokenizer
-from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train, fail
+from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train
 from dataset import Dataset
 from formats import documents, hf_tokenizer
 
@@ -44,7 +44,7 @@ def main() -> None:
     try:
         compare(arguments)
     except ConfigError as error:
-        fail(error)
+        configurator.fail(error)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
 import configurator
+import consistency
 import cost
 import memory
 from config import Config, Model, Parallel, Train
@@ -65,7 +65,7 @@ SHAPES = {
 def settings(name: str, device: str) -> Config:
     """The config of a shape."""
     model, micro, accumulation, every, spread = SHAPES[name]
-    replicate, shard, _ = config.mesh_shape(spread, 2) if spread else (1, 1, 1)
+    replicate, shard, _ = consistency.mesh_shape(spread, 2) if spread else (1, 1, 1)
     train = Train(
         batch_size=micro * accumulation * replicate * shard,
         micro_batch_size=micro,

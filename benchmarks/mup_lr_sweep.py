@@ -35,7 +35,7 @@ import figures
 import files
 import hardware
 import optim
-from config import ConfigError, Model, Optim, fail
+from config import ConfigError, Model, Optim
 from model import Transformer
 
 PARAMETRISATIONS = ("standard", "muP")
@@ -158,7 +158,7 @@ def main() -> None:
     try:
         sweep(args)
     except ConfigError as error:
-        fail(error)
+        configurator.fail(error)
 
 
 def sweep(args: argparse.Namespace) -> None:

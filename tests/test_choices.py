@@ -19,6 +19,7 @@ from test_plan import kept_by_autograd
 from torch import Tensor
 
 import config
+import consistency
 import cost
 import incidents
 import measure
@@ -139,7 +140,7 @@ def compiled(key: str, choice: str, get) -> tuple:
 
 
 def meshes(key: str, choice: str, get) -> tuple:
-    return config.mesh_shape(with_choice(key, choice), 4)
+    return consistency.mesh_shape(with_choice(key, choice), 4)
 
 
 def after_an_incident(key: str, choice: str, get) -> tuple:

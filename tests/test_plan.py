@@ -14,6 +14,7 @@ import torch
 from conftest import config_names
 
 import config
+import consistency
 import cost
 import hardware
 import loss
@@ -240,14 +241,14 @@ def test_processes_stand_in_a_mesh():
         ({"strategy": "fsdp", "shard": 4}, 24, (6, 4, 1)),
         ({"strategy": "fsdp", "shard": 3, "tp": 2}, 24, (4, 3, 2)),
     ):
-        assert config.mesh_shape(Parallel(**spread), processes) == expected
+        assert consistency.mesh_shape(Parallel(**spread), processes) == expected
     for spread, processes, message in (
         ({"tp": 2}, 3, "3 process.es. do not divide by parallel.tp=2"),
         ({"shard": 2}, 8, "needs parallel.strategy='fsdp'"),
         ({"strategy": "fsdp", "shard": 3, "tp": 2}, 8, "does not divide 4 process.es. .8 / parallel.tp=2."),
     ):
         with pytest.raises(ConfigError, match=message):
-            config.mesh_shape(Parallel(**spread), processes)
+            consistency.mesh_shape(Parallel(**spread), processes)
 
 
 def amber(batch: int = 2240, every: int = 0, **spread) -> Config:
