@@ -24,7 +24,7 @@ import configurator
 import files
 import integrity
 from config import Config, ConfigError, load_run
-from formats.families import end_of_text, hf_config, model_config, read_config, settings
+from formats.families import end_of_text, hf_config, model_config, read_config, reader, settings
 from formats.shards import open_weights
 from model import Transformer
 from run_folder import read, step_number
@@ -75,7 +75,7 @@ def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> 
             problems.append("config.json is of another model than the run's")
         if end_of_text(read_config(path)) != c.state.get("eot"):
             problems.append("config.json has another end-of-text token than state.json")
-        checkpoint.reader(path, model)
+        reader(path, model)
         problems += strange_moments(path, model)
     except (ConfigError, KeyError, TypeError) as error:
         problems.append(f"{'' if isinstance(error, ConfigError) else 'dataset.json is damaged: '}{error}")

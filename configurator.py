@@ -710,17 +710,14 @@ def readable(config: object) -> str:
     return "\n".join(out)
 
 
-def from_command_line(
-    kind: type, doc: str, argv: list[str] | None = None, flags: dict[str, str] | None = None
-):
+def from_command_line(kind: type, doc: str, flags: dict[str, str] | None = None):
     """`script.py CONFIG [--section.name=value ...]` -> config; with `flags`, (config, flags that were given).
 
     flags={"--benchmark": "N", "--profile": ""}: one that takes a value, and one that takes none.
     Prints the help or the config and exits, if that is asked.
     Every mistake ends here: one message, exit code 2, no traceback.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    known = flags or {}
+    argv, known = sys.argv[1:], flags or {}
     if not argv or "--help" in argv or "-h" in argv:
         more = "".join(f" [{flag} {value}".rstrip() + "]" for flag, value in known.items())
         script = f"python {Path(sys.argv[0]).name}"

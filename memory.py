@@ -81,7 +81,7 @@ def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
     return FP32 * n * (kind.kept_per_token + on_cpu)
 
 
-def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
+def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int) -> float:
     """Bytes kept for backward outside of blocks: by the final norm, and the positions that blocks read."""
     m = model.resolved()
     positions = {
@@ -93,19 +93,6 @@ def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 
     }
     kept = FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda)
     return kept + choose("model.positions", m.positions, positions)
-
-
-def activations(model: Model, n: int, bf16: bool, cuda: bool, every: int = 0, tp: int = 1) -> float:
-    """Bytes kept between forward and backward by all blocks and the final norm; the loss is counted apart.
-
-    With activation checkpointing of every n-th block, from the first on, such a block keeps only its input,
-    and backward recomputes the rest.
-    """
-    m = model.resolved()
-    n_recomputed = -(-m.n_layers // every) if every else 0
-    blocks = (m.n_layers - n_recomputed) * kept_by_layer(m, n, bf16, cuda, tp)
-    blocks += n_recomputed * FP32 * n / tp * m.d_model
-    return blocks + kept_outside_layers(m, n, bf16, cuda, tp)
 
 
 def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float]:

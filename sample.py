@@ -123,7 +123,7 @@ def stream(
             logits = F.linear(model.hidden(token[:, None], cache)[:, -1], model.head).float()
 
 
-def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
+def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None) -> Tensor:
     """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of the token after each.
 
     It computes no other logits: for a prompt of 32 tokens the other 31 rows of logits would be a tenth of all

@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 from test_incidents import B, Faults, load
-from test_plan import kept_by_autograd
+from test_plan import kept_by_autograd, planned_to_be_kept
 from torch import Tensor
 
 import config
@@ -300,7 +300,7 @@ def test_every_choice_is_counted(key, choice):
             net = Transformer(model)
         assert sum(cost.parameters(model).values()) == sum(p.numel() for p in net.parameters())
         for bf16 in (False, True):
-            assert memory.activations(model, 3 * 14, bf16, cuda=False) == kept_by_autograd(model, 3, bf16)
+            assert planned_to_be_kept(model, 3, bf16) == kept_by_autograd(model, 3, bf16)
     if key == "optim.optimizer":
         net, made = learned(with_choice(key, choice))
         moments = [m for o in made for state in o.state.values() for m in state.values() if m.numel() > 1]
@@ -321,6 +321,6 @@ def test_a_choice_that_is_not_counted_is_an_error_of_the_plan_where_it_costs_som
     with pytest.raises(ValueError, match=rf"{key}='another'"):
         memory.peak(cfg, 4, cuda=True)
     if key in OF_THE_MODEL:
-        for count in (cost.parameters, cost.flops_per_token, lambda m: memory.activations(m, 28, True, True)):
+        for count in (cost.parameters, cost.flops_per_token, lambda m: planned_to_be_kept(m, 2, True)):
             with pytest.raises(ValueError, match=rf"{key}='another'"):
                 count(cfg.model)
