@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -45,6 +46,9 @@ from dataset import Dataset
 from parallel import World, bare
 from run_folder import Checkpoint
 from steps import State, Steps, cut, joined
+
+if TYPE_CHECKING:
+    from train import Run
 
 KINDS = ("nonfinite", "spike")  # events of the ledger
 
@@ -134,9 +138,9 @@ def robust_z(value: float, past: list[float]) -> float:
 
 
 def respond(
-    problem: dict, run, state: State, plan: Steps, loss: float, grad_norm: float
+    problem: dict, run: "Run", state: State, plan: Steps, loss: float, grad_norm: float
 ) -> tuple[State, Steps] | None:
-    """Writes an incident down and does what train.on_incident says. `run` is train.Run.
+    """Writes an incident down and does what train.on_incident says.
 
     Returns the state and plan to continue with, after a rollback or with rows deferred; or None where the
     step counts without an update (skip). Raises Stopped where the run ends. All processes call this together,
@@ -194,7 +198,7 @@ def respond(
 
 
 def remedy(
-    action: str, run, step: int, plan: Steps, earlier: list[Checkpoint]
+    action: str, run: "Run", step: int, plan: Steps, earlier: list[Checkpoint]
 ) -> tuple[Checkpoint | None, Steps | None]:
     """(the checkpoint to go back to, the plan to continue with), each None where the action needs none."""
     train = run.cfg.train
@@ -212,7 +216,7 @@ def remedy(
     raise config.unknown("train.on_incident", action)
 
 
-def go_back(back: Checkpoint, run, state: State) -> State:
+def go_back(back: Checkpoint, run: "Run", state: State) -> State:
     """Loads an earlier checkpoint, sets aside the later ones, and returns its state."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     checkpoint.load(back.path, run.model, run.optimizers, cfg.train.verify, world)

@@ -53,9 +53,9 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def is_first() -> bool:
-    """Whether this process speaks for all, known before any of them has met another."""
-    return int(os.environ.get("RANK", 0)) == 0
+def rank() -> int:
+    """The number of this process, known before any of them has met another. The first one speaks for all."""
+    return int(os.environ.get("RANK", 0))
 
 
 def first_on_node() -> bool:
@@ -298,7 +298,7 @@ def start(train: Train, settings: Parallel) -> World:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
             for group in mesh.get_all_groups():  # groups of a mesh do not inherit the timeout
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
-    return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
+    return World(rank(), n, here, dtype, shape, sharded, mesh)
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ manifest, the run folder and the folder of --init_from.
 import dataclasses
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -32,6 +32,9 @@ from formats.families import model_config
 from manifest import differences
 from parallel import bare
 from run_folder import Checkpoint
+
+if TYPE_CHECKING:
+    from train import Run
 
 
 class Start(NamedTuple):
@@ -78,7 +81,7 @@ def check_memory(cfg: Config, anyway: bool) -> None:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
             raise ConfigError(f"{said}. --anyway tries all the same") from None
-        if parallel.is_first():
+        if parallel.rank() == 0:
             say(f"note     --anyway: {said}")
 
 
@@ -241,8 +244,8 @@ def flat(cfg: Config) -> dict:
 # ---- what is about to run ---------------------------------------------------------------------------------
 
 
-def write_down(start: Start, run, state: steps.State, plan: steps.Steps, resumed: bool) -> None:
-    """config.json, dataset.json, a line in the ledger, and a few on the console. `run` is train.Run."""
+def write_down(start: Start, run: "Run", state: steps.State, plan: steps.Steps, resumed: bool) -> None:
+    """config.json, dataset.json, a line in the ledger, and a few on the console."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     about, parameters = hardware.about_run(world), sum(p.numel() for p in bare(run.model).parameters())
     world.once(run_folder.write_run, cfg, dataset.folder, {**about, "parameters": parameters})
@@ -260,7 +263,7 @@ def write_down(start: Start, run, state: steps.State, plan: steps.Steps, resumed
     world.once(greet, start, run, parameters, state.step, plan)
 
 
-def greet(start: Start, run, parameters: int, step: int, plan: steps.Steps) -> None:
+def greet(start: Start, run: "Run", parameters: int, step: int, plan: steps.Steps) -> None:
     """What is about to run, in a few lines."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     T, size = cfg.model.seq_len, plan.size(step)
