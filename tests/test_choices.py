@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_incidents import B, Faults, load
+from conftest import load
+from test_incidents import B, Faults
 from test_plan import kept_by_autograd, planned_to_be_kept
 from torch import Tensor
 

@@ -7,17 +7,15 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import config
 import configurator
 import consistency
 import manifest
 from config import DATASET, LEARNED, MODEL, RUN, Config, ConfigError, Model, Optim, Stage, Train
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, **environment):

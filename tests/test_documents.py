@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import files
 from config import ConfigError, Source
 from formats import documents
-
-ROOT = Path(__file__).parents[1]
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -11,7 +11,7 @@ import conftest
 import pytest
 import safetensors
 import torch
-from conftest import config_names
+from conftest import ROOT, config_names
 
 import config
 import consistency
@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_memory
 
-ROOT = Path(__file__).parents[1]
 AMBER = Model()  # the defaults are LLaMA-7B
 SMALL = dict(vocab_size=101, seq_len=48, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=200)
 PYTHIA = dict(norm="layernorm", bias=True, ffn="gelu", parallel_residual=True, rope_fraction=0.25)

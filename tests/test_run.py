@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import wait_for_step
+from conftest import ROOT, wait_for_step
 
 import files
 import run_folder
 
-ROOT = Path(__file__).parents[1]
 MINE = """
 from config import *
 config: Config = Config(
