@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
 
     configurator.quiet_imports()
 
-import argparse
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ import configurator
 import files
 import integrity
 from config import Config, ConfigError, load_run
-from formats.families import end_of_text, hf_config, model_config, read_config, settings
+from formats.families import end_of_text, hf_config, model_config, read_config, reader, settings
 from formats.shards import open_weights
 from model import Transformer
 from run_folder import read, step_number
@@ -76,7 +75,7 @@ def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> 
             problems.append("config.json is of another model than the run's")
         if end_of_text(read_config(path)) != c.state.get("eot"):
             problems.append("config.json has another end-of-text token than state.json")
-        checkpoint.reader(path, model)
+        reader(path, model)
         problems += strange_moments(path, model)
     except (ConfigError, KeyError, TypeError) as error:
         problems.append(f"{'' if isinstance(error, ConfigError) else 'dataset.json is damaged: '}{error}")
@@ -101,9 +100,7 @@ def strange_moments(folder: Path, model: Transformer) -> list[str]:
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder")
     args = parser.parse_args()
     sys.exit(0 if audit(args.run) else 1)

@@ -31,16 +31,14 @@ import metrics
 import optim
 import parallel
 import preflight
-import rendezvous
 from config import Config, ConfigError
 from train import build, forward_backward, next_token_loss
 
 WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
 
 
-def benchmark(cfg: Config, n_steps: int, file: str = "") -> dict:
+def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
     """Makes n_steps steps, prints one table and returns its figures."""
-    cost.accumulation(cfg, rendezvous.world_size())  # they must divide
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
     with parallel.start(cfg.train, cfg.parallel) as world:

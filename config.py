@@ -22,9 +22,8 @@ from typing import Literal, NamedTuple
 import configurator
 import consistency
 
-# The names that this file does not use are here for the files that import them from it.
-from configurator import ConfigError, choose, did_you_mean, fail, script, to_dict, unknown  # noqa: F401
-from consistency import accumulation_steps, check_parallel, mesh_shape, without_effect  # noqa: F401
+# did_you_mean, to_dict and unknown are here for the files that import them from this one.
+from configurator import ConfigError, choose, did_you_mean, to_dict, unknown  # noqa: F401
 
 
 class Purpose(enum.Flag):
@@ -367,7 +366,7 @@ class Config:
         """
         return configurator.command(self, script)
 
-    without_effect = without_effect
+    without_effect = consistency.without_effect
 
 
 SECTIONS = configurator.sections_of(Config)  # {"model": Model, ...}
@@ -380,15 +379,12 @@ def settings_for(purpose: Purpose) -> list[str]:
     return [name for name, f in fields.items() if purpose in f.metadata["purpose"]]
 
 
-CONFIGS, EXAMPLE = configurator.CONFIGS, configurator.EXAMPLE
-
 # What configurator.py does with any dataclass, here with Config.
 load = functools.partial(configurator.load, Config)  # load("demo", ["--optim.lr=1e-3"]).optim.lr -> 0.001
 load_run = functools.partial(configurator.load_run, Config)  # the config that a run folder was made with
-from_dict = functools.partial(configurator.from_dict, Config)  # from_dict(to_dict(config)) == config
 settings_help = functools.partial(configurator.settings_help, Config)  # what --help says of every setting
 from_command_line = functools.partial(configurator.from_command_line, Config)
 did_you_mean_setting = functools.partial(configurator.did_you_mean_setting, SETTINGS)
 
 if __name__ == "__main__":
-    script(from_command_line)(__doc__)
+    configurator.script(from_command_line)(__doc__)

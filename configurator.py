@@ -31,6 +31,9 @@ import typing
 from pathlib import Path
 from typing import Literal
 
+if typing.TYPE_CHECKING:
+    import argparse
+
 CONFIGS = Path(__file__).parent / "configs"  # the configs that come with nano360
 
 
@@ -96,9 +99,17 @@ def show(text: str) -> None:
         close_stdout()
 
 
-def add_no_verify(parser) -> None:
-    """Gives a script's argparse parser the flag --no-verify. Where it is used, that is said."""
-    import argparse  # those who call this have it already; the others need not wait for it
+def parser(doc: str, **more) -> "argparse.ArgumentParser":
+    """argparse's parser, for a script that takes no config. Its --help begins with the script's docstring."""
+    import argparse  # the other scripts need not wait for it
+
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=as_it_is, **more)
+
+
+def add_no_verify(parser: "argparse.ArgumentParser") -> None:
+    """Gives a script's parser the flag --no-verify. Where it is used, that is said."""
+    import argparse
 
     class Skip(argparse.Action):
         def __call__(self, parser, args, values, option=None):
@@ -699,17 +710,14 @@ def readable(config: object) -> str:
     return "\n".join(out)
 
 
-def from_command_line(
-    kind: type, doc: str, argv: list[str] | None = None, flags: dict[str, str] | None = None
-):
+def from_command_line(kind: type, doc: str, flags: dict[str, str] | None = None):
     """`script.py CONFIG [--section.name=value ...]` -> config; with `flags`, (config, flags that were given).
 
     flags={"--benchmark": "N", "--profile": ""}: one that takes a value, and one that takes none.
     Prints the help or the config and exits, if that is asked.
     Every mistake ends here: one message, exit code 2, no traceback.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    known = flags or {}
+    argv, known = sys.argv[1:], flags or {}
     if not argv or "--help" in argv or "-h" in argv:
         more = "".join(f" [{flag} {value}".rstrip() + "]" for flag, value in known.items())
         script = f"python {Path(sys.argv[0]).name}"

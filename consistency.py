@@ -1,17 +1,21 @@
 """Which settings contradict each other, have no effect beside others, or do not fit the number of processes.
 
 config.py calls this when a section is made and when a config is resolved; plan.py and cost.py ask it what a
-number of GPUs allows. Each function takes the sections of config.py. No torch.
+number of GPUs allows. No torch.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 from configurator import ConfigError, check_name, choose, did_you_mean, unknown
+
+if TYPE_CHECKING:
+    from config import Config, Data, Model, Optim, Parallel, Source, Stage, Train
 
 # ---- within a section -------------------------------------------------------------------------------------
 
 
-def check_width(m) -> None:
+def check_width(m: "Model") -> None:
     """Of a Model before d_head is derived. Raises ConfigError where the width cannot be split into heads."""
     if not m.d_head and m.d_model % m.n_heads:
         raise ConfigError(
@@ -20,7 +24,7 @@ def check_width(m) -> None:
         )
 
 
-def check_model(m) -> None:
+def check_model(m: "Model") -> None:
     """Of a resolved Model. Raises ConfigError where settings contradict each other."""
     if m.n_heads % m.n_kv_heads:
         divisors = [k for k in range(1, m.n_heads + 1) if m.n_heads % k == 0]
@@ -59,13 +63,13 @@ def check_model(m) -> None:
         )
 
 
-def check_source(source) -> None:
+def check_source(source: "Source") -> None:
     check_name("data source", source.name)
     if not source.paths:
         raise ConfigError(f"data source {source.name!r} has no paths; give at least one file, folder or glob")
 
 
-def check_stage(stage) -> None:
+def check_stage(stage: "Stage") -> None:
     what = f"stage {stage.name!r}"
     check_name("stage", stage.name)
     if stage.repeats < 1:
@@ -79,7 +83,7 @@ def check_stage(stage) -> None:
             raise ConfigError(f"{what}: {name}={value} must be above 0; leave a source out by name")
 
 
-def check_data(data) -> None:
+def check_data(data: "Data") -> None:
     """Names of sources and stages are used once, and stages name sources that exist."""
     for kind, items in (("sources", data.sources), ("stages", data.stages)):
         names = [item.name for item in items]
@@ -95,7 +99,7 @@ def check_data(data) -> None:
                 raise ConfigError(f"stage {stage.name!r} names source {name!r}{did_you_mean(name, known)}")
 
 
-def check_optim(o) -> None:
+def check_optim(o: "Optim") -> None:
     """A schedule counts either steps or tokens, and so does its warm-up."""
     if o.schedule_tokens and o.schedule_steps:
         raise ConfigError(
@@ -117,7 +121,7 @@ def check_optim(o) -> None:
         )
 
 
-def check_train(t) -> None:
+def check_train(t: "Train") -> None:
     """A batch that doubles says when, and up to which size."""
     largest = t.batch_size_max or t.batch_size
     doublings = largest / t.batch_size
@@ -134,7 +138,7 @@ def check_train(t) -> None:
 # ---- across sections --------------------------------------------------------------------------------------
 
 
-def check_config(c) -> None:
+def check_config(c: "Config") -> None:
     """Of a Config whose model is resolved. Raises ConfigError where sections contradict each other."""
     m, e = c.model, c.eval
     if e.prompt_tokens + e.continuation_tokens > m.seq_len:
@@ -154,7 +158,7 @@ def check_config(c) -> None:
         )
 
 
-def check_parallel(m, p, optim) -> None:
+def check_parallel(m: "Model", p: "Parallel", optim: "Optim") -> None:
     """Raises ConfigError where a model cannot be split over p.tp GPUs, or an optimizer needs it whole."""
     needs_whole = choose("optim.optimizer", optim.optimizer, {"adamw": False, "muon": True})
     if needs_whole and (p.tp > 1 or p.strategy == "fsdp"):
@@ -176,7 +180,7 @@ def check_parallel(m, p, optim) -> None:
         )
 
 
-def without_effect(c) -> dict[str, str]:
+def without_effect(c: "Config") -> dict[str, str]:
     """Settings that nothing reads beside the others of this config, and what would make them count.
 
     {"optim.muon_momentum": "optim.optimizer=muon", ...}
@@ -231,7 +235,7 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
     )
 
 
-def mesh_shape(parallel, n_processes: int) -> tuple[int, int, int]:
+def mesh_shape(parallel: "Parallel", n_processes: int) -> tuple[int, int, int]:
     """(replicate, shard, tp). Raises ConfigError where the processes do not divide so."""
     dp_size = n_processes // parallel.tp  # processes that see different rows
     if n_processes % parallel.tp:

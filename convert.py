@@ -253,9 +253,7 @@ def check_arguments(args: argparse.Namespace, given: Path, target: Path, from_bi
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = configurator.parser(__doc__, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, a model folder, or a .bin")
     parser.add_argument("target", metavar="TARGET", help="a new folder; with --to llama2.c a new .bin")
     parser.add_argument(

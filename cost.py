@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import config
 import run_folder
 import steps
 from config import Config, ConfigError, Model, choose
+from consistency import accumulation_steps, mesh_shape
 from formats.shards import SHARD_BYTES
 from steps import Steps
 
@@ -96,13 +96,13 @@ def accumulation(cfg: Config, gpus: int) -> int:
 
     Raises ConfigError where the batch, or the model, does not divide over the GPUs.
     """
-    replicate, shard, tp = config.mesh_shape(cfg.parallel, gpus)
+    replicate, shard, tp = mesh_shape(cfg.parallel, gpus)
     if tp > 1 and cfg.model.d_model % shard:  # FSDP shards the columns of a matrix whose rows tp splits
         raise ConfigError(
             f"model.d_model={cfg.model.d_model} does not divide by {shard} shards, as parallel.tp={tp} with "
             "parallel.strategy='fsdp' needs; use another parallel.shard or number of processes"
         )
-    return config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, replicate * shard)
+    return accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, replicate * shard)
 
 
 # ---- steps and checkpoints --------------------------------------------------------------------------------

@@ -44,9 +44,10 @@ from pathlib import Path
 import numpy as np
 
 import chunks
+import configurator
 import encode
 import tokenizer
-from config import Config, ConfigError, from_command_line, script
+from config import Config, ConfigError, from_command_line
 from files import sha256, sync
 from formats import documents
 from manifest import FORMAT, differences, read_manifest, settings, verify
@@ -415,7 +416,7 @@ def verify_command(arguments: list[str]) -> None:
     print(f"{folder}: all {len(manifest['files']):,} files are as they were built")
 
 
-@script
+@configurator.script
 def main() -> None:
     if sys.argv[1:2] == ["verify"]:
         verify_command(sys.argv[2:])

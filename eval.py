@@ -47,6 +47,7 @@ import configurator
 import measure
 import memorize
 import parallel
+import rendezvous
 import steps
 import tokenizer as tokenizers
 from config import Config, ConfigError
@@ -340,7 +341,7 @@ def eval_run(args: argparse.Namespace) -> list[str]:
     if args.memorization:
         measure.say("\n" + memorize.show(measure.every(run, memorize.metric(run))))
     # Only the first process checks: torchrun ends all others as soon as one of them fails.
-    return check(run, max_rows) if args.check and measure.rank() == 0 else []
+    return check(run, max_rows) if args.check and rendezvous.rank() == 0 else []
 
 
 @configurator.script
@@ -363,7 +364,7 @@ def main() -> None:
     problems = []
     if not args.dataset:
         problems = eval_run(args)
-    elif measure.rank() == 0:  # one model folder is not enough work to share
+    elif rendezvous.rank() == 0:  # one model folder is not enough work to share
         eval_folder(args)
     for problem in problems:
         print(f"check failed: {problem}", file=sys.stderr)

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
 
     configurator.quiet_imports()
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -27,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -47,6 +47,9 @@ from parallel import World
 from run_folder import Checkpoint
 from sharding import bare
 from steps import State, Steps, cut, joined
+
+if TYPE_CHECKING:
+    from train import Run
 
 KINDS = ("nonfinite", "spike")  # events of the ledger
 
@@ -136,9 +139,9 @@ def robust_z(value: float, past: list[float]) -> float:
 
 
 def respond(
-    problem: dict, run, state: State, plan: Steps, loss: float, grad_norm: float
+    problem: dict, run: "Run", state: State, plan: Steps, loss: float, grad_norm: float
 ) -> tuple[State, Steps] | None:
-    """Writes an incident down and does what train.on_incident says. `run` is train.Run.
+    """Writes an incident down and does what train.on_incident says.
 
     Returns the state and plan to continue with, after a rollback or with rows deferred; or None where the
     step counts without an update (skip). Raises Stopped where the run ends. All processes call this together,
@@ -196,7 +199,7 @@ def respond(
 
 
 def remedy(
-    action: str, run, step: int, plan: Steps, earlier: list[Checkpoint]
+    action: str, run: "Run", step: int, plan: Steps, earlier: list[Checkpoint]
 ) -> tuple[Checkpoint | None, Steps | None]:
     """(the checkpoint to go back to, the plan to continue with), each None where the action needs none."""
     train = run.cfg.train
@@ -214,7 +217,7 @@ def remedy(
     raise config.unknown("train.on_incident", action)
 
 
-def go_back(back: Checkpoint, run, state: State) -> State:
+def go_back(back: Checkpoint, run: "Run", state: State) -> State:
     """Loads an earlier checkpoint, sets aside the later ones, and returns its state."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     checkpoint.load(back.path, run.model, run.optimizers, cfg.train.verify, world)
@@ -397,9 +400,7 @@ def show_replay(run: Path | str, step: int, at: int | None, verify: bool) -> Non
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--replay", type=int, metavar="STEP", help="the batch after this step, row by row")
     parser.add_argument(

@@ -148,7 +148,7 @@ def device_of(cfg: Config) -> torch.device:
 
 def arguments(doc: str, metavar: str = "RUN") -> argparse.ArgumentParser:
     """The command line that every script over checkpoints has: the run, --checkpoint, --no-verify."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = configurator.parser(doc)
     step = run_folder.step_number
     parser.add_argument("run", metavar=metavar)
     parser.add_argument("--checkpoint", type=step, nargs="+", default=[], metavar="STEP", help="default: all")
@@ -202,7 +202,7 @@ def every(run: Run, metric: Metric) -> list[tuple[Checkpoint, dict[str | int, di
         return [item for item in metric.items if item not in lines[c.step]]
 
     # Each process begins at another checkpoint, so that few models are loaded by more than one process.
-    begin = rank() * len(run.checkpoints) // rendezvous.world_size()
+    begin = rendezvous.rank() * len(run.checkpoints) // rendezvous.world_size()
     in_order = run.checkpoints[begin:] + run.checkpoints[:begin]
     with bar(metric.kind, total) as progress, Claims(run.folder / f".{metric.kind}.lock") as claims:
         while True:
@@ -275,20 +275,15 @@ def groups(metric: Metric, items: list) -> list[list]:
 # ---- several processes ------------------------------------------------------------------------------------
 
 
-def rank() -> int:
-    """The number of this process among those that torchrun started, without a process group."""
-    return int(os.environ.get("RANK", 0))
-
-
 def say(*what: object) -> None:
     """Prints in the first process only."""
-    if rank() == 0:
+    if rendezvous.rank() == 0:
         print(*what, flush=True)
 
 
 def bar(what: str, n_rows: int) -> tqdm:
     """A progress bar, in the first process only, and only where a person watches."""
-    watched = rank() == 0 and sys.stderr.isatty()
+    watched = rendezvous.rank() == 0 and sys.stderr.isatty()
     return tqdm(total=n_rows, desc=what, unit=" rows", mininterval=1, disable=not watched)
 
 
@@ -319,7 +314,7 @@ class Claims:
             return  # the lock is held until this process ends
         if self.file:
             os.close(self.file)  # releases every lock
-        if rank() == 0 and error is None:  # all lines are known, so nobody needs a claim any more
+        if rendezvous.rank() == 0 and error is None:  # all lines are known, so nobody needs a claim any more
             self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import config
+import consistency
 import hardware
 from config import Config, ConfigError, Model, choose
 from cost import BF16, FP32, accumulation, norms_of_a_block, optimizer_numbers, parameters, precision
@@ -81,7 +81,7 @@ def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
     return FP32 * n * (kind.kept_per_token + on_cpu)
 
 
-def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> float:
+def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int) -> float:
     """Bytes kept for backward outside of blocks: by the final norm, and the positions that blocks read."""
     m = model.resolved()
     positions = {
@@ -93,19 +93,6 @@ def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 
     }
     kept = FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda)
     return kept + choose("model.positions", m.positions, positions)
-
-
-def activations(model: Model, n: int, bf16: bool, cuda: bool, every: int = 0, tp: int = 1) -> float:
-    """Bytes kept between forward and backward by all blocks and the final norm; the loss is counted apart.
-
-    With activation checkpointing of every n-th block, from the first on, such a block keeps only its input,
-    and backward recomputes the rest.
-    """
-    m = model.resolved()
-    n_recomputed = -(-m.n_layers // every) if every else 0
-    blocks = (m.n_layers - n_recomputed) * kept_by_layer(m, n, bf16, cuda, tp)
-    blocks += n_recomputed * FP32 * n / tp * m.d_model
-    return blocks + kept_outside_layers(m, n, bf16, cuda, tp)
 
 
 def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float]:
@@ -169,7 +156,7 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
 
     Which moment is the worst depends on the shape: during backward, activations are freed block by block
     while gradients appear; before it, the loss holds the gradient of the head. Raises ConfigError as
-    config.mesh_shape.
+    consistency.mesh_shape.
     """
     s, m = sizes(cfg, gpus, cuda), cfg.model.resolved()
 
@@ -198,7 +185,7 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
 def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
     """The sizes of a config on one of `gpus` GPUs."""
     m, every, micro = cfg.model.resolved(), cfg.train.activation_checkpointing, cfg.train.micro_batch_size
-    replicate, shard, tp = config.mesh_shape(cfg.parallel, gpus)
+    replicate, shard, tp = consistency.mesh_shape(cfg.parallel, gpus)
     sharded = gpus > 1 and (cfg.parallel.strategy == "fsdp" or tp > 1)  # as parallel.start
     bf16 = precision(cfg, cuda) == "bf16"
     c, n = BF16 if bf16 else FP32, micro * m.seq_len
@@ -359,7 +346,7 @@ def total(kinds: dict) -> float:
 
 
 def fits(cfg: Config, gpus: int, gpu: str, have: float = 0) -> bool:
-    """Whether every process has room, in `have` bytes or those of `gpu`. ConfigError as config.mesh_shape."""
+    """Whether every process has room, in `have` bytes or those of `gpu`. ConfigError as mesh_shape."""
     return total(peak(cfg, gpus, cuda=gpu != "cpu")) <= (have or hardware.usable(gpu, gpus))
 
 
@@ -430,7 +417,7 @@ def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[s
 def can_split(cfg: Config, tp: int) -> bool:
     """Whether the model can be split over tp GPUs by tensor parallel."""
     try:
-        config.check_parallel(cfg.model.resolved(), dataclasses.replace(cfg.parallel, tp=tp), cfg.optim)
+        consistency.check_parallel(cfg.model.resolved(), dataclasses.replace(cfg.parallel, tp=tp), cfg.optim)
     except ConfigError:
         return False
     return True

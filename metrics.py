@@ -14,10 +14,15 @@ itself.
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import files
 import hardware
 from configurator import say
+
+if TYPE_CHECKING:
+    from steps import State, Steps
+    from train import Run
 
 
 class Clock:
@@ -38,9 +43,9 @@ class Clock:
 
 
 class Log:
-    """What a run writes about each of its steps. `run` is train.Run."""
+    """What a run writes about each of its steps."""
 
-    def __init__(self, run, profile: bool):
+    def __init__(self, run: "Run", profile: bool):
         self.run, self.cfg, self.world = run, run.cfg, run.world
         self.meter = hardware.Meter(run.cfg, run.world)
         self.profiler = hardware.Profiler(run.cfg.run if profile else None, run.world)
@@ -51,7 +56,7 @@ class Log:
         return self.meter.joules()
 
     def write(
-        self, state, plan, values: dict[str, float], clock: Clock, joules: float, skipped: bool
+        self, state: "State", plan: "Steps", values: dict, clock: Clock, joules: float, skipped: bool
     ) -> None:
         """A line of metrics.jsonl; and one on the console at step 1, every train.log_every and at the end."""
         self.n_done += 1
@@ -72,7 +77,7 @@ class Log:
         return {"seconds": time.perf_counter() - self.began, **self.meter.totals()}
 
 
-def record(run, state, plan, values: dict[str, float], clock: Clock) -> dict:
+def record(run: "Run", state: "State", plan: "Steps", values: dict[str, float], clock: Clock) -> dict:
     """The step just finished, as raw values, never smoothed; null where one is not finite."""
     n_tokens = plan.size(state.step - 1) * run.cfg.model.seq_len
     last_position = plan.batch(state.step - 1)[-1][1] - 1

@@ -12,7 +12,6 @@ Reads config.json, ledger.jsonl and metrics.jsonl; writes RUN/tensorboard/, or t
 (with WANDB_MODE=offline: RUN/wandb/). Needs `pip install tensorboard` or `pip install wandb`.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import itertools
@@ -155,9 +154,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", help="a run folder: runs/demo")
     parser.add_argument("--to", required=True, choices=("tensorboard", "wandb"))
     parser.add_argument("--follow", action="store_true", help="wait for new steps until the run is finished")

@@ -20,7 +20,7 @@ from config import Optim, choose, unknown
 
 # By optim.schedule: the share of the decay, from the peak to the final learning rate, that is still to come
 # at a progress of 0 to 1; and whether the decay is only the last decay_fraction of the schedule. A new one is
-# a row here and a choice of Optim.schedule; config.without_effect must know if it uses decay_fraction.
+# a row here and a choice of Optim.schedule; consistency.without_effect must know if it uses decay_fraction.
 SCHEDULES = {
     "cosine": (lambda progress: 0.5 * (1 + math.cos(math.pi * progress)), False),
     "linear": (lambda progress: 1 - progress, False),

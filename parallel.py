@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 import hardware
 import rendezvous
 import sharding
-from config import Config, ConfigError, Parallel, Train, choose, mesh_shape, unknown
+from config import Config, ConfigError, Parallel, Train, choose, unknown
+from consistency import mesh_shape
 from sharding import put
 
 # ---- who and where ----------------------------------------------------------------------------------------
@@ -281,4 +282,4 @@ def start(train: Train, settings: Parallel) -> World:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
             for group in mesh.get_all_groups():  # groups of a mesh do not inherit the timeout
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
-    return World(int(os.environ.get("RANK", 0)), n, here, dtype, shape, sharded, mesh)
+    return World(rendezvous.rank(), n, here, dtype, shape, sharded, mesh)

@@ -18,6 +18,7 @@ import textwrap
 
 import config
 import configurator
+import consistency
 import cost
 import hardware
 import memory
@@ -229,13 +230,8 @@ def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> li
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the overrides of settings. Raises ConfigError where a name is neither."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=config.settings_help(),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python plan.py CONFIG [flags] [--section.name=value ...]",
-    )
+    usage = "python plan.py CONFIG [flags] [--section.name=value ...]"
+    parser = configurator.parser(__doc__, epilog=config.settings_help(), allow_abbrev=False, usage=usage)
     add, kinds = parser.add_argument, ", ".join((*hardware.GPUS, "cpu"))
     pue, kg = {"type": float, "default": cost.PUE}, {"type": float, "default": cost.KG_CO2_PER_KWH}
     add("config", help="configs/7b.py, or 7b")
@@ -311,7 +307,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 def main(argv: list[str] | None = None) -> None:
     cfg, args = command_line(argv)
     when = cost.schedule(cfg, args.tokens or 0)
-    _, shard, tp = config.mesh_shape(cfg.parallel, args.gpus)
+    _, shard, tp = consistency.mesh_shape(cfg.parallel, args.gpus)
     how = f", {cfg.parallel.strategy.upper()}" * (args.gpus > 1)
     how += f" over {shard}" * (1 < shard < args.gpus) + f", tensor parallel over {tp}" * (tp > 1)
     if every := cfg.train.activation_checkpointing:

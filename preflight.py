@@ -10,7 +10,7 @@ manifest, the run folder and the folder of --init_from.
 import dataclasses
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -33,6 +33,9 @@ from formats.families import model_config
 from manifest import differences
 from run_folder import Checkpoint
 from sharding import bare
+
+if TYPE_CHECKING:
+    from train import Run
 
 
 class Start(NamedTuple):
@@ -79,7 +82,7 @@ def check_memory(cfg: Config, anyway: bool) -> None:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
             raise ConfigError(f"{said}. --anyway tries all the same") from None
-        if rendezvous.is_first():
+        if rendezvous.rank() == 0:
             say(f"note     --anyway: {said}")
 
 
@@ -217,7 +220,7 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
     # it was, the dataset's hash says, which is compared below.
     before, now = flat(config.load_run(cfg.run)), flat(cfg)
     changed = {name: f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if before.get(name) != v}
-    fixed = set(config.settings_for(config.LEARNED)) - set(config.without_effect(cfg))
+    fixed = set(config.settings_for(config.LEARNED)) - set(cfg.without_effect())
     fatal = [said for name, said in changed.items() if name in fixed]
     if fatal:
         raise ConfigError(
@@ -245,8 +248,8 @@ def flat(cfg: Config) -> dict:
 # ---- what is about to run ---------------------------------------------------------------------------------
 
 
-def write_down(start: Start, run, state: steps.State, plan: steps.Steps, resumed: bool) -> None:
-    """config.json, dataset.json, a line in the ledger, and a few on the console. `run` is train.Run."""
+def write_down(start: Start, run: "Run", state: steps.State, plan: steps.Steps, resumed: bool) -> None:
+    """config.json, dataset.json, a line in the ledger, and a few on the console."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     about, parameters = hardware.about_run(world), sum(p.numel() for p in bare(run.model).parameters())
     world.once(run_folder.write_run, cfg, dataset.folder, {**about, "parameters": parameters})
@@ -264,7 +267,7 @@ def write_down(start: Start, run, state: steps.State, plan: steps.Steps, resumed
     world.once(greet, start, run, parameters, state.step, plan)
 
 
-def greet(start: Start, run, parameters: int, step: int, plan: steps.Steps) -> None:
+def greet(start: Start, run: "Run", parameters: int, step: int, plan: steps.Steps) -> None:
     """What is about to run, in a few lines."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     T, size = cfg.model.seq_len, plan.size(step)

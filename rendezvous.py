@@ -23,9 +23,9 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def is_first() -> bool:
-    """Whether this process speaks for all, known before any of them has met another."""
-    return int(os.environ.get("RANK", 0)) == 0
+def rank() -> int:
+    """The number of this process, known before any of them has met another. The first one speaks for all."""
+    return int(os.environ.get("RANK", 0))
 
 
 def first_on_node() -> bool:

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before packages that take a second to import
 
     configurator.quiet_imports()
 
-import argparse
 import hashlib
 import html
 import json
@@ -643,9 +642,7 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--out", default="", help="the page; default: RUN/report.html")
     arguments = parser.parse_args()

@@ -26,12 +26,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import config
 import files
 from config import Config, ConfigError, load_run
 from configurator import say
+
+if TYPE_CHECKING:
+    from parallel import World
 
 FORMAT = 1  # of state.json; a reader refuses what it does not know
 
@@ -262,7 +265,7 @@ def close(cfg: Config, last: Checkpoint, changed: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def at_work(run: Path | str, world):
+def at_work(run: Path | str, world: "World"):
     """Around a training: keeps a second one out of the folder, and leaves traces of a process that fails.
 
     Each process has a file in .processes/ while it works. A process that raises adds its error to its file;

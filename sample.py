@@ -123,7 +123,7 @@ def stream(
             logits = F.linear(model.hidden(token[:, None], cache)[:, -1], model.head).float()
 
 
-def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
+def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None) -> Tensor:
     """Reads prompts (B, P) into the empty cache, some at a time -> logits (B, V) of the token after each.
 
     It computes no other logits: for a prompt of 32 tokens the other 31 rows of logits would be a tenth of all
@@ -250,9 +250,7 @@ def sample(args: argparse.Namespace) -> None:
 
 @configurator.script
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("folder", metavar="RUN|CHECKPOINT")
     parser.add_argument(
         "--prompt", default="", help="empty: the start of a document; special tokens in it are text"

@@ -235,10 +235,10 @@ def checkpoint_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]]) ->
     """Steps after which a checkpoint is saved: those that are kept, and every train.checkpoint_every."""
     every = cfg.train.checkpoint_every
     others = set(range(0, plan.last_step, every)) if every else set()
-    return sorted(others | kept_steps(cfg, plan, chunks))
+    return sorted(others | kept_steps(cfg, plan, chunks, 0))
 
 
-def kept_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int = 0) -> set[int]:
+def kept_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int) -> set[int]:
     """Those of them that train.keep_others never deletes: first, last, ends of chunks, powers of two."""
     kept = {0, begin, plan.last_step}
     if cfg.train.checkpoint_chunks:

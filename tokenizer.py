@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before packages that take a second to import
 
     configurator.quiet_imports()
 
-import argparse
 import ast
 import dataclasses
 import hashlib
@@ -482,7 +481,8 @@ def is_config(name: str) -> bool:
     if path.is_file():
         return path.suffix == ".py" and sets_config(path.read_text("utf-8", "replace"))
     if path.exists():
-        return name == path.name and any((at / f"{name}.py").is_file() for at in (Path(), config.CONFIGS))
+        places = (Path(), configurator.CONFIGS)
+        return name == path.name and any((at / f"{name}.py").is_file() for at in places)
     return path.suffix in ("", ".py") and not set(name) & set("*?[")
 
 
@@ -541,8 +541,7 @@ def compare(names: list[str], paths: list[str]) -> None:
 
 @configurator.script
 def main() -> None:
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = configurator.parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("train", help="learn a tokenizer", allow_abbrev=False).add_argument
     add("inputs", nargs="+", metavar="CONFIG|FILES", help="a config, or files, folders and globs")

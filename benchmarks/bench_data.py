@@ -24,17 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiktoken
 
+import configurator
 import data
 import tokenizer
-from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train, fail
+from config import Config, ConfigError, Data, Model, Source, Tokenizer, Train
 from dataset import Dataset
 from formats import documents, hf_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("files", nargs="*", help="files, folders and globs [the standard library]")
     parser.add_argument(
         "--tokenizer", default="tokenizers/demo", help="folder or tokenizer.json, byte-level BPE"
@@ -45,7 +44,7 @@ def main() -> None:
     try:
         compare(arguments)
     except ConfigError as error:
-        fail(error)
+        configurator.fail(error)
 
 
 def compare(arguments: argparse.Namespace) -> None:

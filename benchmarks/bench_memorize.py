@@ -10,7 +10,6 @@ generated, with a different share of the tokens replaced in each row, so that th
 other side is `generate` of transformers (requirements-dev.txt).
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import configurator
 
 K, L, THEIR_BATCH = 32, 32, 32
 SLICE = 512  # rows that one side decodes in its turn: 16 of their batches
@@ -98,9 +99,7 @@ def compare(name: str, cfg, n_rows: int, repeats: int, batch_size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("--model", choices=("14m", "demo", "both"), default="both")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)

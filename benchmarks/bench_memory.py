@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
+import configurator
+import consistency
 import cost
 import memory
 from config import Config, Model, Parallel, Train
@@ -64,7 +65,7 @@ SHAPES = {
 def settings(name: str, device: str) -> Config:
     """The config of a shape."""
     model, micro, accumulation, every, spread = SHAPES[name]
-    replicate, shard, _ = config.mesh_shape(spread, 2) if spread else (1, 1, 1)
+    replicate, shard, _ = consistency.mesh_shape(spread, 2) if spread else (1, 1, 1)
     train = Train(
         batch_size=micro * accumulation * replicate * shard,
         micro_batch_size=micro,
@@ -234,9 +235,7 @@ def compare(shape: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=3)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import configurator
 from config import Config, Model, Train
 
 # Layers, width, heads, hidden width, vocabulary, tokens a row, rows. On a CPU 34,087,424 parameters: 8 x
@@ -160,9 +161,7 @@ def show(figures: dict, without: list[float], args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--sync", action="store_true", help="as with train.save_async=false")
     parser.add_argument("--rounds", type=int, default=5)

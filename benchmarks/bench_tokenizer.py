@@ -149,9 +149,7 @@ def compare_encoders(arguments: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     everything = f"{sysconfig.get_paths()['stdlib']}/**/*.py", f"{sysconfig.get_paths()['purelib']}/**/*.py"
     parser.add_argument(
         "--files", nargs="+", default=everything, help="default: every Python file installed here"

@@ -14,7 +14,6 @@ that its peak memory is its own. They step in turn, so that noise of the machine
 the same weights and see the same tokens, and their losses are compared. Writes the file that --json names.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -26,6 +25,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import configurator
 
 # Layers, width, heads, hidden width, tokens a row, rows; and vocabularies.
 SIZES = {"cpu": (6, 384, 6, 1024, 256, 12), "cuda": (12, 768, 12, 2048, 1024, 16)}
@@ -306,9 +307,7 @@ def compare(vocab_size: int, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--vocab_size", type=int, nargs="+")

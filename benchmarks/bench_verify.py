@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import configurator
+
 # A model of about 1 GB has 16 layers x (4 x 1024^2 + 3 x 1024 x 2816) + 2 x 8192 x 1024 = 222 M parameters of
 # 4 bytes.
 WIDTH, HEADS, FF, VOCABULARY, LENGTH = 1024, 16, 2816, 8192, 1024
@@ -120,9 +122,7 @@ def compare(what: str, action, folder: Path, size: int, args: argparse.Namespace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("--gb", type=float, default=1.0, help="of weights, about")
     parser.add_argument("--chunk_gb", type=float, default=1.0, help="of the chunk")
     parser.add_argument("--rounds", type=int, default=5)

@@ -10,13 +10,14 @@ format (a JSON-lines file and a YAML file) into a temporary folder. The harness 
 beside the same accuracy computed by our own model. If they differ, one of the two is wrong.
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import configurator
 
 YAML = """
 task: nano360_continuation
@@ -71,9 +72,7 @@ def our_accuracy(folder: Path, asked: list[dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
@@ -85,7 +84,6 @@ def main() -> None:
     except ImportError:
         sys.exit("error: lm-evaluation-harness is not installed; pip install 'lm-eval[hf]'")
     import config
-    import configurator
     import run_folder
     import tokenizer as tokenizers
     from dataset import Dataset

@@ -18,7 +18,6 @@ into a change in proportion to 1 / sqrt(width). What the head learns is flat, an
 Writes mup_coordinates.json and mup_coordinates.svg, beside this file or into --out.
 """
 
-import argparse
 import platform
 import statistics
 import sys
@@ -32,6 +31,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+import configurator
 import figures
 import files
 import hardware
@@ -157,9 +157,7 @@ def powers_of_ten(low: float, high: float) -> tuple[list[float], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=4)

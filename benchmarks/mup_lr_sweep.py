@@ -30,11 +30,12 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+import configurator
 import figures
 import files
 import hardware
 import optim
-from config import ConfigError, Model, Optim, fail
+from config import ConfigError, Model, Optim
 from model import Transformer
 
 PARAMETRISATIONS = ("standard", "muP")
@@ -145,9 +146,7 @@ def draw(runs: list[dict], widths: list[int]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = configurator.parser(__doc__)
     widths = [32, 64, 128, 256]
     parser.add_argument("--widths", type=int, nargs="+", default=widths, help="the first: muP's base width")
     powers = list(range(-10, -3))
@@ -159,7 +158,7 @@ def main() -> None:
     try:
         sweep(args)
     except ConfigError as error:
-        fail(error)
+        configurator.fail(error)
 
 
 def sweep(args: argparse.Namespace) -> None:

@@ -106,16 +106,12 @@ class Reader(NamedTuple):
 # ---- which files ------------------------------------------------------------------------------------------
 
 
-def files(source: Source) -> list[Path]:
+def listed(source: Source) -> list[tuple[Path, str]]:
     """The files of a source: its paths in the order given, each expanded and sorted; no file twice.
 
-    Raises ConfigError where a path or glob gives no file, naming it.
+    Each with its name below the folder, or below the fixed part of the glob, that led to it. Raises
+    ConfigError where a path or glob gives no file, naming it.
     """
-    return [path for path, _ in listed(source)]
-
-
-def listed(source: Source) -> list[tuple[Path, str]]:
-    """Files, each with its name below the folder, or below the fixed part of the glob, that led to it."""
     return list(listed_and_left(source)[0].values())
 
 

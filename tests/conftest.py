@@ -1,6 +1,7 @@
 """What several test files share: the way to the scripts, the names of the configs, a tiny config to train."""
 
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def save(run: Path, model, optimizers: list, state: dict, tokenizer_files: dict 
     return saving.finish()
 
 
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    """A copy of the run that is the file's own `made`: nothing computed in it yet; the dataset is shared."""
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
 def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / "train.py", recipe, f"--run={run}", *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -118,6 +126,17 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
             raise AssertionError(f"training ended before step {step}: {process.stderr.read()}")
         time.sleep(0.01)
     raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models as small as those of some files only wait for a second thread."""
+    import torch
+
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 
 @pytest.fixture(autouse=True)

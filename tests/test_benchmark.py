@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import benchmark
 import config
@@ -23,8 +23,6 @@ import memory
 import parallel
 import preflight
 import train
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments: object, processes: int = 1, script: str = "benchmark.py") -> subprocess.CompletedProcess:

@@ -15,6 +15,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from conftest import ROOT
 from test_incidents import Faults
 
 import audit
@@ -37,7 +38,6 @@ from formats import families, shards
 from model import Transformer
 from steps import State
 
-ROOT = Path(__file__).parents[1]
 LLAMA = Model(vocab_size=67, seq_len=16, d_model=24, n_layers=2, n_heads=6, n_kv_heads=3, d_ff=28)
 OLMO = Model(vocab_size=71, seq_len=16, d_model=24, n_layers=2, n_heads=4, d_ff=28, tie_embeddings=True,
              norm="nonparametric_layernorm")  # fmt: skip

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_incidents import B, Faults, load
-from test_plan import kept_by_autograd
+from conftest import load
+from test_incidents import B, Faults
+from test_plan import kept_by_autograd, planned_to_be_kept
 from torch import Tensor
 
 import config
+import consistency
 import cost
 import incidents
 import measure
@@ -139,7 +141,7 @@ def compiled(key: str, choice: str, get) -> tuple:
 
 
 def meshes(key: str, choice: str, get) -> tuple:
-    return config.mesh_shape(with_choice(key, choice), 4)
+    return consistency.mesh_shape(with_choice(key, choice), 4)
 
 
 def after_an_incident(key: str, choice: str, get) -> tuple:
@@ -299,7 +301,7 @@ def test_every_choice_is_counted(key, choice):
             net = Transformer(model)
         assert sum(cost.parameters(model).values()) == sum(p.numel() for p in net.parameters())
         for bf16 in (False, True):
-            assert memory.activations(model, 3 * 14, bf16, cuda=False) == kept_by_autograd(model, 3, bf16)
+            assert planned_to_be_kept(model, 3, bf16) == kept_by_autograd(model, 3, bf16)
     if key == "optim.optimizer":
         net, made = learned(with_choice(key, choice))
         moments = [m for o in made for state in o.state.values() for m in state.values() if m.numel() > 1]
@@ -320,6 +322,6 @@ def test_a_choice_that_is_not_counted_is_an_error_of_the_plan_where_it_costs_som
     with pytest.raises(ValueError, match=rf"{key}='another'"):
         memory.peak(cfg, 4, cuda=True)
     if key in OF_THE_MODEL:
-        for count in (cost.parameters, cost.flops_per_token, lambda m: memory.activations(m, 28, True, True)):
+        for count in (cost.parameters, cost.flops_per_token, lambda m: planned_to_be_kept(m, 2, True)):
             with pytest.raises(ValueError, match=rf"{key}='another'"):
                 count(cfg.model)

@@ -7,16 +7,15 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import config
 import configurator
+import consistency
 import manifest
 from config import DATASET, LEARNED, MODEL, RUN, Config, ConfigError, Model, Optim, Stage, Train
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, **environment):
@@ -266,7 +265,7 @@ def test_every_setting_named_as_without_effect_exists():
         model=Model(positions="none", init="small_wang"),
         optim=Optim(warmup_steps=0, grad_clip=0, schedule="constant", decay_fraction=0),
     )
-    named = config.without_effect(nothing) | config.without_effect(Config())
+    named = consistency.without_effect(nothing) | consistency.without_effect(Config())
     assert set(named) <= set(config.SETTINGS) and len(named) > 15
 
 
@@ -369,13 +368,13 @@ def test_names_that_settings_had_are_not_used_for_others():
 
 
 def test_accumulation_follows_from_the_global_batch_and_errors_name_sizes_that_work():
-    assert config.accumulation_steps(2240, 10, 224) == 1  # Amber
-    assert config.accumulation_steps(12, 2, 3) == 2
+    assert consistency.accumulation_steps(2240, 10, 224) == 1  # Amber
+    assert consistency.accumulation_steps(12, 2, 3) == 2
     with pytest.raises(ConfigError) as error:
-        config.accumulation_steps(100, 8, 3)
+        consistency.accumulation_steps(100, 8, 3)
     assert "use train.batch_size=96 or 120" in str(error.value)
     with pytest.raises(ConfigError) as error:
-        config.accumulation_steps(90, 4, 3)
+        consistency.accumulation_steps(90, 4, 3)
     assert "train.micro_batch_size=3 or 5" in str(error.value)
 
 

@@ -9,6 +9,7 @@ from conftest import config_names
 
 import config
 import configurator
+import consistency
 import cost
 import memory
 import optim
@@ -74,8 +75,8 @@ def test_a_config_loads_under_its_name_and_survives_json(name):
     cfg = config.load(name)
     assert cfg.name == name and cfg.run == f"runs/{name}"
     assert cfg.dataset == ("datasets/pythia" if name.startswith("pythia") else f"datasets/{name}")
-    assert config.from_dict(config.to_dict(cfg)) == cfg == cfg.resolved()
-    assert config.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, 1) >= 1
+    assert configurator.from_dict(config.Config, config.to_dict(cfg)) == cfg == cfg.resolved()
+    assert consistency.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, 1) >= 1
     assert cfg.model.vocab_size >= cfg.tokenizer.vocab_size
 
 

@@ -17,6 +17,7 @@ import reference
 import sentencepiece
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -28,7 +29,6 @@ from config import Model, Optim
 from formats import families
 from model import Transformer
 
-ROOT = Path(__file__).parents[1]
 STORIES = Path(__file__).parents[2] / "shared" / "assets" / "stories260K"
 with_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K files are not here")
 WEIGHTS = "model.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import chunks
 import data
@@ -19,7 +20,6 @@ from config import Config, ConfigError, Data, Model, Source, Stage, Tokenizer, T
 from dataset import Dataset, shuffle, unshuffle
 from manifest import verify
 
-ROOT = Path(__file__).parents[1]
 T, B = 7, 3  # tokens of a row, rows of a batch
 
 

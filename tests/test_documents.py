@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import files
 from config import ConfigError, Source
 from formats import documents
-
-ROOT = Path(__file__).parents[1]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -335,7 +334,7 @@ def test_what_a_folder_does_not_give_is_said_once_by_suffix(tmp_path, capsys):
     documents.tell_left_out(Source("s", paths=(str(tmp_path / "*.pdf"),)))
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match=r"no file that can be read.*f\.pdf and the like outright"):
-        documents.files(Source("s", paths=(str(tmp_path / "skip"),)))
+        documents.listed(Source("s", paths=(str(tmp_path / "skip"),)))
 
 
 def test_a_dataset_of_odd_names_is_built_and_said_into_any_pipe(tmp_path):

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import files
 import results
 import run_folder
 from dataset import Dataset
 from manifest import verify
-
-ROOT = Path(__file__).parents[1]
 
 
 def extracted(name: str, folder: Path) -> Path:

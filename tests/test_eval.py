@@ -30,26 +30,12 @@ from config import ConfigError, Model
 from dataset import Dataset
 from model import Transformer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("eval"))
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy of the run, nothing computed in it yet; the dataset is shared."""
-    shutil.copytree(made, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def model_of(**changes):

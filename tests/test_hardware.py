@@ -3,18 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import safetensors
 import torch
+from conftest import ROOT
 
 import hardware
 import parallel
 from config import ConfigError
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_importing_it_imports_neither_torch_nor_numpy():

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, load, metrics
 
 import checkpoint
-import config
 import files
 import incidents
 import optim
@@ -19,22 +19,10 @@ import run_folder
 import train
 from config import ConfigError, Train
 from dataset import Dataset
+from run_folder import ledger
 from seen import trained as trained_positions
 
-ROOT = Path(__file__).parent.parent
 B = 6  # rows a step, of the recipe
-
-
-def load(recipe: Path, run: Path, *overrides: str) -> config.Config:
-    return config.load(str(recipe), [f"--run={run}", *overrides])
-
-
-def metrics(run: Path) -> list[dict]:
-    return list({r["step"]: r for r in files.read_lines(run / "metrics.jsonl")}.values())
-
-
-def ledger(run: Path, *events: str) -> list[dict]:
-    return [r for r in files.read_lines(run / "ledger.jsonl") if r["event"] in events]
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

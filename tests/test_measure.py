@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_memorize import make_run
 
 import checkpoint
@@ -27,19 +28,10 @@ import run_folder
 import tokenizer
 from config import ConfigError
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("measure"))
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy of the run, nothing computed in it yet; the dataset is shared."""
-    shutil.copytree(made, tmp_path / "run")
-    return tmp_path / "run"
 
 
 # ---- a metric of one's own --------------------------------------------------------------------------------

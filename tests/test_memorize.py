@@ -25,16 +25,9 @@ from dataset import Dataset
 from formats import families
 from model import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 K, L = 6, 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 def make_run(folder):
@@ -98,13 +91,6 @@ def make_run(folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("memorize"))
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy of the run, nothing computed in it yet; the dataset is shared."""
-    shutil.copytree(made, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def compute(run, chunks=None):

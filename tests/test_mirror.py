@@ -8,15 +8,13 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import config
 import files
 import mirror
-
-ROOT = Path(__file__).parents[1]
 
 
 class Heard:

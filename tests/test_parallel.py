@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import consistency
 import incidents
 import optim
 import parallel
@@ -434,7 +435,7 @@ def odd_width(world: parallel.World) -> dict[str, Tensor]:
 
 
 def split_in_two(world: parallel.World) -> dict:
-    shape = parallel.mesh_shape(Parallel(strategy="fsdp", tp=2), world.size)
+    shape = consistency.mesh_shape(Parallel(strategy="fsdp", tp=2), world.size)
     return {
         "shape": shape,
         "mesh": parallel.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp")),
@@ -481,7 +482,7 @@ def test_the_mesh_has_a_place_for_every_process():
         (fsdp(shard=3, tp=2), 12, (2, 3, 2)),
         (fsdp(tp=4), 4, (1, 1, 4)),
     ):
-        assert parallel.mesh_shape(settings, processes) == shape
+        assert consistency.mesh_shape(settings, processes) == shape
 
 
 @pytest.mark.parametrize(
@@ -501,7 +502,7 @@ def test_the_mesh_has_a_place_for_every_process():
 )
 def test_processes_that_cannot_stand_so_are_refused(settings, processes, message):
     with pytest.raises(ConfigError, match=message):
-        parallel.mesh_shape(settings, processes)
+        consistency.mesh_shape(settings, processes)
 
 
 def test_neighbours_in_tensor_parallel_have_the_same_rows_and_all_rows_are_had():

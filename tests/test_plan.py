@@ -11,9 +11,10 @@ import conftest
 import pytest
 import safetensors
 import torch
-from conftest import config_names
+from conftest import ROOT, config_names
 
 import config
+import consistency
 import cost
 import hardware
 import loss
@@ -31,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_memory
 
-ROOT = Path(__file__).parents[1]
 AMBER = Model()  # the defaults are LLaMA-7B
 SMALL = dict(vocab_size=101, seq_len=48, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=200)
 PYTHIA = dict(norm="layernorm", bias=True, ffn="gelu", parallel_residual=True, rope_fraction=0.25)
@@ -149,11 +149,17 @@ def kept_by_autograd(model: Model, rows: int, bf16: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def planned_to_be_kept(model: Model, rows: int, bf16: bool, every: int = 0, cuda: bool = False) -> float:
+    """Bytes that the plan has between forward and backward, without the loss."""
+    sizes = memory.sizes(small_config(model, rows, 1, "bf16" if bf16 else "fp32", every), 1, cuda)
+    return sum(sizes.kept) + sizes.outer
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_activations_are_what_autograd_keeps_to_the_byte(name, bf16):
     model = Model(**{**SMALL, **VARIANTS[name]}).resolved()
-    assert memory.activations(model, 5 * model.seq_len, bf16, cuda=False) == kept_by_autograd(model, 5, bf16)
+    assert planned_to_be_kept(model, 5, bf16) == kept_by_autograd(model, 5, bf16)
 
 
 def small_config(model: Model, micro: int, accumulation: int, precision: str, every: int = 0) -> Config:
@@ -240,14 +246,14 @@ def test_processes_stand_in_a_mesh():
         ({"strategy": "fsdp", "shard": 4}, 24, (6, 4, 1)),
         ({"strategy": "fsdp", "shard": 3, "tp": 2}, 24, (4, 3, 2)),
     ):
-        assert config.mesh_shape(Parallel(**spread), processes) == expected
+        assert consistency.mesh_shape(Parallel(**spread), processes) == expected
     for spread, processes, message in (
         ({"tp": 2}, 3, "3 process.es. do not divide by parallel.tp=2"),
         ({"shard": 2}, 8, "needs parallel.strategy='fsdp'"),
         ({"strategy": "fsdp", "shard": 3, "tp": 2}, 8, "does not divide 4 process.es. .8 / parallel.tp=2."),
     ):
         with pytest.raises(ConfigError, match=message):
-            config.mesh_shape(Parallel(**spread), processes)
+            consistency.mesh_shape(Parallel(**spread), processes)
 
 
 def amber(batch: int = 2240, every: int = 0, **spread) -> Config:
@@ -266,10 +272,10 @@ def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():
     # log-sum 4 H; gate, act, up, product 4 x 2 F; a root mean square of each norm 2 x 4
     assert layer == n * (20 * 4096 + 4 * 32 + 8 * 11008 + 8)
     rest = n * (4 * 4096 + 4) + 4 * 2048 * 128
-    assert memory.activations(AMBER, n, True, True, 0) == 32 * layer + rest
-    assert memory.activations(AMBER, n, True, True, 1) == 32 * n * 4 * 4096 + rest
+    assert planned_to_be_kept(AMBER, 10, True, 0, cuda=True) == 32 * layer + rest
+    assert planned_to_be_kept(AMBER, 10, True, 1, cuda=True) == 32 * n * 4 * 4096 + rest
     # every third of 32 blocks from the first on is 11 of them
-    assert memory.activations(AMBER, n, True, True, 3) == 11 * n * 4 * 4096 + 21 * layer + rest
+    assert planned_to_be_kept(AMBER, 10, True, 3, cuda=True) == 11 * n * 4 * 4096 + 21 * layer + rest
 
 
 def test_hybrid_sharding_divides_by_the_gpus_of_one_copy():

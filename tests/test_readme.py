@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 
 import config
+from configurator import EXAMPLE
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "DIFFERENCES.md", "benchmarks/README.md", "configs/README.md")
@@ -49,7 +50,7 @@ RING_1_TRUSTS = {
     "optim": set(),
     "dataset": {"files", "manifest"},
     "steps": set(),
-    "parallel": {"configurator", "hardware", "rendezvous", "sharding"},
+    "parallel": {"consistency", "hardware", "rendezvous", "sharding"},
     "checkpoint": {"files", "integrity", "run_folder", "sharding", "formats."},
     "train": {
         "configurator",
@@ -305,9 +306,9 @@ def test_links_and_file_names_of_the_documents_exist(name):
 
 
 def test_the_example_of_help_stands_in_the_readme_and_is_built_from_own_text(tmp_path):
-    assert config.EXAMPLE in python_blocks("README.md") and len(config.EXAMPLE.splitlines()) < 15
-    assert textwrap.indent(config.EXAMPLE, "    ") in help_of("train.py") and "paths=" in help_of("data.py")
-    (tmp_path / "my.py").write_text(config.EXAMPLE)
+    assert EXAMPLE in python_blocks("README.md") and len(EXAMPLE.splitlines()) < 15
+    assert textwrap.indent(EXAMPLE, "    ") in help_of("train.py") and "paths=" in help_of("data.py")
+    (tmp_path / "my.py").write_text(EXAMPLE)
     texts = [f"{n} sheep and {n * 7919 % 101} goats went up hill {n}. " * (n % 7 + 3) for n in range(200)]
     for name in ("notes", "web"):
         (tmp_path / name).mkdir()

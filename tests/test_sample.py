@@ -15,6 +15,8 @@ import tokenizer
 from config import ConfigError, Model
 from model import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = dict(vocab_size=59, seq_len=23, d_model=24, n_layers=3, n_heads=6, n_kv_heads=2, d_ff=40)
 
 
@@ -23,15 +25,6 @@ def model():
     model = Transformer(Model(**SETTINGS, init_std=0.3)).eval().requires_grad_(False)
     model.init_weights(3)
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 def prompts(n, length, seed=0):

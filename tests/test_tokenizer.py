@@ -15,6 +15,7 @@ import pytest
 import regex
 import sentencepiece
 import tiktoken
+from conftest import ROOT
 
 import bpe
 import config
@@ -22,7 +23,6 @@ import tokenizer
 from config import ConfigError
 from formats import hf_tokenizer
 
-ROOT = Path(__file__).parents[1]
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="no real tokenizers and corpora here")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load, metrics, start, wait_for_step, weights
+from conftest import ROOT, load, metrics, start, wait_for_step, weights
 
 import checkpoint
 import config
@@ -28,9 +28,6 @@ from config import ConfigError
 from dataset import Dataset
 from manifest import differences
 from model import Transformer
-
-ROOT = Path(__file__).parents[1]
-
 
 # ---- what is printed is right -----------------------------------------------------------------------------
 

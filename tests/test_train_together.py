@@ -11,14 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import load, metrics, wait_for_step, weights
+from conftest import ROOT, load, metrics, wait_for_step, weights
 
 import files
 import run_folder
 import train
-
-ROOT = Path(__file__).parents[1]
-
 
 # ---- several processes ------------------------------------------------------------------------------------
 
