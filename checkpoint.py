@@ -30,10 +30,9 @@ import files
 from config import ConfigError
 from formats import families, shards
 from formats.families import end_of_text, model_config, read_config, reader
-from integrity import compared, first_look
+from integrity import compared
 from model import Transformer
 from parallel import World, alone
-from run_folder import chosen, read, refuse
 from sharding import bare, put, whole
 from steps import State
 
@@ -269,21 +268,3 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu", verify: b
         with torch.no_grad():
             load_weights(folder, model, verify=False)
     return model.eval().requires_grad_(False)
-
-
-def model_folder(path: Path | str, step: int | None = None, verify: bool = True) -> Path:
-    """A run -> the folder of its newest complete checkpoint, or of `step`'s; any model folder -> itself.
-
-    With `verify`, the hashes of its config.json and its tokenizer are compared: they are about to be read.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; give a run (runs/demo), a checkpoint or a model folder")
-    if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
-        path = chosen(path, [] if step is None else [step])[-1].path
-    elif step is not None:
-        raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
-    if verify and (path / "state.json").exists():
-        refuse(path, first_look(read(path), "model")[0])
-    read_config(path)
-    return path

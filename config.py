@@ -46,20 +46,23 @@ setting = configurator.setting
 
 
 class NormKind(NamedTuple):
-    """What model.py and cost.py know of a norm. A new norm is a row of NORMS and a choice of Model.norm."""
+    """What a norm learns and keeps. A new norm is a row of NORMS, a choice of Model.norm, and its formula."""
 
-    first_values: dict[str, float]  # what it learns for each channel, and the value that this begins with
-    centred: bool  # it subtracts the mean (LayerNorm), or does not (RMSNorm)
+    per_channel: dict[str, float]  # parameters with a number for each channel: name -> initial value
     # FP32 numbers kept for backward beside the input: for each token, and on a CPU for each channel too
     # (tests/test_choices.py measures them)
     kept_per_token: int
     kept_per_channel_on_cpu: int
+    single: tuple[tuple[str, float], ...] = ()  # parameters of one number: (name, initial value)
+
+    def n_parameters(self, width: int) -> int:
+        return width * len(self.per_channel) + len(self.single)
 
 
 NORMS = {
-    "rmsnorm": NormKind({"weight": 1.0}, False, 1, 1),  # a CPU computes it in steps and keeps x / rms(x)
-    "layernorm": NormKind({"weight": 1.0, "bias": 0.0}, True, 2, 0),
-    "nonparametric_layernorm": NormKind({}, True, 2, 0),
+    "rmsnorm": NormKind({"weight": 1.0}, 1, 1),  # a CPU computes it in steps and keeps x / rms(x)
+    "layernorm": NormKind({"weight": 1.0, "bias": 0.0}, 2, 0),
+    "nonparametric_layernorm": NormKind({}, 2, 0),
 }
 
 

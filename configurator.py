@@ -236,7 +236,8 @@ def check_setting(part: object, f: dataclasses.Field, kind: object) -> None:
         want = " or ".join(map(repr, typing.get_args(kind))) if is_choice else kind
         if not isinstance(kind, types.GenericAlias):
             want = getattr(want, "__name__", want)
-        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; it must be {want}")
+        problem = "is no choice" if is_choice and isinstance(value, str) else f"is a {type(value).__name__}"
+        raise ConfigError(f"{name}={value!r} {problem}; it must be {want}")
     check_range(name, value, f.metadata)
     check_finite(name, value)
 

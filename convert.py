@@ -34,7 +34,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-import checkpoint
 import configurator
 import files
 import integrity
@@ -198,7 +197,7 @@ def convert(args: argparse.Namespace) -> None:
     if from_bin:
         source = open_bin(given, args.tokenizer)
     else:
-        source = open_folder(checkpoint.model_folder(given, verify=args.verify), args.verify)
+        source = open_folder(integrity.model_folder(given, verify=args.verify), args.verify)
     eot, dtype, lossy = families.end_of_text(source.ids), DTYPES[args.dtype], []
 
     # What the target says about the model, or why it cannot hold it.

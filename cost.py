@@ -33,13 +33,14 @@ def parameters(model: Model) -> dict[str, int]:
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
     into = 2 if m.gated else 1  # matrices from D to F; one more leads back
     positions = {"rope": 0, "alibi": 0, "learned": m.seq_len * D, "none": 0}
-    norm = len(m.norm_kind.first_values)  # for each channel
+    norm = m.norm_kind.n_parameters  # of a width
+    in_a_block = norms_of_a_block(m) * norm(D) + m.qk_norm * (norm(q) + norm(kv))
     return {
         "embedding": m.vocab_size * D,
         "learned positions": choose("model.positions", m.positions, positions),
         "attention": m.n_layers * D * (2 * q + 2 * kv),
         "feed-forward": m.n_layers * D * m.d_ff * (into + 1),
-        "norms": norm * (m.n_layers * (norms_of_a_block(m) * D + m.qk_norm * (q + kv)) + D),
+        "norms": m.n_layers * in_a_block + norm(D),
         "biases": m.bias * m.n_layers * (q + 2 * kv + D + into * m.d_ff + D),
         "head": 0 if m.tie_embeddings else m.vocab_size * D,
     }
@@ -214,7 +215,7 @@ def left_on_disk(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
     here: list[int] = []
     for step in saved:
         here.append(step)
-        deleted = steps.deleted_steps(cfg, here, kept)
+        deleted = run_folder.deleted_steps(cfg, here, kept)
         here = [step for step in here if step not in deleted]
     return here
 

@@ -44,6 +44,7 @@ import torch
 
 import checkpoint
 import configurator
+import integrity
 import measure
 import memorize
 import parallel
@@ -302,7 +303,7 @@ def adds_up(line: dict, part: memorize.Part, seen: np.ndarray) -> bool:
 
 def eval_folder(args: argparse.Namespace) -> None:
     """The loss of a model folder that is in no run, on the validation rows of a dataset; writes nothing."""
-    folder = checkpoint.model_folder(args.run, verify=args.verify)
+    folder = integrity.model_folder(args.run, verify=args.verify)
     dataset = Dataset(args.dataset, args.verify)
     if args.checkpoint or args.check:
         raise ConfigError(

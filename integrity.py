@@ -17,9 +17,10 @@ from pathlib import Path
 import files
 import steps
 from config import Config, ConfigError
+from formats.families import read_config
 from parallel import World, alone
 from rendezvous import first_on_node
-from run_folder import NEEDED, Checkpoint, read, recorded, refuse
+from run_folder import NEEDED, Checkpoint, chosen, read, recorded, refuse
 
 N_THREADS = 4  # files hashed at a time: SHA-256 of one runs at 0.4 to 1.5 GB/s, slower than a good disk reads
 # The files that are read when a checkpoint is opened. Others that someone puts there are not looked at.
@@ -127,6 +128,24 @@ def hash_of(path: Path) -> str:
 @functools.cache
 def cached_hash(path: Path, inode: int, size: int, changed: int) -> str:
     return files.sha256(path)
+
+
+def model_folder(path: Path | str, step: int | None = None, verify: bool = True) -> Path:
+    """A run -> the folder of its newest complete checkpoint, or of `step`'s; any model folder -> itself.
+
+    With `verify`, the hashes of its config.json and its tokenizer are compared: they are about to be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; give a run (runs/demo), a checkpoint or a model folder")
+    if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
+        path = chosen(path, [] if step is None else [step])[-1].path
+    elif step is not None:
+        raise ConfigError(f"{path} is itself a checkpoint; leave --checkpoint {step} out, or give the run")
+    if verify and (path / "state.json").exists():
+        refuse(path, first_look(read(path), "model")[0])
+    read_config(path)
+    return path
 
 
 # ---- state.json against the run ---------------------------------------------------------------------------

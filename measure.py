@@ -6,18 +6,20 @@ one is the loss of every checkpoint on each line of a JSON-lines file:
     import json, torch, files, measure, tokenizer
 
     run = measure.open_run("runs/demo")
-    texts = [json.loads(line)["text"] for line in open("my.jsonl")]
+    texts = {f"line {n}": json.loads(line)["text"] for n, line in enumerate(open("my.jsonl"), 1)}
     encode = tokenizer.load(run.dataset.folder).encode
 
     def losses(model, checkpoint, items, done):
-        for item in items:  # yield one dict for each item, in order; here there is one item, the file
-            rows = [torch.tensor([encode(text)], device=run.device) for text in texts]
-            yield {"losses": [model(x[:, :-1], x[:, 1:]).item() / (x.numel() - 1) for x in rows]}
+        for item in items:  # yields one dict of numbers for each item, in order
+            ids = torch.tensor([encode(texts[item])], device=run.device)[:, : run.cfg.model.seq_len + 1]
+            yield {"loss": model(ids[:, :-1], ids[:, 1:]).item() / max(1, ids.numel() - 1)}
 
-    metric = measure.Metric("lines", "loss-of-lines-1", {"my.jsonl": len(texts)}, losses,
+    metric = measure.Metric("lines", "loss-of-lines-1", dict.fromkeys(texts, 1), losses,
                             inputs=lambda checkpoint: {"file_sha256": files.sha256("my.jsonl")})
     for checkpoint, lines in measure.every(run, metric):
-        measure.say(checkpoint.step, lines["my.jsonl"]["losses"])
+        measure.say(checkpoint.step, {item: line["loss"] for item, line in lines.items()})
+
+Its results are on the page by themselves: numbers only, named by their item, which is a text.
 
 Each result is a line of RUN/evals.jsonl, with everything that determines it under "inputs": the name of the
 protocol, the hash of the weights, the hash of the dataset (and so of its tokenizer), the precision, and what

@@ -235,9 +235,10 @@ def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
     """Parameters before FSDP: of a block, whose matrices are split over tp; and of all outside of blocks."""
     counts, D = parameters(m), m.d_model
     outside = counts["embedding"] + counts["learned positions"] + counts["head"]
-    norm = len(m.norm_kind.first_values)
-    outside += norm * D  # the final norm
-    whole = norm * (norms_of_a_block(m) * D + m.qk_norm * (m.n_heads + m.n_kv_heads) * m.d_head)
+    norm = m.norm_kind.n_parameters  # of a width
+    outside += norm(D)  # the final norm
+    whole = norms_of_a_block(m) * norm(D)
+    whole += m.qk_norm * (norm(m.n_heads * m.d_head) + norm(m.n_kv_heads * m.d_head))
     whole += 2 * D * m.bias  # biases of the two matrices whose outputs are scattered over tokens
     block = (sum(counts.values()) - outside) // m.n_layers
     return whole + (block - whole) / tp, outside

@@ -25,29 +25,34 @@ from initial import Embedding, Linear, init_std, initial_weights
 from loss import Loss
 from masks import Cache, alibi_slopes, flex, positions_and_mask
 
+# By model.norm: x (..., width), the shape (width,), the norm's parameters by name, eps -> (..., width).
+NORM_FORMULAS = {
+    "rmsnorm": lambda x, shape, p, eps: F.rms_norm(x, shape, p["weight"], eps),
+    "layernorm": lambda x, shape, p, eps: F.layer_norm(x, shape, p["weight"], p["bias"], eps),
+    "nonparametric_layernorm": lambda x, shape, p, eps: F.layer_norm(x, shape, None, None, eps),
+}
+
 
 class Norm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019, eq. 4), LayerNorm, or LayerNorm without weight and bias (OLMo, 2.1).
 
-    Always FP32, also under autocast: the mean of D squares would lose digits in BF16. config.NORMS has what
-    each norm learns; another formula is another branch of `forward`.
+    Always FP32, also under autocast: the mean of D squares would lose digits in BF16. config.NORMS says which
+    parameters each norm has, and NORM_FORMULAS what it computes.
     """
 
     def __init__(self, cfg: Model, width: int = 0):
         super().__init__()
-        self.shape, self.eps, self.centred = (width or cfg.d_model,), cfg.norm_eps, cfg.norm_kind.centred
-        self.first_values = dict(cfg.norm_kind.first_values)
-        for name in ("weight", "bias"):
-            first = self.first_values.get(name)
-            learned = None if first is None else nn.Parameter(torch.full(self.shape, first))
-            self.register_parameter(name, learned)
+        self.shape, self.eps, kind = (width or cfg.d_model,), cfg.norm_eps, cfg.norm_kind
+        self.formula = choose("model.norm", cfg.norm, NORM_FORMULAS)
+        self.first_values = kind.per_channel | dict(kind.single)
+        for name, first in self.first_values.items():
+            shape = self.shape if name in kind.per_channel else (1,)
+            self.register_parameter(name, nn.Parameter(torch.full(shape, first)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Parameters are cast too, because parallel.py may have gathered them in BF16.
-        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
-        if self.centred:
-            return F.layer_norm(x.float(), self.shape, weight, bias, self.eps)
-        return F.rms_norm(x.float(), self.shape, weight, self.eps)
+        # Parameters are cast too, because FSDP may have gathered them in BF16.
+        parameters = {name: getattr(self, name).float() for name in self.first_values}
+        return self.formula(x.float(), self.shape, parameters, self.eps)
 
 
 def rotary_frequencies(cfg: Model, device=None) -> Tensor:

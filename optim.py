@@ -18,36 +18,45 @@ from config import Optim, choose, unknown
 # ---- schedules --------------------------------------------------------------------------------------------
 
 
-# By optim.schedule: the share of the decay, from the peak to the final learning rate, that is still to come
-# at a progress of 0 to 1; and whether the decay is only the last decay_fraction of the schedule. A new one is
-# a row here and a choice of Optim.schedule; consistency.without_effect must know if it uses decay_fraction.
-SCHEDULES = {
-    "cosine": (lambda progress: 0.5 * (1 + math.cos(math.pi * progress)), False),
-    "linear": (lambda progress: 1 - progress, False),
-    "constant": (lambda progress: 1 - progress, True),  # Hu et al. 2024
-}
-
-
 def learning_rate(at: int, length: int, cfg: Optim) -> float:
     """The learning rate of the update after the first `at` of a schedule's `length`.
 
     Both count steps; or tokens, where cfg.schedule_tokens is set (steps.schedule_position). The learning rate
-    rises linearly from warmup_start_fraction x lr at 0 to lr at the end of warm-up, then falls to
-    final_lr_fraction x lr at `length` and stays there: the last update is one step short of it. Amber starts
-    from 0 (its first update changes only the moments), OLMo-1 from a tenth of the peak.
+    rises linearly from warmup_start_fraction x lr at 0 to lr at the end of warm-up; from then on SCHEDULES
+    says what it is. Amber starts from 0 (its first update changes only the moments), OLMo-1 from a tenth.
     """
-    remaining, only_at_the_end = choose("optim.schedule", cfg.schedule, SCHEDULES)
+    schedule = choose("optim.schedule", cfg.schedule, SCHEDULES)
     if at < cfg.warmup:
         start = cfg.warmup_start_fraction
         return cfg.lr * (start + (1 - start) * at / cfg.warmup)
+    return cfg.lr * schedule(at, length, cfg)
 
-    # The decay begins at the end of warm-up, or later. One that never begins stays at the peak, also beyond
-    # `length`: a constant schedule with decay_fraction=0 has no end.
-    begin = cfg.warmup
-    if only_at_the_end:
-        begin = max(begin, length - round(cfg.decay_fraction * length))
-    progress = min(1.0, max(0, at - begin) / (length - begin)) if begin < length else 0.0
-    return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * remaining(progress))
+
+def cosine(at: int, length: int, cfg: Optim) -> float:
+    left = 0.5 * (1 + math.cos(math.pi * progress(at, cfg.warmup, length)))
+    return cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * left
+
+
+def linear(at: int, length: int, cfg: Optim) -> float:
+    return cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * (1 - progress(at, cfg.warmup, length))
+
+
+def constant(at: int, length: int, cfg: Optim) -> float:
+    """The peak until the last decay_fraction of the schedule, then linear (Hu et al. 2024)."""
+    begin = max(cfg.warmup, length - round(cfg.decay_fraction * length))
+    return cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * (1 - progress(at, begin, length))
+
+
+def progress(at: int, begin: int, length: int) -> float:
+    """How much of a decay from `begin` to `length` is done: 0 to 1. At `length` it is complete, and the last
+    update is one step short of it. A decay that never begins stays at 0, also beyond `length`.
+    """
+    return min(1.0, max(0, at - begin) / (length - begin)) if begin < length else 0.0
+
+
+# The learning rate after warm-up, as a fraction of the peak. A new schedule is a function, a row here, and a
+# choice of Optim.schedule; what it needs of other settings is checked in consistency.py.
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
 def annealed_lr(begin_lr: float, done: int, cfg: Optim) -> float:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-import checkpoint
 import config
 import cost
 import files
 import hardware
+import integrity
 import memory
 import optim
 import parallel
@@ -152,7 +152,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
     """
     if not cfg.init_from:
         return None
-    folder = checkpoint.model_folder(cfg.init_from, verify=cfg.train.verify)
+    folder = integrity.model_folder(cfg.init_from, verify=cfg.train.verify)
 
     # Settings that decide what the weights mean must be the same.
     theirs, ours = dataclasses.asdict(model_config(folder)), dataclasses.asdict(cfg.model)

@@ -134,6 +134,18 @@ def delete(run: Path | str, steps: list[int]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def deleted_steps(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
+    """The steps whose checkpoints are deleted once the last one of `saved`, ascending, is on disk."""
+    if not cfg.train.keep_others:
+        return []
+    kept = set(kept)
+    if cfg.train.on_incident == "rollback":  # and the newest one that a rollback now would go back to
+        old = [step for step in saved if step <= saved[-1] - cfg.train.rollback_steps]
+        kept |= set(old[-1:])
+    others = [step for step in saved if step not in kept]
+    return others[: -cfg.train.keep_others]
+
+
 def set_aside(run: Path | str, after: int, incident: int) -> None:
     """Renames the checkpoints beyond step `after`, which a rollback leaves: incident-3-step-00000640."""
     for c in checkpoints(run):

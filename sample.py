@@ -31,6 +31,7 @@ from torch import Tensor
 import checkpoint
 import configurator
 import files
+import integrity
 import parallel
 import run_folder
 import tokenizer as tokenizers
@@ -200,7 +201,7 @@ def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str
 def sample(args: argparse.Namespace) -> None:
     """Prints text as it is drawn; with --save, also appends it to the run's samples.jsonl."""
     # Find the checkpoint and refuse what cannot be done.
-    folder = checkpoint.model_folder(args.folder, args.checkpoint, args.verify)
+    folder = integrity.model_folder(args.folder, args.checkpoint, args.verify)
     if args.save and folder.resolve().parent.name != "checkpoints":
         raise ConfigError(
             f"--save writes beside the run's results, and {folder} is in no run; leave --save out"

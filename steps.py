@@ -246,15 +246,3 @@ def kept_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: i
     if cfg.train.checkpoint_powers_of_two:
         kept |= {2**i for i in range(plan.last_step.bit_length())}
     return {step for step in kept if step <= plan.last_step}
-
-
-def deleted_steps(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
-    """The steps whose checkpoints are deleted once the last one of `saved`, ascending, is on disk."""
-    if not cfg.train.keep_others:
-        return []
-    kept = set(kept)
-    if cfg.train.on_incident == "rollback":  # and the newest one that a rollback now would go back to
-        old = [step for step in saved if step <= saved[-1] - cfg.train.rollback_steps]
-        kept |= set(old[-1:])
-    others = [step for step in saved if step not in kept]
-    return others[: -cfg.train.keep_others]

@@ -187,7 +187,7 @@ def train(
                 mine = (optim.grad_norm(run.model), signals.received > 0, saving.busy(), log.joules())
                 grad_norm, stop, writing, joules, *totals = world.sum(*mine, *sums.values())
                 grad_norm /= world.size  # all had the same one, up to the last bit under tensor parallel
-                means = {name: total / n_targets for name, total in zip(sums, totals)}
+                means = {name: total / n_targets for name, total in zip(sums, totals, strict=True)}
                 clock.done("forward_backward")
 
                 # 4. Update, unless something is wrong: no weight has been touched yet.
@@ -250,7 +250,7 @@ def complete_save(run: Run, plan: Steps) -> None:
     if cfg.train.keep_others:
         saved = [c.step for c in world.first(run_folder.checkpoints, cfg.run)]
         kept = steps.kept_steps(cfg, plan, run.chunks, state.begin)
-        world.once(run_folder.delete, cfg.run, steps.deleted_steps(cfg, saved, kept))
+        world.once(run_folder.delete, cfg.run, run_folder.deleted_steps(cfg, saved, kept))
 
 
 # ---- before the loop --------------------------------------------------------------------------------------

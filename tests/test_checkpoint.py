@@ -30,7 +30,6 @@ import optim
 import results
 import run_folder
 import sample
-import steps
 import train
 from config import Config, ConfigError, Model, Optim, Train, load_run
 from dataset import Dataset
@@ -395,7 +394,7 @@ def test_the_newest_others_are_kept_and_all_that_end_a_chunk(tmp_path):
     for step in range(9):
         conftest.save(tmp_path, net, [adamw], state(step), {})
     saved = [c.step for c in run_folder.checkpoints(tmp_path)]
-    run_folder.delete(tmp_path, steps.deleted_steps(Config(train=Train(keep_others=2)), saved, {0, 4}))
+    run_folder.delete(tmp_path, run_folder.deleted_steps(Config(train=Train(keep_others=2)), saved, {0, 4}))
     assert [c.step for c in run_folder.checkpoints(tmp_path)] == [0, 4, 7, 8]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 

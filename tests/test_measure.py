@@ -24,6 +24,7 @@ import eval as evaluation
 import files
 import measure
 import memorize
+import results
 import run_folder
 import tokenizer
 from config import ConfigError
@@ -39,7 +40,7 @@ def made(tmp_path_factory):
 
 def example(run):
     """The code in the docstring, about this run."""
-    block = re.search(r"(    import json, .*?\n)\nEach result", measure.__doc__, re.S)[1]
+    block = re.search(r"(    import json, .*?\n)\nIts results", measure.__doc__, re.S)[1]
     code = textwrap.dedent(block)
     assert len([line for line in code.splitlines() if line]) <= 14  # two of them import and print
     return code.replace("runs/demo", str(run))
@@ -67,30 +68,35 @@ def test_the_metric_of_the_docstring_is_computed_once_for_every_checkpoint(
 
     # the numbers are those of PyTorch's loss, line by line
     lines = files.read_lines(run / "evals.jsonl")
+    names = [f"line {n}" for n in (1, 2, 3)]
     assert [(line["step"], line["kind"], line["item"]) for line in lines] == [
-        (step, "lines", "my.jsonl") for step in (0, 9)
+        (step, "lines", name) for step in (0, 9) for name in names
     ]
-    for c, line in zip(run_folder.chosen(run), lines):
+    for c in run_folder.chosen(run):
         model, encode = load_model(c.path), tokenizer.load(c.path).encode
-        for text, loss in zip(texts, line["losses"], strict=True):
+        ours = [line for line in lines if line["step"] == c.step]
+        for text, line in zip(texts, ours, strict=True):
             ids = torch.tensor([encode(text)])
             expected = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
-            assert loss == pytest.approx(expected.item(), rel=1e-5)
-        assert f"{c.step} {line['losses']}" in said
-        assert line["inputs"]["file_sha256"] == files.sha256("my.jsonl")
-        assert line["inputs"]["weights_sha256"] == run_folder.weights_hash(c.state)
+            assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
+            assert line["inputs"]["file_sha256"] == files.sha256("my.jsonl")
+            assert line["inputs"]["weights_sha256"] == run_folder.weights_hash(c.state)
+        assert f"{c.step} { ({line['item']: line['loss'] for line in ours}) }" in said
 
     # a second time nothing is computed, and the same is said
     exec(compile(example(run), "example", "exec"), {})
     assert len(loaded) == 2 and capsys.readouterr().out == said
     assert files.read_lines(run / "evals.jsonl") == lines
 
+    # the page has them, without code that names them
+    assert results.load(run).evaluations["lines"]["line 2"][9] == {"loss": lines[4]["loss"]}
+
     # another file is another input; and the old lines stay
     write(texts[:2])
     exec(compile(example(run), "example", "exec"), {})
     assert len(loaded) == 4
     after = files.read_lines(run / "evals.jsonl")
-    assert after[:2] == lines and [len(line["losses"]) for line in after[2:]] == [2, 2]
+    assert after[:6] == lines and len(after) == 10
 
 
 def metric(compute, items=("a", "b", "c"), **more):

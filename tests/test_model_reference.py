@@ -15,7 +15,7 @@ import torch
 
 import masks
 import model
-from config import Model
+from config import NORMS, Model
 from initial import initial_weights
 from masks import Cache
 from model import Transformer
@@ -156,7 +156,7 @@ def test_settings_combine_at_random(seed):
         ),
         d_head=one_of(4, 8, 16),
         ffn=one_of("swiglu", "geglu", "gelu", "relu2"),
-        norm=one_of("rmsnorm", "layernorm", "nonparametric_layernorm"),
+        norm=one_of(*NORMS),
         norm_place=place,
         parallel_residual=parallel,
         clip_qkv=one_of(0.0, 0.9),

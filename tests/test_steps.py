@@ -7,6 +7,7 @@ import random
 import pytest
 
 import incidents
+import run_folder
 import steps
 from config import Config, Eval, Model, Optim, Train
 from steps import Steps
@@ -257,14 +258,16 @@ def test_the_step_of_every_position_is_found_whatever_was_deferred_left_out_skip
 
 def test_the_oldest_of_the_other_checkpoints_are_deleted_and_one_is_kept_to_go_back_to():
     cfg, kept = config_with(keep_others=2), {0, 6}
-    assert steps.deleted_steps(cfg, [0, 2, 4, 6, 8, 10], kept) == [2, 4]
-    assert steps.deleted_steps(cfg, [0, 6, 8, 10], kept) == []
-    assert steps.deleted_steps(config_with(), [0, 2, 4], kept) == []
+    assert run_folder.deleted_steps(cfg, [0, 2, 4, 6, 8, 10], kept) == [2, 4]
+    assert run_folder.deleted_steps(cfg, [0, 6, 8, 10], kept) == []
+    assert run_folder.deleted_steps(config_with(), [0, 2, 4], kept) == []
     back = config_with(keep_others=2, on_incident="rollback", rollback_steps=6)
-    assert steps.deleted_steps(back, [0, 2, 4, 6, 8, 10], kept) == [2]  # 4 is the newest six steps before 10
+    assert run_folder.deleted_steps(back, [0, 2, 4, 6, 8, 10], kept) == [
+        2
+    ]  # 4 is the newest six steps before 10
     at_once = config_with(keep_others=1, on_incident="rollback", rollback_steps=0)
-    assert steps.deleted_steps(at_once, [0, 2, 4, 6, 8, 10], kept) == [2, 4]  # 10 itself is old enough
-    assert steps.deleted_steps(at_once, [0], {0}) == []
+    assert run_folder.deleted_steps(at_once, [0, 2, 4, 6, 8, 10], kept) == [2, 4]  # 10 itself is old enough
+    assert run_folder.deleted_steps(at_once, [0], {0}) == []
 
 
 def test_a_plan_ends_where_the_run_is_asked_to_and_annealing_where_it_ends():
