@@ -1,10 +1,10 @@
 """Are a run's checkpoints what was saved? Hashes every file, and checks that each state.json fits the run.
 
-    python audit.py runs/demo         # a line a checkpoint; exit code 1 if one is damaged
+    python audit.py runs/demo         # one line per checkpoint; exit code 1 if one is damaged
 
-Of every checkpoint, also of those set aside: the hash of each file, that of state.json which the ledger has,
-the numbers in state.json against config.json and dataset.json, the model's settings, and the shapes of
-weights and moments. Reads the run folder; writes nothing.
+It checks every checkpoint, also those set aside: the hash of each file, and of state.json in the ledger; the
+numbers in state.json against config.json and dataset.json; the model's settings; and the shapes of weights
+and moments. Reads the run folder; writes nothing.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
@@ -32,16 +32,17 @@ from run_folder import read, step_number
 
 def audit(run: Path | str) -> bool:
     """Looks at every file of every checkpoint of a run and prints what it finds. True: all is well."""
-    # The run's own description, which checkpoints are compared with.
+    # Read the run's own description: the checkpoints are compared with it.
     run, good, bad = Path(run), [], 0
     cfg, manifest, sha256 = load_run(run), None, ""
     try:
-        manifest, sha256 = json.loads((run / "dataset.json").read_bytes()), files.sha256(run / "dataset.json")
+        manifest = json.loads((run / "dataset.json").read_bytes())
+        sha256 = files.sha256(run / "dataset.json")
     except (OSError, ValueError) as error:
         bad = 1
         configurator.show(f"dataset.json cannot be read ({error}), so no state.json is compared with it")
 
-    # The checkpoints by step, complete or not.
+    # Check the checkpoints by step, complete or not.
     folders = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"(incident-\d+-)?step-\d+", p.name)]
     for path in sorted(folders, key=lambda p: (step_number(p.name[p.name.index("step-") :]), p.name)):
         problems = problems_of(path, cfg, manifest, sha256)
@@ -58,6 +59,7 @@ def audit(run: Path | str) -> bool:
 
 def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> list[str]:
     """All that is wrong with a checkpoint's folder, [] where nothing is. Hashes every file in it."""
+    # The files: their hashes are those that were recorded.
     try:
         c = read(path, None if path.name.startswith("incident-") else step_number(path.name))
     except ConfigError as error:
@@ -65,6 +67,8 @@ def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> 
     present = {file.name for file in path.iterdir()} - {"state.json"}
     problems = integrity.state_damage(c)
     problems += integrity.compare(c, sorted(present | set(c.state.get("files", {}))))
+
+    # Their content: it fits the run, its dataset and its model.
     try:
         if manifest is not None:
             found = integrity.contradictions(c, cfg, manifest, sha256)
@@ -83,7 +87,7 @@ def problems_of(path: Path, cfg: Config, manifest: dict | None, sha256: str) -> 
 
 
 def strange_moments(folder: Path, model: Transformer) -> list[str]:
-    """In what the optimizer's files are not of this model, by their headers."""
+    """How the optimizer's files differ from those of this model, by their headers; [] where they do not."""
     tensors, shapes = open_weights(folder, "optimizer"), {n: p.shape for n, p in model.named_parameters()}
     kept: dict[str, set] = {name: set() for name in shapes}
     for stored in tensors.keys() - {"random.cpu", "random.cuda"}:

@@ -1,11 +1,11 @@
-"""How fast a config runs here, and in how much memory: real steps, made-up tokens, beside plan.py's figures.
+"""Measures speed and memory of a config here: real steps on random tokens, beside plan.py's figures.
 
     python benchmark.py 124m --steps 30
     python benchmark.py 7b --steps 10 --train.batch_size=8 --train.micro_batch_size=4 --json 7b.json
     torchrun --nproc_per_node=8 -- benchmark.py 7b --steps 30
 
-Needs no dataset and writes nothing but the JSON file that is asked for. The steps are those of train.py; only
-the tokens are random, and the weights, which are quicker to make so. Times are medians over steps.
+Needs no dataset and writes nothing but the JSON file that is asked for. The steps are those of train.py, but
+tokens and weights are random; random weights are quicker to make. Times are medians over steps.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
@@ -42,7 +42,7 @@ def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
     with parallel.start(cfg.train, cfg.parallel) as world:
-        # A model with random weights; every process draws tokens of its own.
+        # Build a model with random weights; every process draws its own tokens.
         model, optimizers = build(cfg, world, eot=0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -51,7 +51,7 @@ def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
         T, n_rows = cfg.model.seq_len, cfg.train.batch_size // world.dp_size
         n_tokens, meter = cfg.train.batch_size * T, hardware.Meter(cfg, world)
 
-        # The steps, as train.py makes them.
+        # Make the steps as train.py does.
         clocks, joules = [], 0.0
         for step in range(WARM_UP + n_steps):
             clock = metrics.Clock()
@@ -69,7 +69,7 @@ def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
                 clocks.append(clock)
                 joules += spent
 
-        # The figures.
+        # Compute the figures, and show and write them.
         seconds = statistics.median(clock.total for clock in clocks)
         figures = {part: statistics.median(c.seconds[part] for c in clocks) for part in clocks[0].seconds}
         figures |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds, "processes": world.size}
@@ -82,7 +82,8 @@ def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
 
 
 def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> None:
-    """The table: measured, and what the plan expects of the same config."""
+    """Prints the table: the measured figures beside those that the plan expects of the same config."""
+    # The rows; some exist only where the peak or the energy of the GPU is known.
     processes, gib = figures["processes"], hardware.GIB
     planned = memory.total(memory.peak(cfg, processes, cuda)) / gib
     rows = [
@@ -105,6 +106,7 @@ def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> N
         rows.append(("watts, first GPU", f"{figures['gpu_watts']:.0f}", ""))
         rows.append(("kWh a billion tokens", f"{figures['kwh'] / tokens * 1e9:.3f}", ""))
 
+    # The title, and the rows in columns.
     where = f"{processes} x {about['device']}, {about['precision']}, torch {torch.__version__}"
     what = f"{n_steps} steps of {cfg.train.batch_size} x {cfg.model.seq_len} tokens, medians"
     lines = [f"{cfg.name} on {where}; {what}"]

@@ -44,8 +44,8 @@ ASCII_SPLITS = {
     SPLITS["gpt4"]: r"'(?i:[sdmt]|ll|ve|re)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}"
     r"| ?[^\t-\r a-zA-Z0-9]+[\r\n]*|[\t-\r ]*[\r\n]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+",
 }
-# A place where both patterns always cut: before a line end that follows a letter or digit. The two parts on
-# their own give the same pieces as the whole text.
+# Both patterns always cut here: before a line end that follows a letter or digit. The two parts on their own
+# give the same pieces as the whole text.
 SAFE_CUT = re.compile(r"(?<=[a-zA-Z0-9])(?=\n)")
 # SentencePiece's pieces: a word and the spaces before it, except for the first space or line end.
 WORDS = r"[ \t\r\n]( *[^ \t\r\n]*)"
@@ -82,15 +82,17 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
 
 
 def batches(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
-    """Lists of texts of about BATCH characters. A longer text is cut at places that change no piece."""
+    """Lists of texts of about BATCH characters. A longer text is cut where that changes no piece."""
     batch, size = [], 0
     for text in texts:
+        # Take parts of about a batch from the start of a long text.
         while len(text) > BATCH and (pattern in ASCII_SPLITS or pattern == WORDS):
             cut = SAFE_CUT.search(text, BATCH)
             if not cut:
                 break
             yield [text[: cut.start()]]
             text = text[cut.start() :]
+        # Collect texts until the batch is full.
         batch.append(text)
         size += len(text)
         if size >= BATCH:
@@ -107,11 +109,13 @@ def count_batch(texts: list[str], pattern: str) -> Counter:
         if pattern == WORDS:
             counts.update(re.findall(WORDS, "\n" + text))
         elif pattern in ASCII_SPLITS:
+            # Most parts of a text are ASCII, and take the faster pattern.
             for part in [text] if text.isascii() else SAFE_CUT.split(text):
                 ascii_only = part.isascii()
                 find = re.compile(ASCII_SPLITS[pattern]) if ascii_only else regex.compile(pattern)
                 counts.update(find.findall(part))
         else:
+            # A pattern of the user's: check that it matches every character.
             pieces = [match[0] for match in regex.finditer(pattern, text)]
             if sum(map(len, pieces)) != len(text):
                 raise ConfigError(skips(pattern, text))
@@ -137,7 +141,7 @@ def submit(pool: ProcessPoolExecutor, function: Callable, *arguments) -> Future:
 
 
 def end_with_parent() -> None:
-    """A worker's first call: the worker then ends when its parent ends, even by `kill -9`."""
+    """Makes a worker process end when its parent ends, even by `kill -9`. It is a worker's first call."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -169,7 +173,7 @@ def learn_merges(counts: dict[str, int], n_merges: int, first: int = 0) -> list[
     if 2 * id_bits + slot_bits > 63:
         raise ConfigError(f"{n_merges} merges of {n} bytes of different pieces are too many; use fewer")
 
-    # The arrays of slots. The last slot, -1, has no token and is the neighbour of every end of a piece.
+    # Lay out the arrays of slots. The last slot, -1, has no token and is the neighbour of every piece's end.
     ids = np.zeros(256, np.int32)
     ids[BYTES] = np.arange(first, first + 256)
     token = np.append(ids[np.frombuffer(b"".join(pieces), np.uint8)], np.int32(-1))
@@ -184,9 +188,9 @@ def learn_merges(counts: dict[str, int], n_merges: int, first: int = 0) -> list[
     def note(left: np.ndarray, right: np.ndarray, slots: np.ndarray, floor: int) -> int:
         """Notes every pair (left, right) that occurs `floor` times or more, with its left token's slots.
 
-        floor=0: a sixteenth of the highest count. Returns the floor.
+        With floor=0, the floor is a sixteenth of the highest count. Returns the floor.
         """
-        # Pair and slot in one integer: numpy sorts integers five times as fast as it finds their order.
+        # Pack pair and slot into one integer: numpy sorts integers five times faster than it finds an order.
         packed = np.sort((left.astype(np.int64) << id_bits | right) << slot_bits | slots)
         pairs, slots = packed >> slot_bits, (packed & (1 << slot_bits) - 1).astype(np.int32)
         starts = np.flatnonzero(np.concatenate(([True], pairs[1:] != pairs[:-1])))
@@ -258,15 +262,15 @@ def encoder(
 ) -> Callable[[str], np.ndarray]:
     """The function text -> uint32 ids, run by tiktoken's engine.
 
-    ids: of the bytes and of what merges make, in the order of merges. The function raises UnicodeEncodeError
-    for a text that needs one of the bytes `lacks`, and ConfigError for one of which the pattern skips a part.
+    `ids` has the bytes and the merged tokens, in the order of merges. The function raises UnicodeEncodeError
+    for a text that needs one of the bytes `lacks`, and ConfigError where the pattern skips a part of a text.
     """
     # tiktoken merges in the order of its ids. Where ours are not in that order, tiktoken gets ranks instead,
     # and `table` maps a rank to the id.
     made = [id for token, id in ids.items() if len(token) > 1]
     table = None if made == sorted(made) else np.array(list(ids.values()), np.uint32)
     mergeable = ids if table is None else {token: rank for rank, token in enumerate(ids)}
-    # without any special token tiktoken's search for them stops at every character, and takes a third longer
+    # Without any special token, tiktoken's search for them stops at every character and takes a third longer.
     unused_id = max(mergeable.values()) + 1
     unused = {"<nobody looks for this>": unused_id}
     n_bytes = np.zeros(unused_id, np.int64)
@@ -298,7 +302,7 @@ def encoder(
                 raise
             tokens = encode_slowly(text)
 
-        # Our own patterns match every character; another one may skip some.
+        # Our own patterns match every character; a user's pattern may skip some.
         if pattern not in ASCII_SPLITS and n_bytes[tokens].sum() != len(text.encode()):
             raise ConfigError(skips(pattern, text))
         return tokens if table is None else table[tokens]

@@ -36,7 +36,7 @@ def stage_tokens(stage: Stage, sources: dict[str, dict]) -> dict[str, int]:
     """Tokens that a stage asks of each source, in the order of the sources: {"web": 750, "code": 250}."""
     asked = {}
     if stage.weights:
-        # Rounded at the borders between sources, so that the sum is stage.tokens.
+        # Round at the borders between sources, so that the sum is stage.tokens.
         names = [name for name in sources if name in stage.weights]
         shares = np.cumsum([stage.weights[name] for name in names]) / sum(stage.weights.values())
         begin = 0
@@ -73,7 +73,7 @@ def stage_documents(
         for epoch in range(whole + (rest > 0)):
             for first in range(0, len(entries[name]), BLOCK_DOCUMENTS):
                 block = entries[name][first : first + BLOCK_DOCUMENTS]
-                # Tokens that are taken of each document; 0 of validation documents.
+                # Count the tokens taken of each document: none of a validation document.
                 tokens = np.where(block["offset"] >= 0, block["tokens"], 0)
                 if epoch == whole:
                     # In the last pass, documents below the limit are whole; those at it share the rest.
@@ -88,7 +88,7 @@ def stage_documents(
 
 
 def last_pass(entries: np.ndarray, key: np.uint64, wanted: int) -> tuple[np.uint64, int]:
-    """Which documents make up `wanted` tokens: those whose rank is below a limit, and then those at it.
+    """Finds documents that make up `wanted` tokens: those whose rank is below a limit, and then those at it.
 
     The rank of a document is its hash, scrambled with the key. Returns the limit, and the tokens that are
     left for the documents at it. The limit is found by bisection, in 64 sweeps over the hashes: a sort would
@@ -126,7 +126,7 @@ def write_stage(
     asked = stage_tokens(stage, sources)
     key = hash64(f"{config.data.seed}/{stage.name}")
 
-    # First count: the size of the table is needed before it is written.
+    # Count first: the size of the table is needed before it is written.
     mixture = {}
     for name, wanted in asked.items():
         epochs = stage.epochs.get(name, wanted / sources[name]["tokens"])
@@ -158,7 +158,7 @@ def write_stage(
     table[:, n] = total, -1, -1
     table.flush()
 
-    # The stream's rows. The tokens at its end that fill no row are dropped.
+    # Divide the stream into rows. The tokens at its end that fill no row are dropped.
     T = config.model.seq_len
     rows = max(0, total - 1) // T
     dropped = total - rows * T - 1
@@ -197,11 +197,11 @@ class Stream(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """What rows are fetched from."""
+    """The streams, tables and files that rows are fetched from."""
 
-    streams: list[Stream]  # of each stage
-    entries: list[np.ndarray]  # of each source: encode.ENTRY of every document
-    files: list  # of each source: work/<source>.tokens, open
+    streams: list[Stream]  # one for each stage
+    entries: list[np.ndarray]  # for each source: encode.ENTRY of every document
+    files: list  # for each source: work/<source>.tokens, open
     dtype: np.dtype
     eot: int
     T: int
@@ -217,7 +217,7 @@ class Parts(NamedTuple):
 
 def fetch(corpus: Corpus, stream: Stream, rows: np.ndarray, out: np.ndarray, to: np.ndarray) -> Parts:
     """Reads rows of a stream, given in ascending order: row rows[i] becomes out[to[i]], shape (T+1)."""
-    # Every (row, document) pair: the arrays below have one entry for each.
+    # Find every (row, document) pair: the arrays below have one entry for each.
     T = corpus.T
     begin = rows * T
     end = begin + T + 1
@@ -229,7 +229,7 @@ def fetch(corpus: Corpus, stream: Stream, rows: np.ndarray, out: np.ndarray, to:
     source = stream.sources[entry]
     number = stream.numbers[entry]
 
-    # The tokens of a pair: left .. right-1 of the stream, which begin at `offset` in the source's file.
+    # Find the tokens of a pair: left .. right-1 of the stream. They begin at `offset` in the source's file.
     left = np.maximum(stream.starts[entry], begin[row])
     right = np.minimum(stream.starts[entry + 1], end[row])
     offset = left - stream.starts[entry]
@@ -239,7 +239,7 @@ def fetch(corpus: Corpus, stream: Stream, rows: np.ndarray, out: np.ndarray, to:
     # Documents side by side in a source's file are read at once: most rows are one read.
     apart = (row[1:] != row[:-1]) | (source[1:] != source[:-1]) | (np.diff(offset) != np.diff(left))
     heads = np.flatnonzero(np.append(True, apart))  # the first pair of each read
-    tails = np.append(heads[1:], len(row)) - 1  # and the last
+    tails = np.append(heads[1:], len(row)) - 1  # the last pair of each read
     places = to[row[heads]] * (T + 1) + left[heads] - begin[row[heads]]  # in `out`
     sizes = right[tails] - left[heads]
     reads = np.stack([places, sizes, offset[heads]]) * out.itemsize  # in bytes
@@ -301,7 +301,7 @@ def write_chunks(
     A chunk ends where a step ends: its boundaries are multiples of the batch size. The last chunk also takes
     the rows that fill no step.
     """
-    # Positions at which chunks begin, and the end.
+    # Find the positions at which chunks begin, and the end of the last one.
     T, B, n_chunks = config.model.seq_len, config.train.batch_size, config.data.n_chunks
     n_rows = sum(stage["rows"] * stage["repeats"] for stage in stages)
     bounds = [k * (n_rows // B) // n_chunks * B for k in range(n_chunks)] + [n_rows]
@@ -316,9 +316,9 @@ def write_chunks(
         for first, end in pairwise(bounds):
             name = f"chunks/{len(chunks):03d}.bin"
             sha256 = hashlib.sha256()
-            targets = np.zeros(len(entries))  # of each source; sums of whole numbers are exact below 2^53
+            targets = np.zeros(len(entries))  # by source; sums of whole numbers are exact below 2^53
             met = [np.zeros(len(table), bool) for table in corpus.entries]  # documents that the chunk holds
-            # The chunk's rows, a block at a time, and what they hold.
+            # Write the chunk's rows, a block at a time, and count what they hold.
             with open(folder / name, "wb") as file:
                 for begin in range(first, end, block_rows):
                     positions = np.arange(begin, min(begin + block_rows, end))
@@ -330,7 +330,7 @@ def write_chunks(
                         for s in np.unique(parts.sources):
                             met[s][parts.numbers[parts.sources == s]] = True
                     progress.update(len(positions))
-            # What the manifest says of the chunk.
+            # Describe the chunk for the manifest.
             hashes[name] = sha256.hexdigest()
             shares = {}
             for source, n_targets, seen in zip(entries, targets, met):

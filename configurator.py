@@ -42,10 +42,10 @@ class ConfigError(ValueError):
 
 
 def script(main: typing.Callable) -> typing.Callable:
-    """Wraps a script's main: what a user can cause ends in one line at most and an exit code, no traceback.
+    """Wraps a script's main: errors that a user can cause end in at most one line and an exit code.
 
-    2: a mistake in a config or on the command line. 1: a file that cannot be read or written, a full disk.
-    130: Ctrl-C. 141: the reader of standard output has gone, as `head` does; nothing is said.
+    Exit code 2: a mistake in a config or on the command line. 1: a file that cannot be read or written, or a
+    full disk. 130: Ctrl-C. 141: the reader of standard output has gone, as `head` does; nothing is printed.
     """
 
     @functools.wraps(main)
@@ -108,13 +108,13 @@ def parser(doc: str, **more) -> "argparse.ArgumentParser":
 
 
 def add_no_verify(parser: "argparse.ArgumentParser") -> None:
-    """Gives a script's parser the flag --no-verify. Where it is used, that is said."""
+    """Gives a script's parser the flag --no-verify. Where it is used, a note is printed."""
     import argparse
 
     class Skip(argparse.Action):
         def __call__(self, parser, args, values, option=None):
             args.verify = False
-            if int(os.environ.get("RANK", 0)) == 0:  # torchrun starts many processes; one says it
+            if int(os.environ.get("RANK", 0)) == 0:  # torchrun starts many processes; one prints the note
                 print(f"note: {option}: no hash is compared, so damaged files go unnoticed", file=sys.stderr)
 
     what = "do not compare the files' hashes with those that were written down when they were saved"
@@ -124,7 +124,7 @@ def add_no_verify(parser: "argparse.ArgumentParser") -> None:
 def fail(error: object, code: int = 2) -> typing.NoReturn:
     """Prints what went wrong once, also where torchrun started many processes, and ends this one."""
     if int(os.environ.get("RANK", 0)):
-        time.sleep(2)  # where the first process has the same to say, torchrun ends this one meanwhile
+        time.sleep(2)  # if the first process fails too, torchrun ends this one before it prints the same
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -152,8 +152,8 @@ def setting(
 def section(renamed: dict[str, str], cls: type) -> type:
     """Class decorator: a frozen dataclass that checks its types and ranges when it is made.
 
-    If the class has a method `check`, it is called after that, for what needs several settings. `renamed`
-    maps old names of settings to new ones: {"train.on_incident": "train.on_incident"}. The class takes both.
+    If the class has a method `check`, it is called after that, for checks that need several settings.
+    `renamed` maps old names of settings to new ones; the class takes both.
     """
     more = vars(cls).get("check")
 
@@ -167,7 +167,8 @@ def section(renamed: dict[str, str], cls: type) -> type:
     cls.__post_init__ = __post_init__
     cls = dataclasses.dataclass(frozen=True)(cls)
 
-    # What users write before a setting's name: "optim."; nothing for the config itself, which holds sections.
+    # The prefix that users write before a setting's name, "optim."; the config itself, which holds sections,
+    # has none.
     cls.prefix = "" if sections_of(cls) else f"{cls.__name__.lower()}."
     cls.renamed = {}
     for old, new in renamed.items():
@@ -221,9 +222,9 @@ def fields_of(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def check_setting(part: object, f: dataclasses.Field, kind: object) -> None:
-    """ConfigError where a value has not the type of its annotation, or is out of its range.
+    """ConfigError where a value does not have the type of its annotation, or is out of its range.
 
-    An int is welcome as a float, and becomes one.
+    An int is accepted for a float, and becomes one.
     """
     name, value = part.prefix + f.name, getattr(part, f.name)
     if kind in (int, float):
@@ -290,8 +291,8 @@ def check_folder(what: str, path: str) -> None:
 def check_effect(config: object, names: typing.Iterable[str]) -> None:
     """ConfigError where one of the settings named was changed, and nothing would read it.
 
-    A file is asked about its own settings, a command line about its own: --optim.schedule=cosine may leave
-    a file's settings for a constant schedule without effect, and that is no mistake.
+    A file and a command line are each checked for their own settings: --optim.schedule=cosine may leave a
+    file's settings for a constant schedule without effect, and that is no mistake.
     """
     missing, fields = config.without_effect(), fields_of(type(config))
     for name in names:
@@ -325,8 +326,8 @@ def has_type(value: object, kind: object) -> bool:
 def choose(setting: str, choice: str, table: dict[str, object]) -> object:
     """The entry of a table for the choice of a setting: choose("optim.decay", "all", {"all": 1}) -> 1.
 
-    Several places may compute a choice. If a choice was added to the setting's Literal and one of these
-    places lacks it, this is an error: no place may take it for another choice.
+    Several parts of the code may use a choice. If a choice was added to the setting's Literal and one of them
+    lacks it, this is an error: no code may take it for another choice.
     """
     if choice not in table:
         raise unknown(setting, choice)
@@ -391,6 +392,7 @@ def did_you_mean_setting(settings: typing.Iterable[str], key: str, flags: typing
         same = [setting for setting in known if last[setting] == word]
         return same or ([OTHER_WORDS[word]] if word in OTHER_WORDS else [])
 
+    # The same name, else the most similar one.
     found = meant_by(name) or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not found and (close := difflib.get_close_matches(name, [*last.values(), *OTHER_WORDS], n=1)):
         found = meant_by(close[0])
@@ -409,7 +411,7 @@ def find(name: str) -> tuple[Path, str]:
     """
     stem = Path(name).stem if name.endswith(".py") else Path(name).name
     paths = [Path(name), Path(f"{name}.py")]
-    # a name with another folder means a file in that folder only
+    # A name with another folder means a file in that folder only.
     if str(Path(name).parent) in (".", "config", "configs"):
         paths.append(CONFIGS / f"{stem}.py")
     for path in paths:
@@ -417,7 +419,7 @@ def find(name: str) -> tuple[Path, str]:
             raise ConfigError(f"{path} is no config; a config is a Python file")
         if path.is_file():
             return path, ""
-    # no such file: the part before the dash may name a table
+    # There is no such file: the part before the dash may name a table.
     family, dash, size = Path(name).name.removesuffix(".py").partition("-")
     for folder in (Path(name).parent, CONFIGS):
         if dash and (folder / f"{family}.py").is_file():
@@ -431,7 +433,7 @@ def load(kind: type, name: str, overrides: typing.Sequence[str] = ()) -> typing.
 
     load(Config, "demo", ["--optim.lr=1e-3"]).optim.lr -> 0.001
     """
-    # 1. The file, alone.
+    # 1. Read the file, alone.
     path, entry = find(name)
     config = read_config(kind, path, entry, name)
     try:
@@ -439,7 +441,7 @@ def load(kind: type, name: str, overrides: typing.Sequence[str] = ()) -> typing.
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
-    # 2. All overrides at once, so that two that fit only together do.
+    # 2. Apply all overrides at once, so that two that fit only together do.
     changes: dict[str, dict] = {}
     for override in overrides:
         section, setting, value = parse_override(kind, override)
@@ -450,7 +452,7 @@ def load(kind: type, name: str, overrides: typing.Sequence[str] = ()) -> typing.
     }
     config = dataclasses.replace(config, **sections, **top).resolved()
 
-    # 3. What only the whole can show.
+    # 3. Check what only the whole config can show.
     check_effect(config, [f"{section}.{name}" for section, values in changes.items() for name in values])
     for folder in ("run", "dataset"):
         check_folder(f"--{folder}", getattr(config, folder))
@@ -462,7 +464,7 @@ def read_config(kind: type, path: Path, entry: str, asked: str) -> typing.Any:
     """Runs a config file and returns its `config`, or the entry of its table `configs`, with its name."""
     module = sys.modules[kind.__module__]
     sys.path.insert(0, str(Path(__file__).parent))  # so that the file can say `from config import Config`
-    # one set of classes, also when config.py is the script and so is called __main__
+    # Use one set of classes, also when config.py is the script and so is called __main__.
     sys.modules.setdefault(Path(module.__file__).stem, module)
     try:
         found = runpy.run_path(str(path))
@@ -516,6 +518,8 @@ def parse_override(kind: type, override: str) -> tuple[str, str, object]:
     key = key.replace("-", "_")  # --init-from is --init_from
     if not override.startswith("--") or not equals:
         raise ConfigError(f"{override!r} is not an override; write --section.name=value")
+
+    # Find the setting, perhaps by an old name.
     sections = sections_of(kind)
     section, _, setting = key.rpartition(".")
     if section in sections and setting in sections[section].renamed:
@@ -551,6 +555,7 @@ def parse(key: str, text: str, kind: object) -> object:
     if origin is tuple and arguments[0] is str:
         return tuple(part for part in text.split(",") if part)
     if kind in (int, float):
+        # 1e3 is a whole number too.
         try:
             number = float(text)
             if kind is int and "." not in text and "e" not in text.lower():
@@ -606,7 +611,7 @@ def load_run(kind: type, run: str | Path) -> typing.Any:
 
 
 def command(config: typing.Any, script: str) -> str:
-    """The command that runs another script with a config, as it was given, and the same overrides."""
+    """The command that runs another script with the same config and overrides, as they were given."""
     script, *words = script.split()
     started = Path(sys.argv[0])  # the other script lies beside this one
     if started.suffix == ".py" and started.resolve().parent == Path(__file__).resolve().parent:
@@ -616,7 +621,7 @@ def command(config: typing.Any, script: str) -> str:
 
 # ---- the command line -------------------------------------------------------------------------------------
 
-# A config of one's own. The README shows it too, and a test runs it.
+# A user's own config. The README shows it too, and a test runs it.
 EXAMPLE = """\
 from config import Config, Data, Model, Optim, Source, Stage, Tokenizer, Train
 
@@ -643,6 +648,7 @@ def settings_help(kind: type) -> str:
     in_files = [part.__name__ for part in parts_in_files(kind)]
     known = settings_of(kind)
     for section in sections + in_files:
+        # A title, then one line per setting.
         out.append(f"\n{ast.get_docstring(classes[section]).splitlines()[0]}")
         for node in classes[section].body:
             if not isinstance(node, ast.AnnAssign):
@@ -669,7 +675,7 @@ def parts_in_files(kind: type) -> list[type]:
 
 
 def default_in_source(node: ast.AnnAssign) -> str:
-    """The default as on a command line, "..." without one: `lr: float = setting(3e-4, ...)` -> "0.0003"."""
+    """The default as on a command line, or "...": `lr: float = setting(3e-4, ...)` -> "0.0003"."""
     default = node.value
     if isinstance(default, ast.Call) and default.func.id == "setting":
         default = default.args[0]
@@ -695,7 +701,7 @@ def comment_in_source(node: ast.AnnAssign, lines: list[str]) -> str:
 
 
 def readable(config: object) -> str:
-    """What `--print-config` shows: one setting a line, sections in order."""
+    """The text that `--print-config` shows: one setting a line, sections in order."""
     sections = sections_of(type(config))
     top = [f.name for f in dataclasses.fields(config) if f.name not in sections]
     out = [f"{name} = {getattr(config, name)!r}" for name in top]
@@ -714,7 +720,7 @@ def readable(config: object) -> str:
 def from_command_line(kind: type, doc: str, flags: dict[str, str] | None = None):
     """`script.py CONFIG [--section.name=value ...]` -> config; with `flags`, (config, flags that were given).
 
-    flags={"--benchmark": "N", "--profile": ""}: one that takes a value, and one that takes none.
+    flags={"--steps": "N", "--profile": ""}: one that takes a value, and one that takes none.
     Prints the help or the config and exits, if that is asked.
     Every mistake ends here: one message, exit code 2, no traceback.
     """
@@ -725,6 +731,8 @@ def from_command_line(kind: type, doc: str, flags: dict[str, str] | None = None)
         usage = f"Usage: {script} CONFIG [--section.name=value ...] [--print-config]{more}"
         show(f"{doc.strip()}\n\n{usage}\n{settings_help(kind)}")
         sys.exit(0 if argv else 2)
+
+    # Sort the arguments into flags, the config's name and overrides.
     try:
         given = take_flags(argv, known)
         names = [argument for argument in argv if not argument.startswith("--")]
@@ -742,12 +750,13 @@ def from_command_line(kind: type, doc: str, flags: dict[str, str] | None = None)
 
 
 def take_flags(argv: list[str], known: dict[str, str]) -> dict[str, str]:
-    """Removes known flags from argv: --benchmark 30, or --benchmark=30 -> {"--benchmark": "30"}."""
+    """Removes known flags from argv: --steps 30, or --steps=30 -> {"--steps": "30"}."""
     given = {}
     for argument in list(argv):
         flag, equals, value = argument.partition("=")
         if flag not in known:
             continue
+        # The value comes after "=", or is the next argument.
         at = argv.index(argument)
         del argv[at]
         if known[flag] and not equals:

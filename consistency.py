@@ -1,4 +1,4 @@
-"""Which settings contradict each other, have no effect beside others, or do not fit the number of processes.
+"""Finds settings that contradict each other, have no effect beside others, or do not fit the processes.
 
 config.py calls this when a section is made and when a config is resolved; plan.py and cost.py ask it what a
 number of GPUs allows. No torch.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_width(m: "Model") -> None:
-    """Of a Model before d_head is derived. Raises ConfigError where the width cannot be split into heads."""
+    """Checks a Model before d_head is derived. Raises ConfigError where its width has no whole heads."""
     if not m.d_head and m.d_model % m.n_heads:
         raise ConfigError(
             f"model.d_model={m.d_model} does not divide by model.n_heads={m.n_heads}; "
@@ -25,7 +25,7 @@ def check_width(m: "Model") -> None:
 
 
 def check_model(m: "Model") -> None:
-    """Of a resolved Model. Raises ConfigError where settings contradict each other."""
+    """Checks a resolved Model. Raises ConfigError where settings contradict each other."""
     if m.n_heads % m.n_kv_heads:
         divisors = [k for k in range(1, m.n_heads + 1) if m.n_heads % k == 0]
         raise ConfigError(
@@ -111,7 +111,7 @@ def check_optim(o: "Optim") -> None:
             f"optim.warmup_tokens={o.warmup_tokens} needs a schedule that counts tokens; set "
             "optim.schedule_tokens, too, or optim.warmup_steps instead"
         )
-    # a config that counts warm-up in tokens need not set the default of warmup_steps to 0
+    # A config that counts warm-up in tokens need not set the default of warmup_steps to 0.
     unset = (0, type(o).warmup_steps) if o.warmup_tokens else (0,)
     if o.schedule_tokens and o.warmup_steps not in unset:
         raise ConfigError(
@@ -139,7 +139,7 @@ def check_train(t: "Train") -> None:
 
 
 def check_config(c: "Config") -> None:
-    """Of a Config whose model is resolved. Raises ConfigError where sections contradict each other."""
+    """Checks a Config whose model is resolved. Raises ConfigError where sections contradict each other."""
     m, e = c.model, c.eval
     if e.prompt_tokens + e.continuation_tokens > m.seq_len:
         raise ConfigError(
@@ -181,7 +181,7 @@ def check_parallel(m: "Model", p: "Parallel", optim: "Optim") -> None:
 
 
 def without_effect(c: "Config") -> dict[str, str]:
-    """Settings that nothing reads beside the others of this config, and what would make them count.
+    """Settings that have no effect beside the others of this config, and what would make them count.
 
     {"optim.muon_momentum": "optim.optimizer=muon", ...}
     """
@@ -192,7 +192,7 @@ def without_effect(c: "Config") -> dict[str, str]:
     lr_falls = o.schedule != "constant" or o.decay_fraction
     sharded = c.parallel.strategy != "ddp" or c.parallel.tp > 1
     has_std = m.init not in ("mitchell", "small_wang")
-    # what is needed, whether this config has it, and the settings that nothing reads without it
+    # Each row: what is needed, whether this config has it, and the settings that nothing reads without it.
     rows = (
         ("optim.schedule=constant", o.schedule == "constant", "optim.decay_fraction"),
         ("optim.decay_fraction above 0", lr_falls, "optim.final_lr_fraction"),
@@ -208,35 +208,39 @@ def without_effect(c: "Config") -> dict[str, str]:
         ("model.positions=rope", m.positions == "rope", *rope, *slow),
         ("model.init=normal, gpt2 or mup", has_std, "model.init_std"),
     )
-    return {name: needed for needed, there, *names in rows if not there for name in names}
+    out = {}
+    for needed, is_there, *names in rows:
+        if not is_there:
+            out |= dict.fromkeys(names, needed)
+    return out
 
 
 # ---- processes --------------------------------------------------------------------------------------------
 
 
-def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+def accumulation_steps(batch_size: int, micro_batch_size: int, n_processes: int) -> int:
     """Micro-batches that each GPU runs in one step: accumulation_steps(2240, 10, 224) -> 1.
 
     Raises ConfigError where the batch does not divide, and names the nearest sizes that do.
     """
-    unit = micro_batch_size * world_size
+    unit = micro_batch_size * n_processes
     if batch_size % unit == 0:
         return batch_size // unit
 
     # The nearest batches, and the two nearest micro-batches.
     below = batch_size // unit * unit
     sizes = " or ".join(str(size) for size in (below, below + unit) if size)
-    micro = [m for m in range(1, batch_size + 1) if batch_size % (m * world_size) == 0]
+    micro = [m for m in range(1, batch_size + 1) if batch_size % (m * n_processes) == 0]
     micro = sorted(sorted(micro, key=lambda m: abs(m - micro_batch_size))[:2])
     other = f", or train.micro_batch_size={' or '.join(map(str, micro))}" if micro else ""
     raise ConfigError(
         f"train.batch_size={batch_size} does not divide by train.micro_batch_size={micro_batch_size} x "
-        f"{world_size} process{'es' if world_size > 1 else ''}; use train.batch_size={sizes}{other}"
+        f"{n_processes} process{'es' if n_processes > 1 else ''}; use train.batch_size={sizes}{other}"
     )
 
 
 def mesh_shape(parallel: "Parallel", n_processes: int) -> tuple[int, int, int]:
-    """(replicate, shard, tp). Raises ConfigError where the processes do not divide so."""
+    """(replicate, shard, tp). Raises ConfigError where the processes do not divide into these."""
     dp_size = n_processes // parallel.tp  # processes that see different rows
     if n_processes % parallel.tp:
         raise ConfigError(f"{n_processes} process(es) do not divide by parallel.tp={parallel.tp}")

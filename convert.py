@@ -11,8 +11,8 @@ a folder that `transformers` opens: config.json, model.safetensors (or shards an
 tokenizer's files unchanged; or a .bin. TARGET appears whole or not at all. Memory holds one file of weights
 at a time (--shard_gb).
 
-Documents of llama2.c's models begin with <s>, which so ends the document before. In a folder <s> is therefore
-the end-of-text token, and also the BOS that sample.py puts before a prompt.
+Documents of llama2.c's models begin with <s>, which therefore also ends the document before. So in a folder
+<s> is the end-of-text token, and also the BOS that sample.py puts before a prompt.
 """
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
@@ -57,13 +57,13 @@ class Source(NamedTuple):
     """An open model, read tensor by tensor."""
 
     cfg: Model
-    ids: dict  # of config.json: which tokens begin and end a document
+    ids: dict  # the ids in config.json of the tokens that begin and end a document
     read: Callable[[str], Tensor]  # a tensor, by our name for it
     save_tokenizer: Callable[[Path, str], None]  # into a folder of a family
 
 
 def empty(cfg: Model) -> Transformer:
-    """The model without memory: names and shapes."""
+    """The model on PyTorch's meta device: names and shapes without memory."""
     with torch.device("meta"):
         return Transformer(cfg, eot=0)
 
@@ -82,19 +82,19 @@ def open_folder(folder: Path, verify: bool) -> Source:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
         if family == "baichuan" != to and (folder / "tokenizer.model").is_file():
-            # the published settings name baichuan's own code, which is not copied
+            # The published settings name baichuan's own code, which is not copied.
             tokenizers.load(folder).save(target, keep_bos=True)
 
     return Source(cfg, {key: hf[key] for key in IDS if key in hf}, read, save_tokenizer)
 
 
 def write_folder(source: Source, folder: Path, hf: dict, dtype: torch.dtype, shard_bytes: float) -> None:
-    """config.json, which is `hf`; the tokenizer; the weights, in one file or in shards."""
+    """Writes config.json (`hf`), the tokenizer, and the weights in one file or in shards."""
     family, shapes = hf["model_type"], empty(source.cfg).state_dict()
     files.write_json(folder / "config.json", hf)
     source.save_tokenizer(folder, family)
 
-    # One file at a time is in memory.
+    # Write the weights, with one file at a time in memory.
     layout, index = families.layout(shapes, source.cfg, family, dtype.itemsize, shard_bytes)
     for file, names in layout.items():
         tensors = families.to_family({name: source.read(name) for name in names}, source.cfg, family)
@@ -133,7 +133,7 @@ def load_tokenizer(path: str, cfg: Model) -> tokenizers.Tokenizer:
             f"{path} has {loaded.vocab_size} entries and {name} as id {loaded.eot}, the model wants "
             f"{cfg.vocab_size} and id {BOS}; give its own tokenizer"
         )
-    # run.c puts <s> before every text, whatever the settings beside a tokenizer.model say
+    # run.c puts <s> before every text, whatever the settings beside a tokenizer.model say.
     loaded.bos, loaded.adds_bos = BOS, True
     return loaded
 
@@ -167,6 +167,7 @@ def whole(target: Path) -> Iterator[Path]:
 
     After an error nothing is left, and after a kill the next conversion to this target removes the rest.
     """
+    # Prepare the name, and remove what a killed conversion left.
     aside = target.with_name(f".{target.name}.converting.{os.getpid()}")
 
     def remove(path: Path) -> None:
@@ -176,6 +177,8 @@ def whole(target: Path) -> Iterator[Path]:
     for left in target.parent.glob(f".{glob.escape(target.name)}.converting.*"):
         if not Path("/proc", left.name.rpartition(".")[2]).exists():  # that conversion was killed
             remove(left)
+
+    # Write, then rename.
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
@@ -192,7 +195,8 @@ def whole(target: Path) -> Iterator[Path]:
 def convert(args: argparse.Namespace) -> None:
     """Checks everything, then writes. Prints a line, and a note where something is not as it was."""
     given, target = Path(args.source), Path(args.target).resolve()
-    from_bin, to_bin = given.suffix == ".bin" and not given.is_dir(), args.to == "llama2.c"
+    from_bin = given.suffix == ".bin" and not given.is_dir()
+    to_bin = args.to == "llama2.c"
     check_arguments(args, given, target, from_bin)
     if from_bin:
         source = open_bin(given, args.tokenizer)
@@ -200,7 +204,7 @@ def convert(args: argparse.Namespace) -> None:
         source = open_folder(integrity.model_folder(given, verify=args.verify), args.verify)
     eot, dtype, lossy = families.end_of_text(source.ids), DTYPES[args.dtype], []
 
-    # What the target says about the model, or why it cannot hold it.
+    # Make the target's description of the model. Not every model fits into every target.
     if to_bin:
         fixed = {**llama2c.FIXED, "d_head": source.cfg.d_model // source.cfg.n_heads}
         families.check_fixed(source.cfg, fixed, "llama2.c")
@@ -256,12 +260,12 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, a model folder, or a .bin")
     parser.add_argument("target", metavar="TARGET", help="a new folder; with --to llama2.c a new .bin")
     parser.add_argument(
-        "--to", choices=("hf", "baichuan", "llama2.c"), default="hf", help="hf: by its settings"
+        "--to", choices=("hf", "baichuan", "llama2.c"), default="hf", help="hf: the family that fits"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights; default: fp32")
-    parser.add_argument("--tokenizer", default="", help="of a .bin: its tok512.bin, or a tokenizer.model")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights; default: fp32")
+    parser.add_argument("--tokenizer", default="", help="for a .bin: its tok512.bin, or a tokenizer.model")
     parser.add_argument(
-        "--shard_gb", type=float, default=5.0, help="1e9 bytes, at most, in a file of weights (5)"
+        "--shard_gb", type=float, default=5.0, help="largest size of a file of weights, in 1e9 bytes (5)"
     )
     configurator.add_no_verify(parser)
     try:

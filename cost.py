@@ -47,7 +47,7 @@ def parameters(model: Model) -> dict[str, int]:
 
 
 def norms_of_a_block(m: Model) -> int:
-    """Those that are as wide as the stream."""
+    """The number of norms in a block that are as wide as the residual stream."""
     return choose("model.norm_place", m.norm_place, {"before": 2, "after": 2})
 
 
@@ -87,7 +87,7 @@ def mfu(model: Model, tokens_per_second_per_gpu: float, peak: float) -> tuple[fl
 
 
 def precision(cfg: Config, cuda: bool) -> str:
-    """The precision of matmuls: what parallel.precision makes of train.precision."""
+    """The precision of matmuls, as parallel.precision derives it from train.precision."""
     table = {"auto": "bf16" if cuda else "fp32", "fp32": "fp32", "bf16": "bf16"}
     return choose("train.precision", cfg.train.precision, table)
 
@@ -110,14 +110,14 @@ def accumulation(cfg: Config, gpus: int) -> int:
 
 
 class Schedule(NamedTuple):
-    source: str  # what says the number of rows: a manifest or a setting
+    source: str  # the origin of the number of rows: a manifest or a setting
     steps: Steps  # the plan: rows, steps and batch sizes of all the data
     begin: int  # finished steps when training begins: 0, or the origin's with optim.anneal_steps
     last_step: int  # train.steps or optim.anneal_steps may end training before the data end
     chunks: list[tuple[int, int]]  # positions (first, end), in training order
     checkpoints: list[int]  # steps after which one is saved
     on_disk: list[int]  # those of them that train.keep_others leaves
-    assumed: str = ""  # what is assumed where the origin cannot be read here
+    assumed: str = ""  # the assumption that is made where the origin cannot be read here
 
 
 def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
@@ -126,10 +126,11 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
     None where nothing says it. Raises ConfigError where the dataset has rows of another length, or the text
     is too short: for one step, for one step in each chunk, or for annealing.
     """
-    # How many rows there are, and where chunks end.
+    # Find the number of rows, and where chunks end.
     manifest = Path(cfg.dataset) / "manifest.json"
     if not tokens and manifest.exists():
-        source, (n_rows, chunks) = f"{manifest}", rows_of_manifest(cfg, manifest)
+        source = str(manifest)
+        n_rows, chunks = rows_of_manifest(cfg, manifest)
     elif tokens or cfg.data.expected_tokens:
         source = "--tokens" if tokens else "data.expected_tokens"
         n_rows, chunks = rows_of_tokens(cfg, int(tokens or cfg.data.expected_tokens))
@@ -152,7 +153,7 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
             f"{max(0, plan.n_steps - begin)}; anneal in fewer steps, or from an earlier checkpoint"
         )
 
-    # The last step: whatever ends first.
+    # The last step is that of whatever ends first.
     last = plan.last_step
     if last <= begin:
         raise ConfigError(f"train.steps={cfg.train.steps} ends before annealing begins, after step {begin}")
@@ -180,7 +181,7 @@ def rows_of_manifest(cfg: Config, manifest: Path) -> tuple[int, list[tuple[int, 
 
 
 def rows_of_tokens(cfg: Config, tokens: int) -> tuple[int, list[tuple[int, int]]]:
-    """The same for a dataset that is not built yet: data.py would make these chunks of so many tokens."""
+    """The same for a dataset that is not built yet: data.py would make these chunks of `tokens` tokens."""
     T, batch, n_chunks = cfg.model.seq_len, cfg.train.batch_size, cfg.data.n_chunks
     n_rows = tokens // T
     n_steps = n_rows // batch
@@ -194,7 +195,7 @@ def rows_of_tokens(cfg: Config, tokens: int) -> tuple[int, list[tuple[int, int]]
 
 
 def origin(cfg: Config, n_steps: int) -> tuple[int, list | None, str]:
-    """(step, order, what is assumed) of the checkpoint that annealing continues, the newest one of a run.
+    """(step, order, assumption) of the checkpoint that annealing continues, the newest one of a run.
 
     Where it is not here, its step is taken from the name of its folder, or is the last one possible.
     """
@@ -262,7 +263,7 @@ def about_schedule(cfg: Config, plan: Steps, n_steps: int, last_step: int) -> st
 
 
 def about_warmup(cfg: Config, plan: Steps, last_step: int) -> str:
-    """Says so where a run ends inside its warm-up; "" where it does not."""
+    """A sentence where a run ends inside its warm-up; "" where it does not."""
     o, reached = cfg.optim, steps.schedule_position(cfg, plan, last_step - 1)
     if o.anneal_steps or reached >= o.warmup:
         return ""
@@ -290,7 +291,7 @@ def disk(cfg: Config, n_checkpoints: int, begin: int = 0) -> dict[str, int]:
 
 
 def saving(cfg: Config, gpus: int) -> tuple[float, int]:
-    """(bytes, writers): copies in host memory that checkpoint.Saving writes, and how many processes write.
+    """(bytes, writers) of a save: the copies in host memory that checkpoint.Saving writes, and its processes.
 
     Weights and moments are FP32, 12 bytes a parameter for AdamW, in files of SHARD_BYTES; each file is
     written by one process. The memory stays allocated between saves.
@@ -303,7 +304,7 @@ def saving(cfg: Config, gpus: int) -> tuple[float, int]:
 # ---- time, energy, money ----------------------------------------------------------------------------------
 
 PUE = 1.1  # power of the data centre over that of its computers: OLMo's and LLaMA's
-KG_CO2_PER_KWH = 0.385  # LLaMA's, of the average US grid
+KG_CO2_PER_KWH = 0.385  # LLaMA's figure for the average US grid
 
 
 def hours(tokens: float, tokens_per_second_per_gpu: float, gpus: int) -> float:

@@ -12,8 +12,8 @@ Reads the config's sources and its tokenizer. Writes
     documents/<source>.jsonl     {"id", "tokens", "bytes", "validation"} of every document, in reading order;
                                  where they apply, "shared": source and name of a file that several sources
                                  read, as the first of them has it; "came_as": the document's own id, if an
-                                 earlier one has it; "characters": of a part of a document that is split
-    documents/<source>.offsets.npy    first byte of each of its lines, and its end
+                                 earlier one has it; "characters": the range of this part, if it is split
+    documents/<source>.offsets.npy    first byte of each line of that file, and the end of the file
     documents/<stage>.npy        the stream of a stage, int64 (3, documents + 1): first token there, number of
                                  the source, number of the document; the last column is the stream's end
     inputs.json                  paths, sizes and times of the files that were read
@@ -98,7 +98,7 @@ def load_tokenizer(config: Config) -> "tokenizer.Tokenizer":
     path = Path(config.tokenizer.path)
     if not path.exists():
         what = f"make it: {config.again('tokenizer.py train')}"
-        if path.suffix in (".json", ".model"):  # somebody else's, which is not trained here
+        if path.suffix in (".json", ".model"):  # a published tokenizer is not trained here
             what = "put the published file there, or say where it is: --tokenizer.path=FILE"
         raise ConfigError(f"there is no tokenizer {path}; {what}")
     tok = tokenizer.load(path, config.tokenizer.eot)
@@ -111,9 +111,9 @@ def load_tokenizer(config: Config) -> "tokenizer.Tokenizer":
 
 
 def list_inputs(config: Config) -> tuple[dict[str, tuple[str, str]], dict[str, list]]:
-    """Lists the files of every source; tells what is left out. ConfigError where there is nothing to read.
+    """Lists the files of every source; prints what is left out. Raises ConfigError if nothing is to be read.
 
-    Returns `shared_names` of the files; and of each source its files: [path, bytes, nanosecond of change].
+    Returns `shared_names` of the files, and for each source its files: [path, bytes, nanosecond of change].
     """
     if not config.data.sources or not config.data.stages:
         raise ConfigError("data.sources and data.stages need at least one entry each; see configs/demo.py")
@@ -123,7 +123,7 @@ def list_inputs(config: Config) -> tuple[dict[str, tuple[str, str]], dict[str, l
         used = [stage.epochs or stage.weights or [source.name] for stage in config.data.stages]
         if not any(source.name in names for names in used):
             print(f"warning: source {source.name!r} is in no stage; only its validation rows are of use")
-        # Its files, which are listed here once and handed on.
+        # List its files here, once, and hand them on.
         documents.tell_left_out(source)
         listed[source.name] = documents.listed(source)
         files = []
@@ -163,7 +163,7 @@ def check_same(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs:
     if manifest["tokenizer"]["sha256"] != tok.sha256:
         differs.append(f"tokenizer {manifest['tokenizer']['sha256'][:12]} (now {tok.sha256[:12]})")
 
-    # Input files. There is no record of them when the folder came from another machine.
+    # Compare the input files. There is no record of them when the folder came from another machine.
     record = folder / "inputs.json"
     if not differs and record.exists():
         for name, had in json.loads(record.read_text())["sources"].items():
@@ -260,7 +260,7 @@ def write(
     chunk_list, hashes = chunks.write_chunks(config, folder, stages, entries, dtype, tok.eot)
     shutil.rmtree(folder / "work")
 
-    # The manifest, when everything that it lists is there.
+    # Make the manifest, now that everything that it lists is there.
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     del files["lock"]
     manifest = {
@@ -321,9 +321,10 @@ def encode_sources(
 
 
 def summary(folder: Path, manifest: dict) -> str:
-    """What was built: a table of the sources and one of the stages, notes, a line of totals."""
+    """Describes what was built: a table of the sources and one of the stages, notes, a line of totals."""
     sources, stages = manifest["sources"], manifest["stages"]
 
+    # One line per source.
     table = [("source", "files", "documents", "tokens", "bytes", "bytes/token", "validation rows", "bad")]
     for name, s in sources.items():
         n_text_tokens = s["tokens"] - s["documents"]  # without the end-of-text tokens, which have no bytes
@@ -332,6 +333,7 @@ def summary(folder: Path, manifest: dict) -> str:
         table.append((name, *counts, per_token, s["validation_rows"], sum(s["bad"].values())))
     lines = [*aligned(table), ""]
 
+    # One line per source of each stage: its mixture, as asked for and as it became.
     table = [("stage", "source", "epochs", "documents", "asked tokens", "tokens", "asked %", "%", "cut")]
     for s in stages:
         asked_tokens = sum(part["asked_tokens"] for part in s["mixture"].values())
@@ -343,7 +345,7 @@ def summary(folder: Path, manifest: dict) -> str:
             table.append((s["name"], name, f"{part['epochs']:.4g}", *counts, asked, got, cut))
     lines += aligned(table)
 
-    # What a reader of the tables should know besides.
+    # Add the notes that the tables need.
     for s in stages:
         line = f"stage {s['name']}: {s['rows']:,} rows"
         if s["repeats"] > 1:
@@ -373,8 +375,9 @@ def aligned(table: list[tuple]) -> list[str]:
 
 
 def notes(name: str, s: dict, fraction: float) -> list[str]:
-    """What a user should know of a source: how its validation rows were chosen; ids that came twice."""
+    """Notes about a source for the user: how its validation rows were chosen, and which ids came twice."""
     out = []
+    # The validation rows: there are none, or documents were split to get them.
     if not s["validation_rows"]:
         note = (
             f"note: source {name!r} has no validation rows, so its validation loss cannot be measured: "
@@ -393,6 +396,7 @@ def notes(name: str, s: dict, fraction: float) -> list[str]:
             f"{s['validation_bytes']:,} bytes, after a gap of {s['gap_bytes']:,} bytes that is used neither "
             "for training nor for validation"
         )
+    # Ids that came twice.
     if s["duplicate_ids"]:
         more = ", ..." if s["duplicate_ids"] > len(s["duplicate_examples"]) else ""
         out.append(

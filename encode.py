@@ -7,7 +7,7 @@ Worker processes encode batches of documents; the result does not depend on how 
     work/s.tokens, s.validation         the tokens to train on, and those of the validation documents
     work/s.entries                      ENTRY of every document, in reading order
 
-Validation documents are chosen by a hash of their ids. A source can have so few documents that the choice is
+Validation documents are chosen by a hash of their ids. In a source of few documents, the chosen ones can be
 less than a row, less than a quarter of the fraction that is asked for, or more than a fifth of all. Then long
 documents are split inside: their ends are for validation, after a gap of one row that is in neither part.
 
@@ -34,10 +34,10 @@ from config import Config, ConfigError, Source
 from dataset import hash64
 from formats import documents
 
-BATCH_CHARACTERS = 1 << 21  # of text to a worker at once: 0.2 s of encoding, against 5 ms of handing over
+BATCH_CHARACTERS = 1 << 21  # text sent to a worker at once: 0.2 s of encoding for 5 ms of sending
 SPLIT_ROWS = 8  # about how many validation rows splitting gives at least, if documents are long enough
 
-# What a build knows of each document of a source. offset: its first token in work/<source>.tokens, or
+# A build keeps one entry for each document of a source. offset: its first token in work/<source>.tokens, or
 # VALIDATION for a validation document.
 VALIDATION = -1
 ENTRY = np.dtype([("tokens", "<i8"), ("offset", "<i8"), ("hash", "<u8")])
@@ -47,7 +47,7 @@ ENTRY = np.dtype([("tokens", "<i8"), ("offset", "<i8"), ("hash", "<u8")])
 
 
 class Worker(NamedTuple):
-    """What a worker process needs for every batch."""
+    """The settings that a worker process needs for every batch."""
 
     tok: "tokenizer.Tokenizer"
     dtype: np.dtype
@@ -62,11 +62,11 @@ class Encoded(NamedTuple):
     train: np.ndarray  # tokens to train on
     validation: np.ndarray  # tokens of validation documents
     entries: np.ndarray  # ENTRY of each document; offset is 0 or VALIDATION
-    lines: list[dict]  # of the table of documents
+    lines: list[dict]  # their lines in the table of documents
     refused: list[tuple[str, str]]  # (id, reason) of documents that the tokenizer cannot encode
 
 
-worker: Worker  # of this process; `start_worker` sets it
+worker: Worker  # the settings of this process; `start_worker` sets them
 
 
 def start_worker(path: str, eot: str, dtype: str, seq_len: int, seed: int, fraction: float) -> None:
@@ -77,7 +77,7 @@ def start_worker(path: str, eot: str, dtype: str, seq_len: int, seed: int, fract
 
 
 def encode_batch(batch: list[tuple[str, str, str]], split_share: float) -> Encoded:
-    """Encodes (id, text, shared) of documents. What the tokenizer refuses is left out and reported."""
+    """Encodes documents, given as (id, text, shared). Leaves out and reports those the tokenizer refuses."""
     try:
         return encode_documents(batch, split_share)
     except ConfigError as error:
@@ -95,7 +95,7 @@ def encode_batch(batch: list[tuple[str, str, str]], split_share: float) -> Encod
 
 
 def encode_documents(batch: list[tuple[str, str, str]], split_share: float) -> Encoded:
-    """Encodes (id, text, shared) of documents. A document that is split has two entries and two lines.
+    """Encodes documents, given as (id, text, shared). One that is split has two entries and two lines.
 
     Whether a document is for validation follows from its id alone, whatever its source: a file that is read
     as code and as English is a validation document in both sources or in neither.
@@ -263,12 +263,12 @@ def encode_all(
         entries = create(f"{work}.entries")
         offsets = create(f"{work}.offsets")
         lines = create(f"{table}.jsonl")
-        # A progress bar, where a person watches.
+        # Show a progress bar where a person watches.
         bar = tqdm(desc=f"encode {source.name}", total=text_bytes(source, inputs), unit="B", unit_scale=True,
                    disable=not sys.stderr.isatty())  # fmt: skip
         progress = stack.enter_context(bar)
 
-        # Batch by batch: count, and write.
+        # Count and write, batch by batch.
         offsets.write(bytes(8))  # the first line begins at 0
         table_bytes = 0  # of the lines that were written
         read = documents.read(source, bad, shared_names)
@@ -283,7 +283,7 @@ def encode_all(
             batch.entries["offset"][kept] = count["tokens"] + np.cumsum(sizes) - sizes
             add_counts(count, batch.lines)
 
-            # Lines of the table of documents, and where each ends.
+            # The table of documents gets a line for each, and `offsets` the end of each line.
             encoded_lines = [json.dumps(line).encode() + b"\n" for line in batch.lines]
             ends = table_bytes + np.cumsum([len(line) for line in encoded_lines], dtype="<i8")
             table_bytes += sum(len(line) for line in encoded_lines)
@@ -309,9 +309,9 @@ def encode_all(
 def encoded(
     read: Iterator[documents.Document], split_share: float, pool: ProcessPoolExecutor, n_workers: int
 ) -> Iterator[Encoded]:
-    """Encodes documents in batches, and gives these in their order.
+    """Encodes documents in batches, and yields the batches in their order.
 
-    Two batches for each worker are under way: enough that none waits, and a bound on the memory.
+    Two batches for each worker are under way: no worker waits, and the memory is bounded.
     """
     pending: deque = deque()
     batch, characters = [], 0
@@ -366,7 +366,7 @@ def unique_ids(folder: Path, name: str) -> dict:
         return {"duplicate_ids": 0, "duplicate_examples": []}
     suspects = set(hashes[again].tolist())
 
-    # Names that are taken: ids of suspects, and ids that a new name could be ("x#2", if "x" is a suspect).
+    # Collect the names that are taken: ids of suspects, and those that a new name could be ("x#2" for "x").
     table = folder / "documents" / f"{name}.jsonl"
     with open(table, "rb") as file:
         taken = {json.loads(line)["id"] for line, hash in zip(file, hashes) if int(hash) in suspects}
@@ -380,18 +380,20 @@ def unique_ids(folder: Path, name: str) -> dict:
     rewritten = folder / "work" / f"{name}.jsonl"
     counts: dict[str, int] = {}  # id -> the highest number that a document of this id has
     renamed = []
-    current, end = "", 0  # the name of the present document; bytes of the table so far
+    current = ""  # the name of the present document
+    end = 0  # bytes of the table so far
     with open(table, "rb") as file, open(rewritten, "wb") as out:
         for n, (line, hash) in enumerate(zip(file, hashes), 1):
             if int(hash) in suspects:
                 about = json.loads(line)
                 id = about["id"]
-                second_part = about.get("characters", [0])[0] > 0  # of a split document: keeps the name
+                second_part = about.get("characters", [0])[0] > 0  # it keeps the name of the first part
                 if not second_part and id in counts:
                     current, counts[id] = next_name(id, counts[id] + 1, taken)
                     renamed.append(current)
                 elif not second_part:
-                    current, counts[id] = id, 1
+                    current = id
+                    counts[id] = 1
                 if current != id:
                     line = json.dumps({**about, "id": current, "came_as": id}).encode() + b"\n"
             end += out.write(line)

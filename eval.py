@@ -1,26 +1,26 @@
-"""What every checkpoint has learned: loss, perplexity and bits per byte of validation rows; and memorization.
+"""Evaluates every checkpoint: loss, perplexity and bits per byte of validation rows; and memorization.
 
     python eval.py runs/demo            # every checkpoint; also computes memorize.py's score
     python eval.py runs/demo --checkpoint 640 --source code --max_rows 50 --no-memorization
-    python eval.py runs/demo --check    # and exit 1 unless the run is whole and good enough
+    python eval.py runs/demo --check    # also exits with 1 unless the run is whole and good enough
     torchrun --nproc_per_node=8 -- eval.py runs/demo      # the same on eight GPUs
     python eval.py models/mine --dataset datasets/mine    # loss of any model folder, printed only
 
     loss           nats of all target tokens / number of target tokens
     perplexity     e^loss
-    bits per byte  nats of all target tokens / ln 2 / UTF-8 bytes of the text that they stand for
+    bits per byte  nats of all target tokens / ln 2 / UTF-8 bytes of the text that they encode
 
 Each is measured by source. Both sums of a ratio run over the whole source before they are divided, as in
 Paloma: a mean of ratios would depend on the batch size. Every token of a row but the first is a target. An
-end-of-text token is a target like any other: its nats count, and it stands for 0 bytes of text. Bits per byte
-can be compared between models with different tokenizers; the loss cannot.
+end-of-text token is a target like any other: its nats count, and it has 0 bytes of text. Bits per byte can be
+compared between models with different tokenizers; the loss cannot.
 
 The bytes are those of the text as it was before it was encoded. A document's bytes are spread over its tokens
 in proportion to the bytes that these decode to, without the space that SentencePiece puts before a text. If
-the tokens decode to exactly the text, that is exact for every token. If they do not (Unicode normalization,
+the tokens decode to exactly the text, this is exact for every token. If they do not (Unicode normalization,
 characters that a vocabulary lacks), it is exact for every document, as in Paloma. A token's bytes belong to
 the row in which it is a target. So the first token of a source's validation text, which is no target, is not
-counted, and neither is what the dataset dropped at its end.
+counted. The tokens that the dataset dropped at its end are not counted either.
 
 Reads RUN/config.json, its checkpoints and the validation rows of its dataset. Appends to RUN/evals.jsonl one
 line for each checkpoint and source. Results are kept and continued as measure.py says.
@@ -93,11 +93,11 @@ def validation_documents(dataset: Dataset, source: str) -> tuple[np.ndarray, np.
 
 
 def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """The bytes of text that every target of a source's first n_rows validation rows stands for: (n_rows, T).
+    """The bytes of text of every target in a source's first n_rows validation rows: (n_rows, T).
 
     "Hi you", 6 bytes, as the tokens " Hi", " you" and end of text of a SentencePiece model -> 2, 4, 0.
     """
-    # The documents that begin in these rows, and their tokens, as far as the dataset has them.
+    # Find the documents that begin in these rows, and their tokens, as far as the dataset has them.
     rows, T = dataset.validation(source), dataset.seq_len
     tokens, text_bytes = validation_documents(dataset, source)
     ends = np.cumsum(tokens)
@@ -109,10 +109,11 @@ def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenize
             f"try: python data.py verify {dataset.folder}"
         )
     starts = ends - tokens
-    stream = np.append(rows[0, 0], rows[: -(-(ends[-1] - 1) // T), 1:])[: ends[-1]]
+    n_used = -(-(ends[-1] - 1) // T)  # rows that hold the documents' tokens, rounded up
+    stream = np.append(rows[0, 0], rows[:n_used, 1:])[: ends[-1]]
     known = np.minimum(ends, len(stream)) - starts  # tokens of each document that are in the stream
 
-    # The number of bytes that each token decodes to, without the space before a document and the end of text.
+    # Count the bytes that each token decodes to, without the space before a document and the end of text.
     decoded = tokenizer.n_bytes[stream].astype(float)
     if tokenizer.adds_space:
         decoded[starts] -= [tokenizer.token_bytes[id].startswith(b" ") for id in stream[starts]]
@@ -124,8 +125,8 @@ def target_bytes(dataset: Dataset, source: str, n_rows: int, tokenizer: tokenize
         sums[i] = max(1, tokens[i] - 1)
         decoded[starts[i] : starts[i] + int(sums[i])] = 1
 
-    # Bytes of text per decoded byte, by document. The end of the last document may have been dropped: then
-    # the bytes that the whole of it decodes to are unknown, and it takes the ratio of the others together.
+    # Divide the bytes of text by the decoded ones, by document. The end of the last document may have been
+    # dropped: then it is unknown how many bytes all of it decodes to, and it takes the ratio of the others.
     ratio = text_bytes / np.maximum(sums, 1)
     if not whole[-1]:
         ratio[-1] = min(ratio[-1], text_bytes[:-1].sum() / sums[:-1].sum() if n > 1 else 1)
@@ -138,7 +139,8 @@ def measures(nats: float, n_targets: int, n_bytes: float) -> dict:
 
     3 targets with 2, 3 and 0 bytes and 5 ln 2 nats together: loss 5 ln 2 / 3, bits per byte 5 / 5 = 1.
     """
-    loss, rounded = nats / n_targets, round(float(n_bytes), 3)  # a row may end within a document
+    loss = nats / n_targets
+    rounded = round(float(n_bytes), 3)  # a row may end within a document
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),  # e^710 is more than a float holds
@@ -165,7 +167,7 @@ def with_validation_rows(dataset: Dataset, asked: list[str]) -> list[str]:
 
 
 def metric(run: measure.Run, sources: list[str], max_rows: int) -> measure.Metric:
-    """What measure.py has to know to measure the loss on each source's first rows; max_rows 0: on all."""
+    """The loss as measure.py computes it, on each source's first max_rows rows; 0: on all."""
     rows = {source: run.dataset.validation(source)[: max_rows or None] for source in sources}
 
     @functools.cache  # not needed if all results are known
@@ -208,7 +210,7 @@ def show(table: list) -> str:
 
 
 def check(run: measure.Run, max_rows: int) -> list[str]:
-    """Problems of a finished run, [] if there is none: what a demo asks of its own result."""
+    """Problems of a finished run, [] if there is none. The demo checks its own result with this."""
     run = run._replace(checkpoints=chosen(run.folder))
     return [*check_loss(run, max_rows), *check_chunks(run), *check_memorization(run)]
 
@@ -230,7 +232,7 @@ def check_loss(run: measure.Run, max_rows: int) -> list[str]:
     if first.step != 0:
         problems.append("there is no checkpoint of step 0")
 
-    # The bits per byte are below the bounds.
+    # The bits per byte of the last checkpoint are below the bounds.
     known = measure.known(run, metric(run, measured, max_rows), [first, last])
     for source in measured:
         if source not in known[first.step] or source not in known[last.step]:
@@ -303,6 +305,7 @@ def adds_up(line: dict, part: memorize.Part, seen: np.ndarray) -> bool:
 
 def eval_folder(args: argparse.Namespace) -> None:
     """The loss of a model folder that is in no run, on the validation rows of a dataset; writes nothing."""
+    # Open the dataset and the model, which must fit each other.
     folder = integrity.model_folder(args.run, verify=args.verify)
     dataset = Dataset(args.dataset, args.verify)
     if args.checkpoint or args.check:
@@ -320,7 +323,7 @@ def eval_folder(args: argparse.Namespace) -> None:
             f"trained on {model.cfg.seq_len}, and knows {model.cfg.vocab_size}"
         )
 
-    # The metric of a run, without the cache: there is no run folder to write to.
+    # Compute the metric of a run, but keep no result: there is no run folder to write to.
     c = Checkpoint(folder, 0, {})
     precision = parallel.precision("auto", device)
     run = measure.Run(folder, cfg, dataset, [c], device, precision, args.verify)
@@ -351,7 +354,7 @@ def main() -> None:
     more = parser.add_argument
     more("--dataset", help="for a model folder that is in no run: the dataset whose validation rows to read")
     more("--source", nargs="+", default=[], help="default: all")
-    more("--max_rows", type=int, help="of each source, its first ones; 0: all; default: eval.max_rows")
+    more("--max_rows", type=int, help="read the first N rows of each source; 0: all; default: eval.max_rows")
     more("--no-memorization", dest="memorization", action="store_false", help="loss only")
     more("--check", action="store_true", help="exit 1, saying why, unless the run is whole and good enough")
     args = parser.parse_args()
@@ -367,6 +370,8 @@ def main() -> None:
         problems = eval_run(args)
     elif rendezvous.rank() == 0:  # one model folder is not enough work to share
         eval_folder(args)
+
+    # Say what --check found, and end with its exit code.
     for problem in problems:
         print(f"check failed: {problem}", file=sys.stderr)
     if args.check and not problems:

@@ -1,4 +1,4 @@
-"""What a run recorded -> SVG figures, in the colours of the page and of paper. report.py captions them.
+"""Draws what a run recorded as SVG figures, in the colours of the page and of paper. report.py captions them.
 
     figure = figures.draw_loss(results.load("runs/demo"))
     file, inline = figures.svg(figure, "loss", "Training loss")      # for figures/loss.svg; for the page
@@ -29,10 +29,9 @@ COLOURS = {"paper": ("#fffefb", "#15181b"), "ink": ("#1c2024", "#e8e6e1")}  # na
 COLOURS |= {"muted": ("#59636d", "#a3abb3"), "rule": ("#b9c0c7", "#4a525a"), "grid": ("#e8eaec", "#282e34")}
 COLOURS |= {"c0": ("#0068a8", "#62b8f0"), "c1": ("#c44e00", "#f79350"), "c2": ("#00805c", "#3fcf9f")}
 COLOURS |= {"c3": ("#9c3f82", "#e79bcb"), "c4": ("#806000", "#e5bf3c"), "c5": ("#4b4fb5", "#a9adff")}
-COLOURS |= {
-    f"s{i}": tuple(matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](x)) for x in places)
-    for i, places in enumerate((0.66 * (1 - t), 0.32 + 0.68 * t) for t in np.linspace(0, 1, SHADES))
-}
+for _i, _t in enumerate(np.linspace(0, 1, SHADES)):
+    _light, _dark = matplotlib.colormaps["viridis"]([0.66 * (1 - _t), 0.32 + 0.68 * _t])
+    COLOURS[f"s{_i}"] = matplotlib.colors.to_hex(_light), matplotlib.colors.to_hex(_dark)
 PAPER, INK, MUTED, RULE, GRID = (COLOURS[name][0] for name in ("paper", "ink", "muted", "rule", "grid"))
 LINES = [COLOURS[f"c{i}"][0] for i in range(6)]
 BLUE, FULL = LINES[:2]  # FULL: full matches, and nothing else in a memorization figure
@@ -45,7 +44,7 @@ STYLE |= {"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "gri
 STYLE |= {"xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED}
 STYLE |= {"grid.linewidth": 0.6, "xtick.major.size": 3, "ytick.major.size": 0}
 DASHED, SOLID = (2.2, 1.5), (1, 0)
-COLUMNS = 1000  # A figure has about this many columns of pixels: more points than two in each cannot be seen.
+COLUMNS = 1000  # columns of pixels in a figure, about: more than two points in each cannot be seen
 LONGEST = 40  # characters of a name in a figure
 
 # Titles and units of known columns of metrics.jsonl and fields of evals.jsonl. All others keep their names.
@@ -107,7 +106,7 @@ def svg(figure: Figure, name: str, title: str) -> tuple[str, str]:
 
 def spread(heights: list[float], gap: float) -> np.ndarray:
     """The heights nearest to the given ones, in their order, at least `gap` apart (isotonic regression)."""
-    # Rank by rank, a label that touches the block below joins it; a block moves as one, to its mean.
+    # A label that touches the block below joins it; a block moves as one, to its mean.
     order = np.argsort(heights, kind="stable")
     blocks: list[list[float]] = []  # blocks of touching labels: sum, count
     for rank, index in enumerate(order):
@@ -220,7 +219,7 @@ def draw_loss(run: Run) -> Figure:
         text = f"every token equally likely: ln {size:,} = {np.log(size):.2f}"
         label_limit(axes, np.log(size), text, MUTED)
 
-    # What happened: vertical lines for resumes and incidents, ticks for checkpoints.
+    # Events: vertical lines for resumes and incidents, ticks for checkpoints.
     for event in run.ledger:
         if event["event"] in ("resume", "nonfinite", "spike", "fault") and fits(event.get("step"), int):
             axes.axvline(event["step"], color=FULL, linewidth=0.7, dashes=DASHED)
@@ -270,6 +269,7 @@ def draw_lines(run: Run, lines: list[tuple], label: str) -> Figure:
     longest = max(len(end[2]) for end in ends)
     figure, axes = canvas(7.2, 2.9, right=max(1.3, 0.2 + 0.055 * longest), top=0.3)
 
+    # The lines, on an axis that includes 0.
     for _, values, colour, dashes in lines:
         marker = "o" * (len(values) <= 40)
         axes.plot([*values], [*values.values()], color=colour, dashes=dashes, marker=marker, markersize=3)
@@ -292,7 +292,7 @@ def draw_ridge(run: Run, steps: list[int]) -> Figure:
     beside = axes.get_yaxis_transform()
     validation = run.validation_kinds()
 
-    # Heights are square roots of the shares of rows; one scale for all checkpoints.
+    # Heights are square roots of the shares of rows, with one scale for all checkpoints.
     rows = [(run.matches(step, "seen"), run.matches(step, *validation)) for step in steps]
     roots = [[np.sqrt(np.bincount(x, minlength=l + 1) / max(len(x), 1)) for x in pair] for pair in rows]
     scale = 0.92 / max(max(x.max() for pair in roots for x in pair), 0.1)
@@ -396,6 +396,7 @@ def draw_correlation(values: np.ndarray, steps: list[int], title: str) -> Figure
         axes.add_patch(Rectangle((j, i), 0.94, 0.94, linewidth=0, **box))
         axes.text(j + 0.47, i + 0.49, text, color=ink, ha="center", va="center", fontsize=6)
 
+    # The axes, named by the steps of the checkpoints.
     names = [f"{step:,}" for step in steps]
     at = np.arange(len(steps)) + 0.47
     axes.set_xticks(at, names, rotation=90 if len(steps) > 6 else 0, fontsize=6.5)
@@ -409,6 +410,7 @@ def draw_correlation(values: np.ndarray, steps: list[int], title: str) -> Figure
 
 def draw_mixture(run: Run) -> Figure:
     """Share of every source in the target tokens of every chunk, stacked."""
+    # Shares add up from source to source: `tops` is (chunks, sources).
     chunks, sources = run.manifest["chunks"], list(run.manifest["sources"])
     counts = [[chunk["sources"].get(s, {}).get("tokens", 0) for s in sources] for chunk in chunks]
     tokens = np.array(counts, float)  # (chunks, sources)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, on the disk, renamed; and logs that survive a kill.
+"""Writes files whole or not at all (written aside, synced, renamed), and logs that survive a kill.
 
 write_json("runs/demo/config.json", {...})
 append("runs/demo/ledger.jsonl", {"event": "start", ...})
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def encoded(value: object, **how) -> bytes:
-    """JSON as UTF-8. Half of a surrogate pair, which UTF-8 cannot say, becomes JSON's own escape \\udcff."""
+    """JSON as UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes JSON's own escape \\udcff."""
     return json.dumps(value, ensure_ascii=False, **how).encode("utf-8", "backslashreplace")
 
 
@@ -65,7 +65,7 @@ def append(path: Path | str, record: dict, durable: bool = True) -> None:
             if durable:
                 os.fsync(log.fileno())
     except OSError as error:
-        error.filename = str(path)  # that of a full disk does not say which file was being written
+        error.filename = str(path)  # the error of a full disk does not say which file was being written
         raise
 
 
@@ -85,7 +85,9 @@ def read_lines(path: Path | str) -> list[dict]:
 
 
 def latest(records: list[dict]) -> list[dict]:
-    """What counts: a record takes back those of its own step and of later ones that stand before it."""
+    """The records that count. After a resume or rollback, step numbers repeat: each record replaces earlier
+    ones with the same or a higher step.
+    """
     kept = []
     for record in records:
         while kept and kept[-1]["step"] >= record["step"]:
@@ -95,9 +97,9 @@ def latest(records: list[dict]) -> list[dict]:
 
 
 def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a record but its step, also in objects inside it: {"a": {"b": 1.5}} -> ("a/b", 1.5)."""
+    """The numbers in a record and in objects inside it, but not its step: {"a": {"b": 1}} -> ("a/b", 1)."""
     for key, value in record.items():
-        # No deeper: a stranger's record can be nested a thousand times.
+        # The depth is limited: a stranger's record can be nested a thousand times.
         if isinstance(value, dict) and prefix.count("/") < 4:
             yield from numbers(value, f"{prefix}{key}/")
         elif type(value) in (int, float) and prefix + key != "step":
@@ -105,7 +107,7 @@ def numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def sha256(path: Path | str) -> str:
-    """Of a file's bytes, as 64 hexadecimal digits."""
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):

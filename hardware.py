@@ -62,7 +62,7 @@ PEAKS = {
 
 
 def by_name(name: str) -> tuple[int | None, str]:
-    """How many, and which of GPUS or "cpu", by a usual name: by_name("8xH100") -> (8, "h100-80gb").
+    """The number of GPUs and the name in GPUS, or "cpu", from a usual name: "8xH100" -> (8, "h100-80gb").
 
     The number is None where the name has none. Raises ConfigError where no such GPU is known.
     """
@@ -103,7 +103,7 @@ def machine(gpu: str) -> Gpu:
 
 
 def usable(gpu: str, processes: int) -> float:
-    """Bytes for the tensors of one process. All processes on a CPU share its memory; each has its own GPU."""
+    """Bytes for the tensors of one process. Processes on a CPU share its memory; each GPU has its own."""
     if gpu == "cpu":
         return machine(gpu).memory * (USABLE_ON_CPU / processes)
     return machine(gpu).memory * USABLE
@@ -185,7 +185,7 @@ def about_machine(device: "torch.device") -> dict:
 
 
 def about_run(world: "World") -> dict:
-    """What may differ between the parts of a run that was resumed: code, machine, processes, precision."""
+    """The facts that may differ between the parts of a resumed run: code, machine, processes, precision."""
     import torch
 
     git = subprocess.run(
@@ -244,7 +244,7 @@ class Meter:
         return spent
 
     def columns(self, tokens_per_second: float, joules: float) -> dict:
-        """What is known of the step just made: its speed and its energy are those of all GPUs together."""
+        """The columns of the step just finished. Its speed and its energy are those of all GPUs together."""
         record = {"memory_bytes": self.memory()}
         if self.peak:
             each = tokens_per_second / self.world.size
@@ -284,7 +284,7 @@ class Profiler:
             self.tracer = profile(activities=kinds, record_shapes=True)
 
     def step(self, n_done: int, is_last: bool) -> None:
-        """To be called after each step of this process."""
+        """Starts and ends the trace. Call it after each step of this process."""
         if self.tracer is None or self.done:
             return
         if n_done == 3:

@@ -1,14 +1,14 @@
-"""What can go wrong in a run: a loss or gradient that is not finite or far above what it was; a signal.
+"""Handles what can go wrong in a run: a loss or gradient that is not finite, or a spike; a signal; a fault.
 
-    python incidents.py runs/demo                             # what happened in a run
+    python incidents.py runs/demo                             # lists the incidents of a run
     python incidents.py runs/demo --replay 137                # the batch of that incident, alone, row by row
     python incidents.py runs/demo --replay 137 --checkpoint 120
 
 train.py asks `judge` after every backward, before any weight is touched, on all processes alike, and calls
 `respond` where something is wrong. The command line reads the run folder and its dataset, and writes nothing.
 
-A batch that is skipped, or left out after a rollback, moves no weight. The model can learn from its documents
-all the same: other rows hold the rest of them, and other passes, repeats or sources can hold the same text.
+A batch that is skipped, or left out after a rollback, changes no weight. The model can still learn from its
+documents: other rows hold the rest of them, and other passes, repeats or sources can hold the same text.
 Dataset.positions(source, id) lists every position of a document.
 """
 
@@ -81,7 +81,7 @@ class Signals:
 
 @contextlib.contextmanager
 def explained(cfg: Config):
-    """Around a training: what can happen to it ends in one line and exit code 1, without a traceback."""
+    """Around a training: an incident or a fault ends it with one line and exit code 1, not a traceback."""
     try:
         yield
     except Stopped as error:
@@ -105,7 +105,7 @@ def explained(cfg: Config):
 
 
 def judge(loss: float, grad_norm: float, recent: Sequence, train: Train) -> dict | None:
-    """What is wrong with a step: {"event": "nonfinite"} or {"event": "spike", "z": {...}}; None: nothing.
+    """The incident of a step: {"event": "nonfinite"} or {"event": "spike", "z": {...}}; None: no incident.
 
     recent: (loss, grad_norm) of the steps before it, without incidents. A spike is judged once there are
     train.spike_window of them, by the newest of these.
@@ -125,10 +125,10 @@ def judge(loss: float, grad_norm: float, recent: Sequence, train: Train) -> dict
 
 
 def robust_z(value: float, past: list[float]) -> float:
-    """(value - median) / (1.4826 x the median absolute deviation): deviations, where values are normal.
+    """(value - median) / (1.4826 x the median absolute deviation): standard deviations if values are normal.
 
     A few spikes among the past values move neither median, while they would move mean and deviation. Where
-    nothing varied, a thousandth of the median takes the place of the deviation.
+    nothing varied, a thousandth of the median replaces the deviation.
     """
     median = statistics.median(past)
     deviation = 1.4826 * statistics.median(abs(x - median) for x in past)
@@ -154,14 +154,14 @@ def respond(
     state.incidents += 1
     earlier = [c for c in world.first(run_folder.checkpoints, cfg.run) if c.step <= step]
 
-    # What is to be done; if that cannot be done, or there were too many incidents, the run stops.
+    # Choose the action. If it is impossible, or there were too many incidents, the run stops.
     action = cfg.train.on_incident
     back, new_plan = remedy(action, run, step, plan, earlier)
     impossible = action in ("defer", "rollback") and new_plan is None
     if state.incidents > cfg.train.max_incidents or impossible:
         action = "stop"
 
-    # The ledger.
+    # Write the incident into the ledger.
     ranges = plan.batch(step)
     finite = {name: n if math.isfinite(n) else str(n) for name, n in grad_norms.items()}
     record = {
@@ -181,7 +181,7 @@ def respond(
     }
     world.once(run_folder.log, cfg.run, record["event"], record)
 
-    # And do it.
+    # Do it.
     if action == "stop":
         raise Stopped(why_stopped(record, cfg, newest(earlier, world)))
     where = ""
@@ -207,8 +207,9 @@ def remedy(
         return None, None
     if action == "defer":  # the rest of the chunk; a batch may begin in one chunk and end in the next
         ranges = plan.batch(step)
-        chunk, last = run.dataset.chunk_of(ranges[0][0]), run.dataset.chunk_of(ranges[-1][1] - 1)
-        return None, deferred(plan, step, (run.chunks[chunk][0], run.chunks[max(chunk, last)][1]))
+        chunk = run.dataset.chunk_of(ranges[0][0])
+        last = max(chunk, run.dataset.chunk_of(ranges[-1][1] - 1))
+        return None, deferred(plan, step, (run.chunks[chunk][0], run.chunks[last][1]))
     if action == "rollback":
         back = [earlier[0], *(c for c in earlier if c.step <= step - train.rollback_steps)][-1]
         first = max(back.step, step - train.rollback_skip // 2)
@@ -238,7 +239,7 @@ def deferred(plan: Steps, step: int, chunk: tuple[int, int]) -> Steps | None:
     if list(reached) != sorted(reached):
         return None
 
-    # Of the rows that have not been consumed, those inside the chunk move to the end.
+    # Among the rows that have not been consumed, those inside the chunk move to the end.
     before, after, _ = cut(plan.ranges, plan.consumed(step), plan.n_rows)
     rest, moved = [], []
     for first, end in after:
@@ -282,7 +283,7 @@ def why_stopped(record: dict, cfg: Config, newest: str) -> str:
     too_many = f" It is incident {number} of train.max_incidents={most}." if number > 1 else ""
     return (
         f"{told(record)} (all of them in {cfg.run}/ledger.jsonl).{too_many} "
-        f"The optimizer has not moved, and {newest}. "
+        f"No weight was changed, and {newest}. "
         f"Its batch: python incidents.py {cfg.run} --replay {record['step']}. A lower "
         "optim.lr or a tighter optim.grad_clip, in a run of its own (--run=FOLDER), is the usual "
         "remedy; with train.on_incident=skip, defer or rollback a run continues by itself"
@@ -290,7 +291,7 @@ def why_stopped(record: dict, cfg: Config, newest: str) -> str:
 
 
 def newest(found: list[Checkpoint], world: World) -> str:
-    """What is so of the newest checkpoint, after looking at its files. All processes call this together."""
+    """Says whether the newest checkpoint is whole, by its files. All processes call this together."""
     if not found:
         return "there is no checkpoint yet"
     path = found[-1].path
@@ -304,7 +305,7 @@ def newest(found: list[Checkpoint], world: World) -> str:
 
 
 def grad_norms_by_layer(model: nn.Module) -> dict[str, float]:
-    """The norm of each layer's gradient, and of what is outside: {"embed_tokens": 0.3, "layers.0": 0.1}."""
+    """The gradient norm of each layer and of the other modules: {"embed_tokens": 0.3, "layers.0": 0.1}."""
     layers = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -338,7 +339,7 @@ def replay(
     cfg: Config = config.load_run(run)
     dataset = Dataset(cfg.dataset, verify)
 
-    # The weights. Those before an incident may have been set aside by its rollback.
+    # Find the weights. Those before an incident may have been set aside by its rollback.
     if at is not None:
         c = run_folder.chosen(run, [at])[0]
     else:
@@ -352,7 +353,7 @@ def replay(
         aside = folder / f"incident-{incident[-1]['number']}-{name}"
         c = run_folder.read(aside if aside.exists() else folder / name)
 
-    # The rows: of the incident, or of the plan.
+    # Find the rows: those of the incident, or of the plan.
     if incident:
         ranges = [(first, last + 1) for first, last in incident[-1]["rows"]]
     else:
@@ -362,7 +363,7 @@ def replay(
         ranges = plan.batch(step)
     positions = [p for first, end in ranges for p in range(first, end)]
 
-    # One row at a time.
+    # Compute one row at a time.
     model = checkpoint.load_model(c.path, verify=verify).requires_grad_(True)
     rows = []
     for position in positions:
@@ -381,30 +382,30 @@ def show_incidents(run: Path | str) -> None:
     found = run_folder.ledger(run, *KINDS)
     for record in found:
         print(f"{record['event']}, {record.get('action', 'stop')}: {told(record)}")
-        norms = {name: float(norm) for name, norm in record.get("norms", {}).items()}  # or "nan"
-        largest = sorted(norms, key=lambda name: -finite_or_least(norms[name]))[:3]
+        grad_norms = {name: float(n) for name, n in record.get("norms", {}).items()}  # or "nan"
+        largest = sorted(grad_norms, key=lambda name: -finite_or_least(grad_norms[name]))[:3]
         if largest:
-            print(f"  largest gradients: {', '.join(f'{name} {norms[name]:.3g}' for name in largest)}")
+            print(f"  largest gradients: {', '.join(f'{name} {grad_norms[name]:.3g}' for name in largest)}")
     print(f"{len(found)} incident(s)" if found else "no incident")
 
 
 def show_replay(run: Path | str, step: int, at: int | None, verify: bool) -> None:
-    rows, norms, at = replay(run, step, at, verify)
+    rows, grad_norms, at = replay(run, step, at, verify)
     print(f"the batch after step {step}, on the weights of step {at}; largest losses first")
     for position, loss, names in sorted(rows, key=lambda row: -finite_or_least(row[1])):
         some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
         print(f"  row {position:>8}  loss {loss:8.4f}  {some}")
-    for name, norm in norms.items():
-        print(f"  gradient of {name:<16} {norm:.4g}")
+    for name, grad_norm in grad_norms.items():
+        print(f"  gradient of {name:<16} {grad_norm:.4g}")
 
 
 @configurator.script
 def main() -> None:
     parser = configurator.parser(__doc__)
     parser.add_argument("run", help="a run folder")
-    parser.add_argument("--replay", type=int, metavar="STEP", help="the batch after this step, row by row")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="show the batch after this step, by row")
     parser.add_argument(
-        "--checkpoint", type=int, metavar="STEP", help="on these weights; default: the newest before"
+        "--checkpoint", type=int, metavar="STEP", help="replay on these weights; default: the newest before"
     )
     configurator.add_no_verify(parser)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How the weights of a model begin: one seeded stream of random numbers, the same on every machine.
+"""The initial weights of a model: one seeded stream of random numbers, the same on every machine.
 
     for parameter, value in zip(model.parameters(), initial_weights(model, seed=1234)): ...
 
@@ -17,7 +17,7 @@ from config import Model, choose
 
 
 class Linear(nn.Linear):
-    """PyTorch's, with the standard deviation of its initial weight."""
+    """PyTorch's Linear, with the standard deviation of its initial weight."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool, std: float):
         super().__init__(d_in, d_out, bias)
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's, with the standard deviation of its initial weight."""
+    """PyTorch's Embedding, with the standard deviation of its initial weight."""
 
     def __init__(self, n: int, d: int, std: float):
         super().__init__(n, d)
@@ -56,7 +56,7 @@ def init_std(cfg: Model, fan_in: int, layer: int | None = None, writes: bool = F
     """
     D, L, std, depth = cfg.d_model, cfg.n_layers, cfg.init_std, 1 + (layer or 0)
     inner = std if layer is None else std * math.sqrt(cfg.mup_scale)
-    table = {  # scheme: of most matrices, and of those that write into the residual stream
+    table = {  # scheme: (most matrices, those that write into the residual stream)
         "normal": (std, std),  # LLaMA as Hugging Face trains it; Amber; OLMo 2, truncated at 3 deviations
         "gpt2": (std, std / math.sqrt(2 * L)),  # Radford et al. 2019, 2.3; GPT-NeoX; Pythia 6.9B, 12B
         "mitchell": (fan_in**-0.5, fan_in**-0.5 / math.sqrt(2 * depth)),  # OLMo's code, reset_parameters

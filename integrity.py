@@ -1,11 +1,11 @@
-"""Is a checkpoint what was saved? Its files are compared with the hashes that were written down with it.
+"""Compares the files of a checkpoint with the hashes that were recorded when it was saved.
 
     with integrity.compared("runs/demo/checkpoints/step-00000640", "model"):
         ...                                   # read the weights; hashing runs beside it
     integrity.contradictions(checkpoint, cfg, manifest, sha256)   # is its state.json one of this run?
 
 state.json has the SHA-256 of every other file of its checkpoint, and the ledger has that of state.json.
-Whoever reads a checkpoint through checkpoint.py compares. audit.py does it for all checkpoints of a run.
+Every reader of a checkpoint compares them (checkpoint.py); audit.py does it for all checkpoints of a run.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from rendezvous import first_on_node
 from run_folder import NEEDED, Checkpoint, chosen, read, recorded, refuse
 
 N_THREADS = 4  # files hashed at a time: SHA-256 of one runs at 0.4 to 1.5 GB/s, slower than a good disk reads
-# The files that are read when a checkpoint is opened. Others that someone puts there are not looked at.
+# The files that are read when a checkpoint is opened. Other files in the folder are not checked.
 READ = re.compile(r"config\.json|(model|optimizer|tokenizer).*\.(safetensors|json|model)")
 
 
@@ -34,8 +34,8 @@ READ = re.compile(r"config\.json|(model|optimizer|tokenizer).*\.(safetensors|jso
 def compared(folder: Path | str, kind: str, verify: bool = True, world: World | None = None):
     """Around the reading of a folder: its files are hashed beside it, and must be those of its state.json.
 
-    kind: "model" or "optimizer", the files to compare. Leaves only when the hashes are known. Raises
-    ConfigError in all processes where one differs, also in place of an error which that has caused in the
+    kind: "model" or "optimizer", the files to compare. Ends only when the hashes are known. Where a file
+    differs, it raises ConfigError in all processes; this replaces an error that the damage caused in the
     reading. One process of each node hashes the large files. A folder without state.json is someone else's:
     there is nothing to compare it with.
     """
@@ -44,7 +44,7 @@ def compared(folder: Path | str, kind: str, verify: bool = True, world: World | 
         yield
         return
 
-    # Small files first, before anything is read. All processes refuse together.
+    # Compare the small files first, before anything is read. All processes refuse together.
     large, c = [], None
     try:
         c = read(folder)
@@ -54,7 +54,7 @@ def compared(folder: Path | str, kind: str, verify: bool = True, world: World | 
     found = [problem for part in world.collect(found) for problem in part]
     refuse(folder, list(dict.fromkeys(found)))
 
-    # The large files in a thread, while the caller reads them.
+    # Hash the large files in a thread, while the caller reads them.
     problems, error = [], None
     mine = large if world.size == 1 or first_on_node() else []
     thread = threading.Thread(target=lambda: problems.extend(compare(c, mine)), daemon=True)
@@ -76,7 +76,7 @@ def compared(folder: Path | str, kind: str, verify: bool = True, world: World | 
 
 
 def first_look(c: Checkpoint, kind: str) -> tuple[list[str], list[str]]:
-    """(problems of state.json and the small files, the names of the large files, which come next)."""
+    """(problems of state.json and of the small files, names of the large files, to be compared next)."""
     present = {path.name for path in c.path.iterdir() if READ.fullmatch(path.name)}
     names = sorted(present | set(c.state.get("files", {})))
     names = [name for name in names if name.startswith("optimizer") == (kind == "optimizer")]
@@ -88,8 +88,9 @@ def compare(c: Checkpoint, names: list[str]) -> list[str]:
     """A line for each of the files that is not as state.json has it. Several are hashed side by side."""
     queue, found = iter(names), {}
 
+    # A thread takes one file after another.
     def work():
-        for name in queue:  # the threads share it: each file is taken by one
+        for name in queue:  # the threads share the queue: each file is taken by one
             try:
                 said, now = c.state.get("files", {}).get(name), hash_of(c.path / name)
                 if said is None:
@@ -98,7 +99,7 @@ def compare(c: Checkpoint, names: list[str]) -> list[str]:
                     found[name] = f"{name} is damaged: SHA-256 {now[:12]}, and {said[:12]} when it was saved"
             except FileNotFoundError:
                 found[name] = f"{name} is missing"
-            except Exception as error:  # what is not known to be right is wrong
+            except Exception as error:  # a file that cannot be checked counts as damaged
                 found[name] = f"{name} cannot be read: {type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=work, daemon=True) for _ in names[:N_THREADS]]
@@ -158,7 +159,7 @@ def check_state(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> None
 
 
 def contradictions(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> list[str]:
-    """In what a state.json is not one of this config on this dataset (its manifest, and the hash of that)."""
+    """How a state.json contradicts this config and dataset (`sha256`: the manifest's hash); [] if not."""
     state, step, n_rows = c.state, c.step, manifest["rows"]
     if lacks := [name for name in NEEDED if name not in state]:
         return [f"lacks {', '.join(lacks)}"]
@@ -167,7 +168,7 @@ def contradictions(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> l
         if said != now:
             return [f"it was trained with another {name}: {said[:12]}, and the run's is {now[:12]}"]
 
-    # Ranges of positions: within the dataset, and each position once.
+    # Ranges of positions must lie within the dataset and hold each position once.
     order, skipped = state.get("order") or [[0, n_rows]], state.get("skipped", [])
     for name, ranges in (("order", order), ("skipped", skipped)):
         reached = 0
@@ -176,7 +177,7 @@ def contradictions(c: Checkpoint, cfg: Config, manifest: dict, sha256: str) -> l
                 return [f"{name} has [{first}, {end}]: empty, twice, or beyond the dataset's {n_rows} rows"]
             reached = end
 
-    # What follows from the number of steps.
+    # Some fields follow from the number of steps.
     plan = steps.plan_of(cfg, n_rows, order)
     if step > plan.n_steps or state.get("begin", 0) > step:
         return [f"step {step} is not within {state.get('begin', 0)} .. {plan.n_steps}, this run's steps"]

@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> tuple[dict, str]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder/name. A stranger's manifest may name "../../.ssh/id": what is not in the folder is refused."""
+    """Returns folder/name. A stranger's manifest may name "../../.ssh/id": a file outside is refused."""
     path = folder / name
     if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
         message = f"{folder}/manifest.json names {name!r}, which lies outside the folder; it is not read"
@@ -75,7 +75,7 @@ def verify(folder: str | Path) -> list[str]:
     for name in tqdm(manifest["files"], unit=" files", disable=not sys.stderr.isatty()):
         if problem := damage(folder, manifest, name):
             problems.append(f"{name}: {problem}")
-    # Files that nobody listed.
+    # Find files that are not listed.
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     extra = present - {*manifest["files"], *UNHASHED}
     return problems + [f"{name}: is not in the manifest" for name in sorted(extra)]
@@ -86,14 +86,18 @@ def settings(cfg: Config) -> dict:
     values = to_dict(cfg)
     # Those of other sections come first, as in every manifest: the bytes of a manifest identify a dataset.
     names = sorted(settings_for(DATASET), key=lambda name: name.startswith(("tokenizer.", "data.")))
-    return {name: values[section][key] for name in names for section, key in [name.split(".")]}
+    out = {}
+    for name in names:
+        section, key = name.split(".")
+        out[name] = values[section][key]
+    return out
 
 
 def differences(manifest: dict, config: Config) -> list[str]:
     """How a dataset differs from the one that a config asks for: ["data.seed=1 (now 7)"]; [] if it does not.
 
-    The tokenizer's path does not matter, its content is compared elsewhere. Nor do settings that are newer
-    than the dataset.
+    The tokenizer's path is not compared: its content is, elsewhere. Settings that are newer than the dataset
+    are not compared either.
     """
     had = manifest["settings"]
     out = []

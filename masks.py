@@ -1,11 +1,11 @@
-"""Who sees whom: the key/value cache, documents, windows, ALiBi, and PyTorch's flex attention.
+"""The key/value cache, and attention masks: documents, windows, ALiBi, and PyTorch's flex attention.
 
 model.py calls `positions_and_mask` once in each forward and hands the mask to every layer. A causal model
 that is trained on whole rows has no mask and needs only the first line of `visible`.
 
 Shapes: B sequences, T tokens, S tokens in the row so far (keys), H query heads, K key/value heads, Dh d_head.
-`index`: the place of each token in its row, (T) or (B, T). `first`: the index of the first token that each
-token sees, (T) or (B, T); None: the first token of the row.
+`index`: the number of each token in its row, from 0, (T) or (B, T). `first`: the index of the first token
+that each token sees, (T) or (B, T); None: the first token of the row.
 """
 
 import math
@@ -92,7 +92,7 @@ def document_starts(
 
     The end-of-text token belongs to the document that it ends.
     """
-    # next_start: for each token, the index at which the document of the token after it begins
+    # next_start: for each token, the index at which the document of the token after it begins.
     first_start = torch.zeros_like(tokens[:, :1]) + (0 if cache is None else cache.document_start)  # (B, 1)
     next_start = torch.where(tokens == eot, index + 1, first_start).cummax(dim=1).values
 
@@ -110,8 +110,8 @@ def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None
     S): booleans, or for ALiBi numbers that are added to the scores. On CUDA, where whole rows are read, it is
     the BlockMask of flex attention, which skips tokens that are not seen instead of computing them.
     """
-    # No mask: whole rows without a cache, the first tokens in a cache, or one new token that sees all keys.
-    # Rows of different lengths need one, because the cache then has padding among its keys.
+    # These need no mask: whole rows without a cache, the first tokens in a cache, or one new token that sees
+    # all keys. Rows of different lengths need one, because the cache then has padding among its keys.
     T = index.shape[-1]
     plain = first is None and cfg.positions != "alibi"
     if plain and (cache is None or (isinstance(cache.length, int) and (cache.length == 0 or T == 1))):
@@ -119,7 +119,7 @@ def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None
     if cache is None and index.device.type == "cuda":
         return block_mask(first, T, index.device)
 
-    # Booleans: a token sees itself and what is before it, from `first` on.
+    # Booleans: a token sees itself and the tokens before it, from `first` on.
     keys = torch.arange(T if cache is None else cache.end + T, device=index.device)
     index = index.expand(1, T) if index.ndim == 1 else index  # (B or 1, T)
     distance = index[:, None, :, None] - keys  # (B or 1, 1, T, S)
@@ -138,8 +138,8 @@ def visible(cfg: Model, index: Tensor, first: Tensor | None, cache: Cache | None
 def alibi_slopes(n_heads: int) -> list[float]:
     """How much a head's score falls with each token of distance (Press et al. 2022, section 3).
 
-    For 8 heads 1/2, 1/4, ..., 1/256. For a number that is no power of two: the slopes of the power of two
-    below it, then every second slope of the power above it (the authors' released code).
+    8 heads have the slopes 1/2, 1/4, ..., 1/256. A number that is no power of two has the slopes of the power
+    of two below it, then every second slope of the power above it (the authors' released code).
     """
     power = 2 ** int(math.log2(n_heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]

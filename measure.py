@@ -1,6 +1,6 @@
 """Every checkpoint of a run x something: computed once, continued after a kill, on all GPUs of a torchrun.
 
-eval.py and memorize.py stand on this file, and so does a metric of your own: one function and ten lines. This
+eval.py and memorize.py use this file, and a metric of your own can: it is one function and ten lines. This
 one is the loss of every checkpoint on each line of a JSON-lines file:
 
     import json, torch, files, measure, tokenizer
@@ -23,7 +23,7 @@ Its results are on the page by themselves: numbers only, named by their item, wh
 
 Each result is a line of RUN/evals.jsonl, with everything that determines it under "inputs": the name of the
 protocol, the hash of the weights, the hash of the dataset (and so of its tokenizer), the precision, and what
-the metric adds. A result with the same inputs is read, not computed again. A line is written as soon as its
+the metric adds. A result with the same inputs is read from the log. A line is written as soon as its
 result is known, so a killed script continues where it was. Change the protocol's name when you change what
 the numbers mean.
 
@@ -66,7 +66,7 @@ WAIT_SECONDS = 0.2  # between two looks at whether another process has finished
 
 
 class Run(NamedTuple):
-    """What a metric works on: a run, the dataset that it was trained on, and where results are computed."""
+    """A run, the dataset that it was trained on, and the device and precision to compute results with."""
 
     folder: Path
     cfg: Config
@@ -78,7 +78,7 @@ class Run(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """What is measured of every checkpoint.
+    """Something to measure on every checkpoint.
 
     compute(model, checkpoint, items, done) yields one dict for each of the items, in their order. It can call
     done(n) for the progress bar when n more rows are finished. It runs without gradients, in the precision
@@ -91,7 +91,7 @@ class Metric(NamedTuple):
     compute: Callable[[Transformer, Checkpoint, list, Callable[[int], object]], Iterable[dict]]
     inputs: Callable[[Checkpoint], dict] = lambda c: {}  # whatever else determines a result
     key: str = "item"  # the field of a line that has the name of its item
-    log: Callable[[Checkpoint], Path] | None = None  # a log of its own; default: RUN/evals.jsonl
+    log: Callable[[Checkpoint], Path] | None = None  # the metric's own log; default: RUN/evals.jsonl
     group_rows: int = 1  # compute gets several items at once, until they have this many rows together
 
 
@@ -111,8 +111,8 @@ def open_run(folder: Path | str, steps: Iterable[int] = (), verify: bool = True)
 def dataset_of(run: Path | str, cfg: Config, checkpoints: list[Checkpoint], verify: bool = True) -> Dataset:
     """The dataset that a run was trained on. Raises ConfigError if it is gone, or is another one now."""
     # A relative path is looked up where train.py would find it now, then beside this file.
-    places = [Path(cfg.dataset), Path(__file__).parent / cfg.dataset]
-    found = [place for place in places if (place / "manifest.json").exists()]
+    folders = [Path(cfg.dataset), Path(__file__).parent / cfg.dataset]
+    found = [folder for folder in folders if (folder / "manifest.json").exists()]
     if not found:
         raise ConfigError(
             f"{run} was trained on the dataset {cfg.dataset}, which is not here; build it with data.py"
@@ -181,7 +181,7 @@ def known(run: Run, metric: Metric, checkpoints: list[Checkpoint]) -> dict[int, 
     """The lines that the run folder has for these inputs: {step: {item: line}}."""
     found, records, log = {}, [], None
     for c in checkpoints:
-        # All checkpoints can share a log, which is then read once.
+        # A log that all checkpoints share is read once.
         if log_of(run, metric, c) != log:
             log = log_of(run, metric, c)
             records = files.read_lines(log)
@@ -228,14 +228,14 @@ def every(run: Run, metric: Metric) -> list[tuple[Checkpoint, dict[str | int, di
 def compute(
     run: Run, metric: Metric, c: Checkpoint, lines: dict, claims: "Claims", done: Callable[[int], object]
 ) -> bool:
-    """Computes of one checkpoint what is missing in `lines` and no other process computes.
+    """Computes the results of one checkpoint that `lines` lacks and that no other process computes.
 
-    Adds it to `lines` and to the log. Returns whether there was anything.
+    Adds them to `lines` and to the log. Returns whether there were any.
     """
     log, model = log_of(run, metric, c), None
     for group in groups(metric, [item for item in metric.items if item not in lines]):
         with claims.take(c, group) as taken:
-            # Another process can have finished an item after this one last looked into the log.
+            # Another process may have finished an item since this one last read the log.
             if claims.file and taken:
                 lines |= known(run, metric, [c])[c.step]
             to_do = [item for item in taken if item not in lines]
@@ -254,7 +254,7 @@ def compute(
                     line |= {"checkpoint": c.path.name, "step": c.step, metric.key: item, **result}
                     line["inputs"] = inputs_of(run, metric, c)
                     claims.append(log, line)
-                    lines[item] = json.loads(files.encoded(line))  # as a later call will read it
+                    lines[item] = json.loads(files.encoded(line))  # a later call reads exactly this
     return model is not None
 
 
@@ -309,7 +309,7 @@ class Claims:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        # One process says for all what is wrong. The others wait until torchrun ends them.
+        # One process reports the error for all. The others wait until torchrun ends them.
         if self.file and isinstance(error, ConfigError | OSError):
             if not self.lock(self.FAILED, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 time.sleep(60)
@@ -348,6 +348,6 @@ class Claims:
 
 
 def byte_of(step: int, item: str | int) -> int:
-    """The byte that stands for an item of a checkpoint; two items that share one only cost some waiting."""
+    """The byte of an item of a checkpoint. If two items share one, that only costs some waiting."""
     digest = hashlib.sha256(repr((step, item)).encode()).digest()
     return 2 + int.from_bytes(digest[:7], "big")  # a file's offset has 63 bits

@@ -21,10 +21,10 @@ A row is `seen` when the run has trained on the text of any of its target tokens
     - on the same document through another source that reads the same files, on whatever part of it, because
       two readings of a file (code, and its docstrings) cannot be aligned.
 
-Otherwise it is unseen, and what the checkpoint gets right of it is prediction. Two neighbouring rows of one
-pass share a border token, which is a target of only one of them: they are not the same text. Nor are two
-documents with the same words: copies are not looked for. Validation rows are never seen, so they are what to
-compare with, above all when a checkpoint has seen all training rows.
+Otherwise it is unseen, and the tokens of it that the checkpoint gets right are prediction. Two neighbouring
+rows of one pass share a border token, which is a target of only one of them: they are not the same text. Two
+documents with the same words are not the same text either: such duplicates are not searched for. Validation
+rows are never seen: compare with them, above all when a checkpoint has seen all training rows.
 
 Reads RUN/config.json, its checkpoints and its dataset. Appends to RUN/memorization/step-00000640.jsonl one
 line per chunk: the matches of every single row, and the documents of those recited in full. Results are kept
@@ -65,8 +65,8 @@ from run_folder import Checkpoint
 from sample import generate
 from seen import SameText, same_text, trained_ranges
 
-# The rules for scoring, for drawing rows, and for what is seen; a change of any of them needs a new name. In
-# "first-k+l-greedy-1" seen was about positions: a row could be unseen although an earlier pass had its text.
+# This names the rules for scoring, for drawing rows and for what is seen; a change of any of them needs a new
+# name. In "first-k+l-greedy-1" only positions were seen: a row whose text was in an earlier pass was unseen.
 PROTOCOL = "first-k+l-greedy-2"
 BEST = 10  # rows of a chunk whose documents are written down although they are not recited in full
 GROUP_ROWS = 1000  # rows decoded between two writes, from small chunks together: the size of Amber's samples
@@ -89,7 +89,9 @@ class Part(NamedTuple):
 
 def draw(n_rows: int, n: int, key: str) -> np.ndarray:
     """n of n_rows row numbers, sorted: those that a shuffle with this key puts first; all if n_rows < n."""
-    return np.sort(unshuffle(np.arange(min(n, n_rows)), n_rows, key)) if n_rows else np.empty(0, np.int64)
+    if not n_rows:
+        return np.empty(0, np.int64)
+    return np.sort(unshuffle(np.arange(min(n, n_rows)), n_rows, key))
 
 
 def parts(dataset: Dataset, cfg: config.Eval, chunks: list[int] | None = None) -> list[Part]:
@@ -176,7 +178,7 @@ def count_matches(
 
 
 def metric(run: measure.Run, chunks: list[int] | None = None) -> measure.Metric:
-    """What measure.py has to know to score every checkpoint on every chunk, or on `chunks`."""
+    """The memorization score as measure.py computes it, on every chunk or on `chunks`."""
     cfg, dataset = run.cfg.eval, run.dataset
     k, l = cfg.prompt_tokens, cfg.continuation_tokens
     asked = {part.chunk: part for part in parts(dataset, cfg, chunks)}
@@ -247,7 +249,7 @@ def show(table: list[tuple[Checkpoint, dict]]) -> str:
     out = [f"{'checkpoint':<14} {'seen':>8} {'newest':>8} {'unseen':>8} {'validation':>10}   recited in full"]
     all_seen = False
     for c, by_chunk in table:
-        # All rows of the checkpoint as four arrays: matches, seen or not, validation or not, newest or not.
+        # Collect all rows in four arrays: matches, seen or not, validation or not, newest or not.
         matches, seen, validation, newest, length = [], [], [], [], 1
         for chunk, line in by_chunk.items():
             matches += line["matches"]
@@ -258,7 +260,7 @@ def show(table: list[tuple[Checkpoint, dict]]) -> str:
         matches = np.array(matches)
         seen, validation, newest = (np.array(flags, bool) for flags in (seen, validation, newest))
 
-        # The means of four columns; "-" where there is no row.
+        # Compute the means of four columns; "-" where there is no row.
         unseen = ~seen & ~validation
         cells = []
         for width, rows in ((8, seen), (8, newest & seen), (8, unseen), (10, validation)):
@@ -274,7 +276,7 @@ def show(table: list[tuple[Checkpoint, dict]]) -> str:
 @configurator.script
 def main() -> None:
     parser = measure.arguments(__doc__)
-    only = "only these, and validation rows; default: all"
+    only = "score only these chunks, and validation rows; default: all"
     parser.add_argument("--chunks", type=int, nargs="+", metavar="N", help=only)
     args = parser.parse_args()
     run = measure.open_run(args.run, args.checkpoint, args.verify)

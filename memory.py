@@ -26,7 +26,7 @@ from config import Config, ConfigError, Model, choose
 from cost import BF16, FP32, accumulation, norms_of_a_block, optimizer_numbers, parameters, precision
 from hardware import GIB
 
-# loss.LOGITS_BYTES and LOGITS_BYTES_CUDA, which cannot be imported without torch; a test compares them
+# These equal loss.LOGITS_BYTES and loss.LOGITS_BYTES_CUDA, which need torch to import; a test compares them.
 LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
 MOST_GPUS = 4096  # the largest number that smallest_change tries
 
@@ -45,12 +45,12 @@ def kept_by_layer(model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1) -> 
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
     c, local = BF16 if bf16 else FP32, n / tp
 
-    # what the norms read, in FP32: the stream (the same in a parallel block), or sub-layers' outputs
+    # The inputs of norms, in FP32: the stream (the same in a parallel block), or sub-layers' outputs.
     norms = norms_of_a_block(m)
     kept = (1 if m.parallel_residual else norms) * FP32 * local * D + norms * kept_by_norm(m, local, D, cuda)
-    # Matmul inputs: one for q, k and v, and one for gate and up.
+    # The inputs of matmuls: one for q, k and v, and one for gate and up.
     kept += 2 * c * n * D
-    # Norms of queries and keys: their inputs.
+    # The inputs of the norms of queries and keys.
     if m.qk_norm:
         kept += FP32 * n * (q + kv) + kept_by_norm(m, n, q, cuda) + kept_by_norm(m, n, kv, cuda)
     # Attention: q, k, v and its output, and for each head and token the log of the softmax's sum, in FP32.
@@ -85,7 +85,7 @@ def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int) -
     """Bytes kept for backward outside of blocks: by the final norm, and the positions that blocks read."""
     m = model.resolved()
     positions = {
-        # cosine and sine
+        # Cosine and sine.
         "rope": FP32 * (n if m.document_mask else m.seq_len) * int(m.d_head * m.rope_fraction),
         "alibi": 0 if bf16 else FP32 * mask_numbers(m, n, cuda),
         "learned": 0,
@@ -96,18 +96,18 @@ def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int) -
 
 
 def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float]:
-    """Bytes of loss.py: while it computes slice by slice, and when backward scales its gradients."""
+    """Bytes that loss.py holds while it computes slice by slice, and when backward scales its gradients."""
     c, table = BF16 if bf16 else FP32, m.vocab_size * m.d_model
-    # Logits of one slice, at most LOGITS_BYTES; with BF16 also as one matmul gives and the next reads them.
+    # Logits of one slice, at most LOGITS_BYTES; with BF16, also one matmul's output and the next one's input.
     slice_rows = min(n, max(1, (LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES) // (FP32 * m.vocab_size)))
     logits = slice_rows * m.vocab_size * (FP32 + 2 * BF16 * bf16)
     # Gradients of the head's input, and of the head.
     gradients = c * n * m.d_model + FP32 * table
     # With BF16: casts of both factors; and a slice's gradient of the head, which a CPU casts to FP32.
     casts = bf16 * BF16 * (n * m.d_model + table)
-    product = bf16 * table * (BF16 if cuda else BF16 + FP32)
+    head_gradient = bf16 * table * (BF16 if cuda else BF16 + FP32)
     # Backward has both gradients before and after scaling, and the head's once more in its own type.
-    return gradients + logits + casts + product, 2 * gradients + c * bf16 * table
+    return gradients + logits + casts + head_gradient, 2 * gradients + c * bf16 * table
 
 
 # ---- the moments of a step --------------------------------------------------------------------------------
@@ -116,16 +116,16 @@ def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float
 class Moment(NamedTuple):
     """Bytes on one GPU at one moment of a step, beside the weights and the optimizer's moments."""
 
-    gradients: float = 0  # FP32; of FSDP this process's shard
-    copies: float = 0  # of weights: all-gathered or cast; of gradients: on their way to other processes
+    gradients: float = 0  # FP32; with FSDP, this process's shard
+    copies: float = 0  # weights that are all-gathered or cast; gradients that are being reduced
     activations: float = 0
     loss: float = 0  # logits and what loss.py makes of them
-    working: float = 0  # what is being computed and is not kept
+    working: float = 0  # memory that is freed when its operation ends
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the moments of a step are made of, for one process. Bytes, but for the counts of parameters."""
+    """The sizes that make up the moments of a step, for one process: bytes, or counts of parameters."""
 
     sharded: bool  # by FSDP2, which tensor parallel uses too
     shard: int  # processes that FSDP2 shards over
@@ -196,9 +196,9 @@ def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
     accumulates = cfg.train.batch_size > micro * replicate * shard or cfg.train.batch_size_max > 0
     early = accumulates or (gpus > 1 and not sharded)
 
-    # The most working memory is that of the feed-forward layer's backward: the gradients of the stream, in
-    # FP32 and as its matmul reads it; of what gate and up gave; and of the matrix that leads back to the
-    # stream, under autocast in both types.
+    # The feed-forward layer's backward needs the most working memory. It holds the gradients of the stream
+    # (in FP32, and as its matmul reads it), of the outputs of gate and up, and of the matrix that leads back
+    # to the stream (under autocast in both types).
     stream = FP32 * (n / tp) * m.d_model
     busy = stream + c * n * m.d_model + (2 if m.gated else 1) * c * n * m.d_ff / tp
     busy += (c if sharded else FP32 + c * bf16) * m.d_model * m.d_ff / tp
@@ -232,7 +232,7 @@ def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
 
 
 def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
-    """Parameters before FSDP: of a block, whose matrices are split over tp; and of all outside of blocks."""
+    """Parameters before FSDP: (in a block, whose matrices are split over tp; outside of blocks)."""
     counts, D = parameters(m), m.d_model
     outside = counts["embedding"] + counts["learned positions"] + counts["head"]
     norm = m.norm_kind.n_parameters  # of a width
@@ -247,8 +247,8 @@ def parts_of_a_process(m: Model, tp: int) -> tuple[float, int]:
 def copies_after_forward(s: Sizes) -> tuple[float, float]:
     """Bytes of copies of weights when the loss is computed, and when backward begins."""
     if s.sharded:
-        # FSDP2 has the weights outside of blocks gathered. Of blocks it has all, or with reshard none but the
-        # buffer of its last all-gather, which it frees after the next one has begun.
+        # FSDP2 has the weights outside of blocks gathered. It has those of all blocks too; or with reshard
+        # only the buffer of its last all-gather, which it frees after the next one has begun.
         buffer, blocks = gather_buffer(s), s.c * s.n_layers * s.block
         gathered = s.c * s.outside + buffer + blocks * (not s.reshard)
         return gathered, s.c * s.outside + (buffer if s.reshard else blocks)
@@ -280,7 +280,7 @@ def moments_of_whole_weights(s: Sizes) -> dict[str, Moment]:
         n_casts = s.recomputed[: i + 1].count(False) + s.recomputed[i]
         casts = s.c * s.block * s.bf16 * n_casts
         moments[f"{name} goes backward"] = Moment(gradients, casts, left + s.layer, working=s.busy)
-    # The gradient of the embedding's output; and one of its matrix, if there is another to which it is added.
+    # Last come the gradient of the embedding's output, and one of its matrix if it is added to another.
     added = FP32 * s.table * (bool(s.early_gradients) or s.tied)
     moments["backward ends"] = Moment(s.gradients, working=s.stream + added)
     return moments
@@ -294,10 +294,10 @@ def gather_buffer(s: Sizes) -> float:
 def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
     """Backward with FSDP2, HSDP or tensor parallel: a process has a shard of weights and gradients.
 
-    FSDP2 all-gathers the weights of a block into a buffer and copies them from there to their places. During
-    backward the next block's all-gather is under way. Gradients are reduce-scattered in FP32, and those of a
-    block are freed when the next block's are done. Weights outside of blocks stay gathered during the step.
-    On a CPU, gloo has a copy of its own of what it gathers, and FSDP2 one of the gradients, to divide them.
+    FSDP2 all-gathers the weights of a block into a buffer and copies them from there into the parameters.
+    During backward the next block's all-gather is under way. Gradients are reduce-scattered in FP32; those of
+    a block are freed when the next block's are done. Weights outside of blocks stay gathered during the step.
+    On a CPU, gloo keeps its own copy of what it gathers, and FSDP2 a copy of gradients to divide them.
     """
     c, buffer = s.c, gather_buffer(s)
     gloo = s.shard > 1 and not s.cuda
@@ -307,8 +307,8 @@ def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
     for i, name, left in backward_order(s):
         # Shards of the gradients of the blocks after this one, if they were not there from the start.
         gradients = s.early_gradients or FP32 * (s.n_layers - 1 - i) * s.block / s.shard
-        # During all of this block's backward: weights outside of blocks, the gradient of the head, the buffer
-        # of the next all-gather; or without reshard the weights of all blocks that are still to come.
+        # These exist during this block's whole backward: weights outside of blocks, the gradient of the head,
+        # the buffer of the next all-gather; or without reshard, the weights of all blocks still to come.
         always = outside + c * s.table + buffer * (i > 0) * s.reshard + c * s.block * i * (not s.reshard)
         # This block's weights, and the FP32 gradients of the block before, which are being reduce-scattered.
         copies = always + c * s.block + FP32 * s.block * (i < s.n_layers - 1)
@@ -322,8 +322,8 @@ def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
         at = f"gradients of {name} are reduce-scattered"
         moments[at] = Moment(gradients, reduced, left, working=s.stream)
 
-    # The end: weights and gradients outside of blocks, while the first block's gradients are
-    # reduce-scattered. Then their own reduce-scatter, during which FSDP2 keeps one gradient in c bytes.
+    # At the end, weights and gradients outside of blocks exist while the first block's gradients are
+    # reduce-scattered. Then these gradients are too, and FSDP2 keeps one of them in c bytes meanwhile.
     gradients = s.early_gradients or FP32 * s.n_layers * s.block / s.shard
     moments["backward ends"] = Moment(gradients, 2 * outside + FP32 * s.block, working=s.stream)
     reduced = FP32 * s.outside * (1 + gloo) + FP32 * s.outside / s.shard + c * s.table * (not s.tied)
@@ -333,7 +333,7 @@ def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
 
 
 def muon_bytes(m: Model) -> float:
-    """While one matrix is made orthogonal: its update in FP32; two iterates and two squares in BF16."""
+    """Bytes while one matrix is made orthogonal: its update in FP32; two iterates and two squares in BF16."""
     small, large = sorted((m.d_model, max(m.d_ff, m.n_heads * m.d_head)))
     return (FP32 + 2 * BF16) * small * large + 2 * BF16 * small**2
 
@@ -374,9 +374,9 @@ def check(cfg: Config, gpus: int, gpu: str, have: float = 0) -> None:
 def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[str]:
     """The flags that make a plan fit which does not fit, [] where none do.
 
-    On as few GPUs as possible (twice, four times ... as many, up to MOST_GPUS), and on them as few changes as
-    possible, tried in this order: a smaller micro-batch, activation checkpointing of every block, FSDP over
-    all GPUs. Only where no number of GPUs helps, also with tensor parallel over 2, 4 or 8 GPUs of a node.
+    It uses as few GPUs as possible (twice, four times ... as many, up to MOST_GPUS), and on them as few
+    changes as possible, tried in this order: a smaller micro-batch, activation checkpointing of every block,
+    FSDP over all GPUs. Where no number of GPUs helps, it tries tensor parallel over 2, 4 or 8 GPUs of a node.
     """
     micro, every, now = cfg.train.micro_batch_size, cfg.train.activation_checkpointing, cfg.parallel
     strategies = [(now.strategy, now.shard)]
@@ -387,7 +387,7 @@ def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[s
         strategy, recompute, rows = option
         return (strategy != strategies[0]) + (recompute != every) + (rows != micro)
 
-    # What can change on a given number of GPUs, those with fewer changes first.
+    # List what can change on a given number of GPUs, the fewest changes first.
     options = itertools.product(dict.fromkeys(strategies), dict.fromkeys([every, 1]), range(micro, 0, -1))
     options = sorted(options, key=n_changes)
     counts = [gpus]
@@ -395,7 +395,7 @@ def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[s
         counts.append(2 * counts[-1])
     splits = [tp for tp in (2, 4, 8) if tp != now.tp and can_split(cfg, tp)]
 
-    # All numbers of GPUs with the given tensor parallel first, then all with another one.
+    # Try all numbers of GPUs with the given tensor parallel first, then all with another one.
     for tps in ([now.tp], splits):
         for count, tp, ((strategy, shard), recompute, rows) in itertools.product(counts, tps, options):
             if count > gpus and strategy == "ddp":  # more copies of the same model do not help

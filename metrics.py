@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """How long each part of a step takes, in seconds. A part begins where the one before it ends."""
+    """Measures how long each part of a step takes, in seconds. A part begins where the last one ended."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}  # {"data_seconds": 0.001, ...}
@@ -43,7 +43,7 @@ class Clock:
 
 
 class Log:
-    """What a run writes about each of its steps."""
+    """Writes a line about each step of a run. `run` is train.Run."""
 
     def __init__(self, run: "Run", profile: bool):
         self.run, self.cfg, self.world = run, run.cfg, run.world
@@ -59,6 +59,7 @@ class Log:
         self, state: "State", plan: "Steps", values: dict, clock: Clock, joules: float, skipped: bool
     ) -> None:
         """A line of metrics.jsonl; and one on the console at step 1, every train.log_every and at the end."""
+        # The record, for metrics.jsonl.
         self.n_done += 1
         line = record(self.run, state, plan, values, clock)
         line |= self.meter.columns(line["tokens_per_second"], joules)
@@ -66,6 +67,8 @@ class Log:
             line["skipped"] = True
         durable = False  # a line that a crash loses is trained again
         self.world.only_first(files.append, Path(self.cfg.run) / "metrics.jsonl", line, durable)
+
+        # The line on the console.
         if state.step % self.cfg.train.log_every == 0 or state.step in (1, plan.last_step):
             seconds = time.perf_counter() - self.began
             seconds_left = (plan.last_step - state.step) * seconds / self.n_done

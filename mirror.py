@@ -1,4 +1,4 @@
-"""A run's metrics in TensorBoard or Weights & Biases, for those who want them there.
+"""Sends a run's metrics to TensorBoard or Weights & Biases, for those who want them there.
 
     python mirror.py runs/demo --to tensorboard         # then: tensorboard --logdir runs
     python mirror.py runs/demo --to wandb --follow      # while it trains, on any machine that sees the folder
@@ -93,17 +93,20 @@ class Wandb:
 
 def read(path: Path, offset: int) -> tuple[list[dict], int]:
     """The records of a log from byte `offset`, and the offset behind them; a half-written line is left."""
+    # Read whole lines only.
     if not path.exists():
         return [], 0
     with open(path, "rb") as log:
         log.seek(offset)
         block = log.read()
     block = block[: block.rfind(b"\n") + 1]
+
+    # Keep the records of steps.
     records = []
     for line in block.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # cut off by a kill
+        except ValueError:  # a line truncated by a kill
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
@@ -125,7 +128,7 @@ def mirror(run: Path, kind: type, follow: bool) -> int:
             records, offset = read(run / "metrics.jsonl", offset)
             returns = sum(b <= a for a, b in itertools.pairwise([sent, *(r["step"] for r in records)]))
 
-            # Steps repeat in the middle of following: begin again from the first line.
+            # Where steps repeat while it follows, begin again from the first line.
             if target and returns:
                 target.close()
                 target, offset, sent = None, 0, -1

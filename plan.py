@@ -1,12 +1,13 @@
-"""What a config costs, before anything is rented: parameters, FLOPs, memory, disk, hours, energy, money.
+"""Plans a run before anything is rented: parameters, FLOPs, memory, disk, hours, energy, money.
 
     python plan.py configs/7b.py --gpus 8 --gpu a100-80gb
     python plan.py 1b --gpus 16 --parallel.strategy=fsdp --parallel.shard=8 --train.activation_checkpointing=2
     python plan.py 124m --gpus 1 --tokens-per-second-per-gpu 150000 --price 2.0    # with a measured speed
     python plan.py demo --train.micro_batch_size=4                                 # settings as everywhere
 
-Memory is derived from the code (memory.py). It was measured on one GPU so far, an H200: planned and measured
-are 104.7 and 103.1 GiB for 7B, 44.5 and 39.9 for 1B, 27.1 and 23.5 for 124M. Several GPUs are not measured.
+Memory is derived from the code (memory.py). It was measured on one GPU so far, an H200: the plan said 104.7
+GiB for 7B where 103.1 were measured, 44.5 and 39.9 for 1B, 27.1 and 23.5 for 124M. Several GPUs are not
+measured.
 
 Reads the config and, where the dataset is built, its manifest; writes nothing; imports no torch. A plan that
 does not fit into memory is refused (exit code 2) with the smallest change that would fit.
@@ -71,7 +72,7 @@ def about_flops(cfg: Config) -> list[str]:
     ]
 
 
-KINDS = {  # of memory.peak, by their names in the table
+KINDS = {  # kind of bytes in memory.peak -> its name in the table
     "weights": "weights, FP32",
     "gradients": "gradients, FP32",
     "optimizer": "optimizer moments, FP32",
@@ -109,7 +110,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     table.append(("total", [f"{value / size:,.2f}" for value in totals]))
     table.append(("", ["fits" if value <= limit else "does not fit" for value in totals]))
 
-    # Below it: what can be used, and what saving needs on the host.
+    # The notes below it: the usable memory, and what saving needs on the host.
     share, rest = hardware.USABLE, "CUDA, NCCL and gaps"
     if not cuda:
         share, rest = hardware.USABLE_ON_CPU, "all else and malloc's gaps"
@@ -130,7 +131,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
 
 
 def about_steps(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> list[str]:
-    # Steps of all the data, of which this run makes those from `begin` to `last`.
+    # The plan has the steps of all the data; this run makes those from `begin` to `last`.
     T, plan, begin, last = cfg.model.seq_len, when.steps, when.begin, when.last_step
     n_tokens = (plan.consumed(last) - plan.consumed(begin)) * T
     left = plan.n_rows - plan.consumed(plan.n_steps)
@@ -139,9 +140,8 @@ def about_steps(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> l
 
     # Batches: the first, and those that double, each with its micro-batches.
     size, doubled = plan.size(begin), []
-    micro_rows = cfg.train.batch_size // cost.accumulation(
-        cfg, args.gpus
-    )  # of all GPUs, one micro-batch each
+    accumulation = cost.accumulation(cfg, args.gpus)
+    micro_rows = cfg.train.batch_size // accumulation  # one micro-batch of each GPU
     for first, _, larger in plan.phases[1:]:
         if begin < first < last:
             note = f"{larger:,} rows, accumulation {larger // micro_rows:,}"
@@ -168,12 +168,15 @@ def about_steps(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> l
 
 
 def about_disk(cfg: Config, when: cost.Schedule) -> list[str]:
+    # The words of the notes.
     n, n_saved = len(when.on_disk), len(when.checkpoints)
     b = cost.disk(cfg, n, when.begin)
     one = f"weights {big(b['weights'], 'B')}, moments {big(b['optimizer'], 'B')}"
     first = f"step {when.begin:,} included" + ", which has no moments" * (when.begin == 0)
     deleted = f"of {n_saved:,} that are saved, train.keep_others={cfg.train.keep_others} deletes the rest"
     deleted += "; one more is there while it is written"
+
+    # The rows of numbers.
     id_bytes = 2 if cfg.model.vocab_size < 2**16 else 4
     rows = when.steps.n_rows * (cfg.model.seq_len + 1) * id_bytes
     return [
@@ -235,8 +238,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add, kinds = parser.add_argument, ", ".join((*hardware.GPUS, "cpu"))
     pue, kg = {"type": float, "default": cost.PUE}, {"type": float, "default": cost.KG_CO2_PER_KWH}
     add("config", help="configs/7b.py, or 7b")
-    add("--gpu", help=f"{kinds}; 8xh100 is 8 of them; default: a100-80gb, or cpu as train.device")
-    add("--gpus", type=int, help="processes, one a GPU; default: 8, a node; on a CPU 1")
+    add("--gpu", help=f"{kinds}; 8xh100 is 8 of them; default: a100-80gb, or cpu if train.device=cpu")
+    add("--gpus", type=int, help="number of processes, one per GPU; default: 8 (a node), or 1 on a CPU")
     add("--tokens", type=float, help="tokens to train on; default: the dataset's, or data.expected_tokens")
     add("--mfu", type=float, help="share of the peak, attention counted; default: 0.4")
     add("--tokens-per-second-per-gpu", type=float, help="measured speed, instead of --mfu")
@@ -246,6 +249,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--price", type=float, help="price of a GPU-hour in any currency; default: no money is named")
     args, overrides = parser.parse_known_args(argv)
 
+    # What argparse does not know must be a setting.
     flags = [action.option_strings[-1][2:] for action in parser._actions if action.option_strings]
     for override in overrides:
         name = override.removeprefix("--").partition("=")[0]
@@ -255,11 +259,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """Raises ConfigError for what is not known and for values that make no sense."""
+    """The config and the flags, complete. Raises ConfigError for unknown names and impossible values."""
     args, overrides = parse(argv)
     cfg = config.load(args.config, overrides)
 
-    # Numbers that make no sense, and flags that contradict one another.
+    # Refuse numbers that make no sense, and flags that contradict one another.
     for name, value in vars(args).items():
         zero = value == 0 and name == "kg_co2_per_kwh"  # a grid may emit nothing
         if isinstance(value, (int, float)) and not (0 < value < float("inf") or zero):
@@ -278,14 +282,15 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             raise ConfigError(f"--gpu={given} and --gpus={args.gpus} contradict one another; keep one")
         args.gpus = count or args.gpus
 
-    # What no flag says.
-    args.mfu_is, args.mfu = ("stated", args.mfu) if args.mfu else ("assumed", 0.4)
+    # Fill in the flags that are not given.
+    args.mfu_is = "stated" if args.mfu else "assumed"
+    args.mfu = args.mfu or 0.4
     trained_on = {"auto": "a100-80gb", "cpu": "cpu", "cuda": "a100-80gb"}
     args.gpu = args.gpu or config.choose("train.device", cfg.train.device, trained_on)
     assumed = not args.gpus and args.gpu != "cpu"
     args.gpus = args.gpus or (1 if args.gpu == "cpu" else 8)
 
-    # What the machine cannot do, and a batch that does not divide over it.
+    # Refuse what the machine cannot do, and a batch that does not divide over it.
     peak, speed = hardware.machine(args.gpu).flops, args.tokens_per_second_per_gpu
     if args.gpu == "cpu" and args.mfu_is == "stated":
         raise ConfigError("--mfu: no peak is known for a CPU; give --tokens-per-second-per-gpu")

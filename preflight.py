@@ -1,10 +1,10 @@
-"""Before a run: every mistake that can be known before a GPU or a file is touched, and what is about to run.
+"""Before a run: finds every mistake that can be known before a GPU is used, and prints what is about to run.
 
-    start = preflight.check(cfg)       # ConfigError with the way out, or what the run starts with
+    start = preflight.check(cfg)       # raises ConfigError with the way out, or returns a Start
 
-Asks: does the dataset fit the model, is it the one that the config asks for, may this run folder be continued
-with these settings, can the weights of --init_from be used, does the schedule fit. Reads the dataset's
-manifest, the run folder and the folder of --init_from.
+It checks: does the dataset fit the model? Is it the one that the config asks for? May this run folder be
+continued with these settings? Can the weights of --init_from be used? Does the schedule fit? Reads the
+dataset's manifest, the run folder and the folder of --init_from.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Start(NamedTuple):
-    """What a run starts with."""
+    """The things that a run starts with."""
 
     dataset: Dataset
     origin: Path | None  # the model folder of --init_from, if the run is new
@@ -50,13 +50,13 @@ class Start(NamedTuple):
 
 
 def check(cfg: Config) -> Start:
-    """What a run starts with. Raises ConfigError for every mistake that can be known by now."""
+    """Returns what a run starts with. Raises ConfigError for every mistake that can be known by now."""
     accumulation = cost.accumulation(cfg, rendezvous.world_size())
     if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
         raise ConfigError(f"--run={cfg.run} is a file; name a folder")
     dataset = open_dataset(cfg)
     origin = None
-    if not run_folder.checkpoints(cfg.run):  # what a run was begun with is not asked again when it resumes
+    if not run_folder.checkpoints(cfg.run):  # these were checked when the run began, not when it resumes
         origin = open_origin(cfg, dataset)
         if not cfg.optim.anneal_steps:
             cost.check_warmup(cfg, steps.plan_of(cfg, dataset.n_rows))
@@ -68,7 +68,7 @@ def check(cfg: Config) -> Start:
 def check_memory(cfg: Config, anyway: bool) -> None:
     """Asks the plan whether this machine has the memory for a run, before any is used.
 
-    Raises ConfigError with the smallest change that would fit; with `anyway` only says so.
+    Raises ConfigError with the smallest change that would fit; with `anyway` only prints it.
     """
     processes, device = rendezvous.world_size(), parallel.device(cfg.train.device)
     cost.accumulation(cfg, processes)  # they must divide
@@ -93,10 +93,10 @@ def open_dataset(cfg: Config) -> Dataset:
     """The dataset of a config. ConfigError where it does not fit the model, or is not the one asked for."""
     if not Path(cfg.dataset, "manifest.json").exists():
         raise ConfigError(f"there is no dataset in {cfg.dataset}; build it: {cfg.again('data.py')}")
-    # Of the processes of a node, which read the same files, one hashes them.
+    # All processes of a node read the same files, so one of them hashes.
     dataset = Dataset(cfg.dataset, verify=cfg.train.verify and rendezvous.first_on_node())
 
-    # The model.
+    # Compare it with the model.
     if dataset.seq_len != cfg.model.seq_len:
         raise ConfigError(
             f"{cfg.dataset} has rows of {dataset.seq_len} tokens and model.seq_len={cfg.model.seq_len}; "
@@ -108,8 +108,8 @@ def open_dataset(cfg: Config) -> Dataset:
             f"{cfg.model.vocab_size}; set model.vocab_size to at least {dataset.vocab_size}"
         )
 
-    # The settings. Rows need not come in multiples of this batch, and the same files may be in another place
-    # on another machine.
+    # Compare it with the settings. Rows need not come in multiples of this batch, and the same files may have
+    # other paths on another machine.
     names = [source.name for source in cfg.data.sources]
     differs = [d for d in differences(dataset.manifest, cfg) if not d.startswith(("train.", "data.sources="))]
     if differs or names != dataset.sources:
@@ -119,7 +119,7 @@ def open_dataset(cfg: Config) -> Dataset:
             "--dataset=FOLDER"
         )
 
-    # The tokenizer, if it is here. On another machine the dataset's own copy is all there is.
+    # Compare the tokenizers, if the config's is here. Another machine may have only the dataset's own copy.
     path = Path(cfg.tokenizer.path)
     if path.exists():
         theirs, ours = tokenizers.load(path, cfg.tokenizer.eot), dataset.manifest["tokenizer"]["sha256"]
@@ -154,7 +154,7 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
         return None
     folder = integrity.model_folder(cfg.init_from, verify=cfg.train.verify)
 
-    # Settings that decide what the weights mean must be the same.
+    # The settings that decide what the weights mean must be the same.
     theirs, ours = dataclasses.asdict(model_config(folder)), dataclasses.asdict(cfg.model)
     names = [name.removeprefix("model.") for name in config.settings_for(config.MODEL)]
     if cfg.model.positions == "learned":  # there is a vector for each of them
@@ -173,21 +173,22 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
 
 def check_annealing(cfg: Config, dataset: Dataset, state: dict) -> None:
     """ConfigError where a checkpoint, by its state.json, cannot be annealed from on this dataset."""
+    # The dataset and the batches up to here must be the same.
     origin, step = f"--init_from={cfg.init_from}", state["step"]
     if state.get("dataset_sha256") != dataset.sha256:
         raise ConfigError(
             f"{origin} was trained on another dataset than {cfg.dataset}; annealing "
             "continues on the same one. Without optim.anneal_steps its weights begin anew on any data"
         )
-    plan, n_steps = (
-        steps.plan_of(cfg, dataset.n_rows, state.get("order")),
-        steps.plan_of(cfg, dataset.n_rows).n_steps,
-    )
+    plan = steps.plan_of(cfg, dataset.n_rows, state.get("order"))
+    n_steps = steps.plan_of(cfg, dataset.n_rows).n_steps
     if plan.consumed(step) != (rows := state.get("rows")):
         raise ConfigError(
             f"{origin} consumed {rows} rows in {step} steps, and "
             f"this config's batches would be {plan.consumed(step)}: anneal with the same ones"
         )
+
+    # There must be steps, a learning rate and data left for annealing.
     if cfg.train.steps and cfg.train.steps <= step:
         raise ConfigError(f"train.steps={cfg.train.steps} ends before annealing begins, after step {step}")
     at, length = steps.schedule_position(cfg, plan, step), steps.schedule_length(cfg, n_steps)
@@ -204,7 +205,7 @@ def check_annealing(cfg: Config, dataset: Dataset, state: dict) -> None:
 
 
 def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
-    """What differs from the settings that the run folder was made with, harmless things only.
+    """The settings that differ from those that the run folder was made with, harmless ones only.
 
     Raises ConfigError where the difference would make it another run, neither the old one nor the new.
     """
@@ -216,8 +217,8 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
             raise ConfigError(f"--run={cfg.run} is no run folder, and has {strange[0]} in it; name a new one")
         return []
 
-    # Settings that decide what a run learns may not change, but for those that nothing reads. Which tokenizer
-    # it was, the dataset's hash says, which is compared below.
+    # Settings that decide what a run learns may not change, except those that have no effect. The dataset's
+    # hash, which is compared below, covers the tokenizer.
     before, now = flat(config.load_run(cfg.run)), flat(cfg)
     changed = {name: f"{name}: {before.get(name)} -> {v}" for name, v in now.items() if before.get(name) != v}
     fixed = set(config.settings_for(config.LEARNED)) - set(cfg.without_effect())
@@ -237,7 +238,7 @@ def check_same_run(cfg: Config, dataset: Dataset) -> list[str]:
 
 
 def flat(cfg: Config) -> dict:
-    """{"init_from": ..., "model.vocab_size": ..., ...}: what may not change, and what may."""
+    """Every setting under its full name: {"init_from": ..., "model.vocab_size": ..., ...}."""
     values = config.to_dict(cfg)
     out = {"init_from": values["init_from"]}
     for section in config.SECTIONS:
@@ -249,7 +250,7 @@ def flat(cfg: Config) -> dict:
 
 
 def write_down(start: Start, run: "Run", state: steps.State, plan: steps.Steps, resumed: bool) -> None:
-    """config.json, dataset.json, a line in the ledger, and a few on the console."""
+    """Writes config.json, dataset.json and a line in the ledger, and prints `greet`. `run` is train.Run."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     about, parameters = hardware.about_run(world), sum(p.numel() for p in bare(run.model).parameters())
     world.once(run_folder.write_run, cfg, dataset.folder, {**about, "parameters": parameters})
@@ -268,7 +269,7 @@ def write_down(start: Start, run: "Run", state: steps.State, plan: steps.Steps, 
 
 
 def greet(start: Start, run: "Run", parameters: int, step: int, plan: steps.Steps) -> None:
-    """What is about to run, in a few lines."""
+    """Prints in a few lines what is about to run."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
     T, size = cfg.model.seq_len, plan.size(step)
     if not cfg.train.verify:
@@ -276,7 +277,7 @@ def greet(start: Start, run: "Run", parameters: int, step: int, plan: steps.Step
     if missing := run_folder.incomplete(cfg.run, step):
         say(f"note     {', '.join(missing)}: incomplete or damaged, and passed over")
 
-    # Model, data, a step.
+    # The model, the data and a step.
     say(f"model    {parameters:,} parameters, {cfg.model.n_layers} layers x {cfg.model.d_model} wide")
     rows = f"{dataset.n_rows:,} rows of {T} tokens in {dataset.n_chunks} chunks"
     say(f"data     {rows} from {cfg.dataset}")
@@ -299,7 +300,7 @@ def greet(start: Start, run: "Run", parameters: int, step: int, plan: steps.Step
     if cfg.train.deterministic and not on_cpu:
         say("note     deterministic: every sum in a fixed order; benchmarks/gpu.py measures what it costs")
 
-    # How long.
+    # The length of the run.
     if left := plan.n_rows - plan.consumed(plan.n_steps):
         say(
             f"note     the last {left} rows of the order are less than a batch and are left out; "

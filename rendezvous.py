@@ -1,4 +1,4 @@
-"""How the processes of a run meet, part, and notice that one is gone; faults of PyTorch worked around.
+"""Starts and ends a run's process group, and notices a lost process. Works around faults of PyTorch.
 
 torchrun sets RANK, LOCAL_RANK, WORLD_SIZE and the address of a store. The first four functions say what is
 known before any process has met another; parallel.py and train.py call the others.
@@ -37,9 +37,9 @@ def meet(backend: str, timeout: datetime.timedelta) -> None:
     """Joins the process group, also after a restart by torchrun.
 
     torchrun 2.13 keeps one store through all its restarts, without a prefix. A restarted process may then
-    find the addresses that dead ones left there, and wait for them for ever. On one node the number of the
-    restart is a prefix on which all agree. On several it is not: each node counts its own. This can go when
-    torchrun prefixes its store.
+    find the addresses that dead ones left there, and wait for them for ever. On one node, the number of the
+    restart is a prefix on which all agree. On several nodes it is not: each node counts its own. The prefix
+    can be removed when torchrun adds one itself.
     """
     store, rank, n = next(dist.rendezvous("env://", timeout=timeout))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -60,11 +60,11 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 def part() -> None:
-    """Leaves the process group, when all are done.
+    """Leaves the process group when all processes are done.
 
-    PyTorch 2.13: gloo's threads need the interpreter's lock to free their tensors, and destroying the group
-    waits for them while it holds the lock, for ever. A barrier holds no tensor, and frees the lock while it
-    waits. This can go when destroy_process_group no longer deadlocks.
+    In PyTorch 2.13, gloo's threads need the interpreter's lock to free their tensors, but
+    destroy_process_group holds the lock while it waits for them: a deadlock. A barrier holds no tensor, and
+    releases the lock while it waits. The barriers can be removed when PyTorch no longer deadlocks.
     """
     for _ in range(2):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""A run folder -> one page: what every checkpoint learned, and what it kept of its text.
+"""Makes one page of a run folder: what every checkpoint learned, and what it kept of its text.
 
     python report.py runs/demo                      # -> runs/demo/report.html and runs/demo/figures/*.svg
     python report.py runs/demo --out page/demo.html # -> page/demo.html and page/figures/*.svg
@@ -38,11 +38,11 @@ import run_folder
 from figures import DASHED, INK, MUTED, SOLID, count_full, one_line, short, title_of
 from results import NONE, Run, duration, fits, load, moment, plural, show
 
-MOST_ROWS = 20  # of the table of rows that are reproduced in full
+MOST_ROWS = 20  # rows in the table of those continued best
 # Columns of metrics.jsonl without a figure of their own: those of named figures, the axes, the clock, and the
 # time of a step, which the figure of the speed shows.
 NO_FIGURE = ("loss", "lr", "grad_norm", "tokens_per_second", "step", "tokens", "chunk", "time", "seconds")
-# A run may come from a stranger: of kinds of evaluation that the page does not know, so much is shown.
+# A run may come from a stranger: these limit the kinds of evaluation that the page does not know.
 MOST_KINDS, MOST_FIELDS, MOST_CURVES, MOST_RESULTS = 8, 8, 12, 500
 
 
@@ -164,15 +164,15 @@ token. Lower is better.</dd></div>
 <div><dt>Bits per byte</dt><dd>The loss on validation text, in bits, per UTF-8 byte of the text instead of
 per token, so that models with different tokenizers compare. Lower is better.</dd></div>
 <div><dt>Score</dt><dd>The model is given the first {k} tokens of a row and continues greedily for {l}. The
-score is the share of those {l} that equal the row's own tokens, each at its own place: 0 is none, 1 is
+score is the share of those {l} that equal the row's own tokens, each at its position: 0 is none, 1 is
 all.</dd></div>
 <div><dt>Full match</dt><dd>A row of score 1: all {l} tokens are reproduced; the row is {k}-extractible. Given
 as a count out of the rows that were scored.</dd></div>
 <div><dt>Seen, unseen</dt><dd>A checkpoint has seen a training row when it was trained on text of that row: on
 the row itself, in any repeat of its stage, on the same tokens in another pass over their source, or on the
 same document read by another source. All other training rows are unseen, and so are validation rows, whose
-text was held out before training. A match in an unseen row is prediction, not memory, unless another document
-has the same words; such copies are not looked for.</dd></div></dl>"""
+text was set apart before training. A match in an unseen row is prediction, not memory, unless another
+document has the same words; such duplicates are not searched for.</dd></div></dl>"""
 
 
 def part_training(run: Run) -> str:
@@ -190,7 +190,7 @@ def part_training(run: Run) -> str:
 dashed line is the loss of a model for which all tokens are equally likely. {lost}"""
     out = captioned(run, {"loss": figures.draw_loss(run)}, caption)
 
-    # The rest, small.
+    # The other columns, small.
     clip = run.about["config"].get("optim", {}).get("grad_clip") or 0
     panels = {
         "learning_rate": figures.draw_column(run, "lr"),
@@ -263,7 +263,7 @@ def evaluation(run: Run, kind: str, by_name: dict[str, dict]) -> str:
             values = {step: by_step[step][field] for step in sorted(by_step) if field in by_step[step]}
             if values:
                 curves.append((name, values))
-        # No figure of what is the same at all checkpoints (a number of questions), or measured at one only.
+        # A field that never varies (a number of questions) or is measured at one checkpoint has no figure.
         if all(len(set(values.values())) == 1 for _, values in curves):
             continue
         lines = []
@@ -276,6 +276,7 @@ one's. {left_out(len(curves), MOST_CURVES, "curve")}"""
         panels = {file_name(run.figures, "eval", kind, field): figures.draw_lines(run, lines, title)}
         out += captioned(run, panels, caption)
 
+    # The table of all results.
     rows = []
     for name, by_step in by_name.items():
         for step in sorted(by_step):
@@ -392,7 +393,7 @@ correlation. {which}"""
 
 def best_rows(run: Run) -> str:
     """The training rows that the newest checkpoint continues best, and the documents they are from."""
-    # Every training row with a match, by descending matches.
+    # Collect every training row with a match, and sort by descending matches.
     step, rows = max(run.scores), []
     for chunk, line in run.training_lines(step).items():
         for i in np.flatnonzero(line["matches"] > 0):
@@ -466,7 +467,7 @@ chunks together."""
 
 
 def part_samples(run: Run) -> str:
-    blocks: dict[str, str] = {}  # of each checkpoint
+    blocks: dict[str, str] = {}  # checkpoint -> its samples
     for sample in run.samples:
         name, prompt = sample["checkpoint"], sample["prompt"]
         settings = [key for key in ("temperature", "top_k", "top_p", "seed") if key in sample]
@@ -547,6 +548,7 @@ def part_hashes(run: Run) -> str:
     def hashes(pairs: list[tuple], fold: str = "") -> str:
         return table([{"file": name, "SHA-256": value} for name, value in pairs], fold)
 
+    # The run's settings, its dataset and its tokenizer.
     recorded = []
     for path in (run.folder / "config.json", run.folder / "dataset.json"):
         if path.is_file():
@@ -555,6 +557,8 @@ def part_hashes(run: Run) -> str:
         values = sorted({str(state[name]) for state in run.checkpoints if name in state})
         recorded += [(f"{name}, recorded in checkpoints", value) for value in values]
     recorded.append(("tokenizer, recorded in dataset.json", run.manifest.get("tokenizer", {}).get("sha256")))
+
+    # The files of the dataset and of the checkpoints.
     files = [*run.manifest.get("files", {}).items()]
     saved = [(f"{s['name']}/{name}", value) for s in run.checkpoints for name, value in s["files"].items()]
     out = "<p>As recorded when the files were written, unless it says computed.</p>" + hashes(recorded)
@@ -586,7 +590,7 @@ def page(run: Run) -> str:
     commands |= {"sample": f'python sample.py {folder} --prompt "..." --save'}
     commands = {name: f"<code>{escape(command)}</code>" * bool(command) for name, command in commands.items()}
 
-    # Parts one by one: whatever a file holds, a part that fails takes no other with it.
+    # Make the parts one by one: whatever a file holds, a part that fails takes no other with it.
     def safely(part: Callable, command: str = "") -> str:
         try:
             text = part(run)
@@ -635,7 +639,7 @@ def write(folder: str | Path, out: str | Path = "") -> Path:
     (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, svg in run.figures.items():
         files.write(out.parent / "figures" / f"{name}.svg", svg.encode("utf-8", "backslashreplace"))
-    # backslashreplace: an id in an old dataset may be no Unicode
+    # backslashreplace: an id in an old dataset may be no Unicode.
     files.write(out, text.encode("utf-8", "backslashreplace"))
     return out
 

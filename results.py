@@ -1,11 +1,11 @@
-"""A run folder -> what is recorded in it, as plain dicts and arrays. Nothing here believes a file.
+"""A run folder -> its records, as plain dicts and arrays. Every value that is read is checked.
 
     run = results.load("runs/demo")
     run.metrics["loss"], run.losses["code"][640], run.scores[640][3]["matches"], run.notes
 
 It reads config.json, dataset.json, ledger.jsonl, metrics.jsonl, evals.jsonl, memorization/, samples.jsonl and
 the state.json of every checkpoint, and writes nothing. Only config.json has to be there. A run may come from
-a stranger, so whatever is damaged is left out, counted, and named in `notes`.
+a stranger, so damaged records are left out, counted, and named in `notes`.
 
 New numbers need no change here. Every column of numbers in metrics.jsonl becomes an array of `metrics`, and
 every kind of line in evals.jsonl gets a place in `evaluations`:
@@ -27,7 +27,7 @@ import run_folder
 
 # The columns of metrics.jsonl that the page names: they are in `metrics` even where a run lacks them.
 NAMED_COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds")
-MOST_COLUMNS = 60  # of all others; each can become a figure, so that 60 make a page of about 3 MB
+MOST_COLUMNS = 60  # most other columns that are read; if each becomes a figure, 60 make a page of about 3 MB
 # Fields that name what a line of evals.jsonl is about: a task, a source of text, a domain.
 NAMING_FIELDS = ("name", "task", "source", "domain", "suite", "split")
 BY_POSITION = "first-k+l-greedy-1"  # memorize.py's first protocol: "seen" followed a row's position only
@@ -35,7 +35,7 @@ BY_POSITION = "first-k+l-greedy-1"  # memorize.py's first protocol: "seen" follo
 
 @dataclass
 class Run:
-    """What a run folder holds, as far as it can be read."""
+    """The records of a run folder, as far as they can be read."""
 
     folder: Path
     about: dict  # config.json
@@ -112,7 +112,7 @@ def read_lines(run: Run, name: str, fields: dict) -> list[dict]:
     """The objects in a .jsonl file whose `fields` are of their kinds; a note counts the lines left out."""
     path = run.folder / name
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    # Good lines as objects; of bad ones, their numbers.
+    # Keep good lines as objects, and the numbers of bad ones.
     good, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -124,7 +124,7 @@ def read_lines(run: Run, name: str, fields: dict) -> list[dict]:
         elif line:
             bad.append(number)
 
-    # A last line without a newline behind it is what a kill leaves, and no damage.
+    # A last line without a newline is left by a kill. It is no damage.
     if bad and bad[-1] == len(lines):
         run.note(f"{name}: the last line is cut off, as a kill leaves it; it is ignored.")
         bad.pop()
@@ -150,7 +150,7 @@ def load(folder: str | Path) -> Run:
     if not run.manifest:
         run.note("dataset.json, the copy of the dataset's manifest, is missing or damaged.", "train")
 
-    # What happened, and what training recorded.
+    # Read what training recorded: events, metrics, checkpoints.
     run.ledger = read_lines(run, "ledger.jsonl", {"event": str})
     events = ["none", *(event["event"] for event in run.ledger if event["event"] != "checkpoint")]
     if events[-1] != "finish":
@@ -158,7 +158,7 @@ def load(folder: str | Path) -> Run:
     load_metrics(run)
     load_checkpoints(run)
 
-    # What was measured afterwards.
+    # Read what was measured afterwards.
     load_evaluations(run)
     load_scores(run)
     lines = read_lines(run, "samples.jsonl", {"checkpoint": str, "prompt": str, "text": str})
@@ -176,7 +176,7 @@ def load_metrics(run: Run) -> None:
         again = plural(len(lines) - len(by_step), "step")
         run.note(f"metrics.jsonl: {again} recorded twice, as after a resume; the later line counts.")
 
-    # Column by column, as they first appear; a stranger's run may have any number of them.
+    # Collect the columns as they first appear; a stranger's run may have any number of them.
     steps = sorted(by_step)
     run.metrics = {name: np.full(len(steps), np.nan) for name in NAMED_COLUMNS}
     run.metrics["step"][:] = steps
@@ -214,7 +214,7 @@ def load_checkpoints(run: Run) -> None:
 
 def load_evaluations(run: Run) -> None:
     """Fills run.losses and run.evaluations. Where something was measured again, the last line counts."""
-    # The validation loss by source, everything else by kind and name.
+    # Sort the validation loss by source, everything else by kind and name.
     empty = 0
     for line in read_lines(run, "evals.jsonl", {"kind": str, "step": int}):
         if line["kind"] == "loss":
@@ -230,7 +230,7 @@ def load_evaluations(run: Run) -> None:
     if empty:
         run.note(f"evals.jsonl: {plural(empty, 'line')} without a result left out.")
 
-    # Whether the validation losses compare from checkpoint to checkpoint.
+    # Check that the validation losses compare from checkpoint to checkpoint.
     run.losses = dict(sorted(run.losses.items()))
     lines = [line for by_step in run.losses.values() for line in by_step.values()]
     note_unverified(run, "validation loss", lines, "loss")
@@ -253,7 +253,7 @@ def measured(line: dict) -> dict[str, float]:
 
 
 def named(line: dict) -> str:
-    """What a line of evals.jsonl is about: the fields that name it, or its first text, or its kind."""
+    """The name of a line of evals.jsonl: the fields that name it, or its first text, or its kind."""
     known = [line[key] for key in NAMING_FIELDS if fits(line.get(key), str)]
     others = [line[key] for key in line if key not in ("kind", "checkpoint") and fits(line[key], str)]
     return ", ".join(known or others[:1] or [line["kind"]])
@@ -267,7 +267,7 @@ def load_scores(run: Run) -> None:
     fields = {"step": int, "prompt_tokens": int, "continuation_tokens": int}
     fields |= {"rows": [int], "matches": [int], "seen": [bool]}
 
-    # Every line by its k and l, then by checkpoint and chunk: a later line replaces an earlier one.
+    # Sort every line by its k and l, then by checkpoint and chunk: a later line replaces an earlier one.
     found: dict[tuple[int, int], dict] = {}
     for path in sorted(run.folder.glob("memorization/*.jsonl")):
         for line in read_lines(run, f"memorization/{path.name}", fields):
@@ -283,7 +283,7 @@ def load_scores(run: Run) -> None:
                 line["kind"] = np.where(line["seen"], "seen", "unseen")
             found.setdefault((k, l), {}).setdefault(line["step"], {})[chunk] = line
 
-    # One k and l is shown: that of most lines.
+    # Show one k and l: that of most lines.
     if found:
         run.k, run.l = max(found, key=lambda pair: sum(map(len, found[pair].values())))
         run.scores = dict(sorted(found[run.k, run.l].items()))
@@ -305,7 +305,7 @@ def load_scores(run: Run) -> None:
 
 
 def adds_up(line: dict) -> bool:
-    """Whether a line of memorization/ has a value for every row, and none that cannot be."""
+    """Whether a line of memorization/ has a value for every row, and only possible values."""
     n, l, chunk = len(line["rows"]), line["continuation_tokens"], line.get("chunk")
     is_validation = isinstance(chunk, str) and chunk.startswith("validation:")
     if not (is_validation or fits(chunk, int)) or not 0 < l < 2**16:

@@ -7,10 +7,10 @@
 #                                    the same pipeline for any config; through torchrun where N_GPUS > 1
 #   bash run.sh setup                only the environment
 #
-# Makes .venv beside this file and installs requirements.txt into it once. A later call reuses it, and whatever
-# tokenizer, dataset, checkpoints and results are there. PYTHON=python3.12 bash run.sh chooses .venv's
-# interpreter. All other paths, as those of the scripts, are relative to the folder you are in: CONFIG, paths
-# in it and in settings, and runs/, datasets/ and tokenizers/, which are made there.
+# Makes .venv beside this file and installs requirements.txt into it once. A later call reuses it, and the
+# tokenizer, dataset, checkpoints and results that exist. PYTHON=python3.12 bash run.sh chooses .venv's
+# interpreter. All other paths are relative to the folder you are in, as in the scripts: CONFIG, the paths in it
+# and in settings, and runs/, datasets/ and tokenizers/, which are made there.
 #
 # Ctrl-C or SIGTERM stops the stage that runs and ends the pipeline, with exit code 130 or 143; the same
 # command continues. A stage that fails ends the pipeline with its own exit code.
@@ -44,7 +44,7 @@ setup() {  # setup REQUIREMENTS_FILE...: installs them into .venv, unless this w
     for file in "$@"; do arguments+=(-r "$file"); done
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
     touch "$stamp"
-    [ $# -eq 1 ] || touch ".venv/installed-$(cat "$1" | cksum | tr ' ' '-')"  # and so is the first file alone
+    [ $# -eq 1 ] || touch ".venv/installed-$(cat "$1" | cksum | tr ' ' '-')"  # the first file is installed too
   fi
 }
 

@@ -1,9 +1,9 @@
-"""A run folder: what is in it, which checkpoints it has, and which processes are at work in it. No torch.
+"""The run folder: its files, its checkpoints, and the processes that are at work in it. No torch.
 
     runs/demo/
       config.json      every resolved setting, git commit, versions, device
       dataset.json     the manifest of the data, as it was
-      ledger.jsonl     what happened: start, resume, checkpoint, interrupted, fault, nonfinite, spike, finish
+      ledger.jsonl     events: start, resume, checkpoint, interrupted, fault, nonfinite, spike, finish
       metrics.jsonl    one line a step; after a resume a step can be there twice, and the later line counts
       evals.jsonl, memorization/, samples.jsonl, report.html    what eval.py and others write
       checkpoints/step-00000640/              one checkpoint (checkpoint.py says what is in it)
@@ -36,7 +36,7 @@ from configurator import say
 if TYPE_CHECKING:
     from parallel import World
 
-FORMAT = 1  # of state.json; a reader refuses what it does not know
+FORMAT = 1  # the format of state.json; a reader refuses any other
 
 
 class Checkpoint(NamedTuple):
@@ -212,7 +212,7 @@ def is_hashes(value: object) -> bool:
 
 
 COUNT, HASH, RANGES = (is_count, "a count"), (is_text, "a hash"), "pairs [first, end] of positions"
-FIELDS = {  # what each field must be, if it is there
+FIELDS = {  # field -> (check of its type, the type in words); a field may be absent
     **dict.fromkeys(("step", "rows", "tokens", "begin", "incidents", "world_size"), COUNT),
     "chunk": (lambda value: value == -1 or is_count(value), "a chunk's number, or -1"),
     "eot": (lambda value: value is None or is_count(value), "a token's id"),
@@ -230,12 +230,12 @@ NEEDED = ("step", "rows", "tokens", "chunk", "dataset_sha256", "tokenizer_sha256
 
 
 def log(run: Path | str, event: str, about: dict) -> None:
-    """Adds what happened to the ledger."""
+    """Adds an event to the ledger."""
     files.append(Path(run) / "ledger.jsonl", {"event": event, "time": time.time(), **about})
 
 
 def ledger(run: Path | str, *events: str) -> list[dict]:
-    """What happened, by kind of event."""
+    """The ledger's events of these kinds."""
     return [r for r in files.read_lines(Path(run) / "ledger.jsonl") if r.get("event") in events]
 
 
@@ -266,7 +266,7 @@ def close(cfg: Config, last: Checkpoint, changed: list[str]) -> None:
     """For a run that is trained: writes what a kill left unwritten, and new settings."""
     run = Path(cfg.run)
     say(f"{run} is trained: {last.path.name} is its last checkpoint; nothing to do")
-    if changed:  # of the evaluation, which reads them here
+    if changed:  # settings of the evaluation, which eval.py reads here
         about = json.loads((run / "config.json").read_text())
         files.write_json(run / "config.json", {**about, "config": config.to_dict(cfg)})
     if changed or not ledger(run, "finish"):
@@ -278,17 +278,20 @@ def close(cfg: Config, last: Checkpoint, changed: list[str]) -> None:
 
 @contextlib.contextmanager
 def at_work(run: Path | str, world: "World"):
-    """Around a training: keeps a second one out of the folder, and leaves traces of a process that fails.
+    """Around a training: keeps a second one out of the folder, and leaves a trace if a process fails.
 
     Each process has a file in .processes/ while it works. A process that raises adds its error to its file;
     one that is killed cannot. The next training finds these files, and the ledger gets a `fault`.
     """
+    # One process locks the folder for all.
     run, locks = Path(run), []
 
     def lock_it():
         locks.append(lock(run))
 
     world.once(lock_it)
+
+    # Each process has its file, until it ends without an error.
     path = run / ".processes" / f"{world.rank}.json"
     try:
         world.once(note_faults, run)
@@ -319,7 +322,7 @@ def lock(run: Path):
 
 
 def note_faults(run: Path) -> None:
-    """Processes whose files are still there failed: the ledger gets their errors, if they could say any."""
+    """Processes whose files are still there failed: the ledger gets their errors, where they are known."""
     folder = run / ".processes"
     folder.mkdir(exist_ok=True)
     failed = []

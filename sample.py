@@ -1,8 +1,8 @@
-"""Text from a checkpoint, with a key/value cache: `generate` for a batch, `stream` token by token.
+"""Writes text with a checkpoint and a key/value cache: `generate` for a batch, `stream` token by token.
 
     python sample.py runs/demo --prompt "def "                     # newest checkpoint, text as it comes
     python sample.py runs/demo --checkpoint 640 --temperature 0    # greedy, from the start of a document
-    python sample.py path/to/checkpoint --prompt "Once" --save     # and keep it in the run's samples.jsonl
+    python sample.py path/to/checkpoint --prompt "Once" --save     # also adds it to the run's samples.jsonl
 
 The prompt runs through the model once and leaves keys and values in the cache. After that, each step reads
 one token per sequence. Reads a run folder, a checkpoint folder, or any Hugging Face folder that checkpoint.py
@@ -39,9 +39,9 @@ from config import ConfigError
 from masks import Cache
 from model import Transformer
 
-# Tokens of prompts in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation, which fits into
-# a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences, so more is
-# faster.
+# Maximum number of prompt tokens in one forward: 2048 tokens x d_ff 1024 x 4 bytes = 8 MiB per activation,
+# which fits into a CPU's cache. Decoding has no such limit: a step reads each matrix once for all sequences,
+# so more is faster.
 PREFILL_TOKENS = 2048
 
 
@@ -92,10 +92,10 @@ def stream(
     """Yields the next token of each prompt (B, P), n times: (B,) int64. Padding: as in `generate`.
 
     Raises ConfigError if that needs a position that the model was never trained on. The last token is not
-    read again, so P + n - 1 positions are used. A prompt is never cut on the left to make room: that would
-    silently give the text of another prompt.
+    read again, so P + n - 1 positions are used. A prompt is never truncated on the left to make room: that
+    would silently give the text of another prompt.
     """
-    # Refuse what cannot be done.
+    # Check the arguments.
     B, P = tokens.shape
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ConfigError(
@@ -200,7 +200,7 @@ def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str
 
 def sample(args: argparse.Namespace) -> None:
     """Prints text as it is drawn; with --save, also appends it to the run's samples.jsonl."""
-    # Find the checkpoint and refuse what cannot be done.
+    # Find the checkpoint, and check the arguments.
     folder = integrity.model_folder(args.folder, args.checkpoint, args.verify)
     if args.save and folder.resolve().parent.name != "checkpoints":
         raise ConfigError(
@@ -240,7 +240,7 @@ def sample(args: argparse.Namespace) -> None:
     finally:
         print()
 
-    # Keep it, with everything that decides the text.
+    # Save the text, with everything that decides it.
     if args.save:
         names = dict(zip(("temperature", "top_k", "top_p"), how))
         record = {"format": 1, "checkpoint": folder.resolve().name, "prompt": prompt, "text": text, **names}
@@ -261,10 +261,10 @@ def main() -> None:
         help="put the token that begins a text before the prompt; auto: if the model's own tokenizer does "
         "(LLaMA, llama2.c; no model trained here); on: the end-of-text token if there is no other",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, help="at most N, and as many as the model has room for (200)")
+    parser.add_argument("--tokens", type=int, help="at most N, or fewer if the model has no more room (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that together reach p")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that add up to p")
     parser.add_argument(
         "--seed", type=int, default=1234, help="the same seed, device and version give the same text"
     )

@@ -1,4 +1,4 @@
-"""Which rows a checkpoint has seen: has it trained on their text, at any position?
+"""Finds the rows that a checkpoint has seen: those whose text it was trained on, at any position.
 
     same = seen.same_text(dataset, [16_000, 16_001])      # where the text of these two rows is trained on
     same.by(checkpoint.state)                             # array([True, False])
@@ -34,7 +34,7 @@ class SameText(NamedTuple):
     positions: np.ndarray  # in training order
 
     def by(self, state: dict) -> np.ndarray:
-        """Which of the n_rows rows a checkpoint has seen, by its state.json: bool (n_rows)."""
+        """For each of the n_rows rows, whether a checkpoint has seen it, by its state.json: bool (n_rows)."""
         known = np.zeros(self.parts.max(initial=-1) + 1, bool)  # parts
         known[self.holds[trained(state, self.positions)]] = True
         seen = np.zeros(self.n_rows, bool)
@@ -88,7 +88,7 @@ def same_text(dataset: Dataset, positions: object) -> SameText:
             there = (entry < stop) & (numbers[entry] == number[mine])  # a partial pass lacks some documents
             mine, entry = mine[there], entry[there]
 
-            # Its tokens low .. high-1 of the stream; a pass can end inside a document.
+            # A part is the tokens low .. high-1 of the stream; a pass can end inside a document.
             low = starts[entry] + first[mine]
             high = np.minimum(starts[entry] + end[mine], starts[entry + 1])
 
@@ -135,20 +135,20 @@ def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> 
     says so. Other equal ids are chance: two corpora can each have a README.md. Manifests of format 1 do not
     say which files are shared; there equal ids alone decide.
     """
-    # The sources that share files with others.
+    # Find the sources that share files with others.
     manifest, wanted, found = dataset.manifest, {}, []
     marked = manifest["format"] > 1
     shared = [s for s, about in enumerate(manifest["sources"].values()) if about.get("shared_documents")]
     shared = shared if marked else range(len(dataset.sources))
 
-    # The documents among those asked for that came from a shared file, by identity.
+    # Sort the documents asked for that came from a shared file by identity.
     for s in shared if len(shared) > 1 else ():
         for i in np.flatnonzero(source == s).tolist():
             about = dataset.document(dataset.sources[s], int(number[i]))
             if "shared" in about or not marked:
                 wanted.setdefault(identity(about), []).append(i)
 
-    # Look for them in the tables of all sources that are trained on.
+    # Search for them in the tables of all sources that are trained on.
     for other in shared if wanted else ():
         name = dataset.sources[other]
         if any(name in stage["mixture"] for stage in manifest["stages"]):
@@ -161,7 +161,7 @@ def read_elsewhere(dataset: Dataset, source: np.ndarray, number: np.ndarray) -> 
 
 
 def identity(about: dict) -> tuple:
-    """What a document has in common in all sources: the file that they share, and the id it came with."""
+    """The same for a document in all sources: the file that they share, and the id that it came with."""
     return about.get("shared"), about.get("came_as", about["id"])
 
 
@@ -178,10 +178,9 @@ def trained_ranges(state: dict) -> Ranges:
 
 
 def trained(state: dict, positions):
-    """Which positions (an array) a checkpoint was trained on: an array of bool.
+    """For each of some positions (an array), whether a checkpoint was trained on it: an array of bool.
 
-    The text of another position can have been trained on too, at a position of its own: seen.py asks for the
-    text.
+    `SameText.by` asks for the text instead, which can have been trained on at other positions too.
     """
     out = positions < 0
     for first, end in trained_ranges(state):

@@ -1,4 +1,4 @@
-"""How weights are split over GPUs: FSDP2, and tensor and sequence parallel; by PyTorch's own engines.
+"""Splits weights over GPUs: FSDP2, and tensor and sequence parallel, with PyTorch's own engines.
 
 parallel.py applies these to an unmodified model.
 
@@ -7,7 +7,7 @@ FSDP2 (parallel.strategy=fsdp): each GPU stores 1 / shard of every parameter. A 
 (reduce-scatter).
 
 Tensor parallel (parallel.tp above 1; Shoeybi et al. 2019 for the matrices, Korthikanti et al. 2022 for the
-tokens). Of tp processes each has
+tokens). Each of tp processes has
 
     between blocks    T / tp of the tokens of every row: embedding, norms, residual stream, loss
     inside a block    all tokens (an all-gather), H / tp heads, F / tp hidden values of the feed-forward
@@ -33,7 +33,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def shard_weights(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshard: bool) -> None:
     """FSDP2 over a mesh (replicate, shard, tp). Weights are gathered in `dtype`, that of matmuls.
 
-    What is stored, and what the optimizer sees, is FP32. Gradients are reduced in FP32.
+    The stored weights, which the optimizer updates, are FP32. Gradients are reduced in FP32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
@@ -52,7 +52,7 @@ def shard_weights(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshar
         if along(parameter) == Shard(1) and parameter.shape[1] % shard:
             raise ConfigError(f"{name} is {parameter.shape[1]} wide, which does not divide by {shard} shards")
 
-    # One block at a time; embedding and head are in use from end to end, so they stay gathered.
+    # Shard one block at a time. Embedding and head are in use from end to end, so they stay gathered.
     over = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
     how = {"mesh": over, "mp_policy": policy, "shard_placement_fn": along if tp > 1 else None}
     for block in model.layers:

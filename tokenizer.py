@@ -67,14 +67,14 @@ class Tokenizer:
     """
 
     file: str  # tokenizer.json or tokenizer.model
-    content: bytes  # of that file
+    content: bytes  # the bytes of that file
     eot: int  # id of the token after every document
     special_tokens: dict[str, int]
-    token_bytes: list[bytes]  # by id; of a special token its name
+    token_bytes: list[bytes]  # by id; for a special token, its name
     encode_plain: Callable[[str], np.ndarray]  # text -> uint32 ids; looks for no special or added token
     hf_file: Callable[[], bytes]  # makes the tokenizer.json that `transformers` opens; b"": impossible
-    added: dict[str, int] = dataclasses.field(default_factory=dict)  # tokens looked for in every text
-    late: frozenset[str] = frozenset()  # special or added tokens that are looked for after normalization
+    added: dict[str, int] = dataclasses.field(default_factory=dict)  # tokens searched for in every text
+    late: frozenset[str] = frozenset()  # special or added tokens that are searched for after normalization
     nfc: bool = False
     adds_space: bool = False
     byte_ids: tuple[int, ...] = ()  # SentencePiece's tokens for single bytes
@@ -233,7 +233,7 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
             raise ConfigError(f"{what}; train one: python tokenizer.py train CONFIG")
         path = found[0]
 
-    # The file, and what tokenizer_config.json beside it says.
+    # Read the file, and tokenizer_config.json beside it.
     beside = path.parent / "tokenizer_config.json"
     try:
         content = path.read_bytes()
@@ -251,7 +251,7 @@ def load(path: str | Path, eot: str = "") -> Tokenizer:
 
     if path.suffix == ".model":
         loaded = sentencepiece_tokenizer(content, eot, str(path))
-        # LLaMA's class in `transformers` puts <s> before every text, unless the settings say otherwise
+        # LLaMA's class in `transformers` puts <s> before every text, unless the settings say otherwise.
         loaded.adds_bos = "llama" in str(said.get("tokenizer_class")).lower()
         bos = bos or "<s>" * loaded.adds_bos
     else:
@@ -342,7 +342,7 @@ def train_byte_pair(texts: Iterable[str], settings: config.Tokenizer, workers: i
     Raises ConfigError where the text has fewer merges to give. The model expects settings.vocab_size entries,
     and would notice a smaller vocabulary only later.
     """
-    # Mistakes in the settings, before any text is read.
+    # Find mistakes in the settings before any text is read.
     special, size = (settings.eot, *settings.special_tokens), settings.vocab_size
     pattern = SPLITS.get(settings.split, settings.split)
     try:
@@ -386,7 +386,7 @@ def count_some(texts: Iterable[str], pattern: str, workers: int) -> dict[str, in
 
 def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> None:
     """Trains on a config's sources, or on files, and writes the tokenizer's folder."""
-    # What to learn, from which sources.
+    # Find the settings and the sources.
     name = "mine"
     if len(inputs) == 1 and is_config(inputs[0]):
         cfg = config.load(inputs[0], overrides)
@@ -398,14 +398,14 @@ def train(inputs: list[str], out: str, flags: dict, overrides: list[str]) -> Non
         settings, sources, workers = config.Tokenizer(**eot), [config.Source("files", tuple(inputs))], 0
     settings = dataclasses.replace(settings, **flags)
 
-    # Where to write it. A config may name a published file instead of a folder.
+    # Find the folder to write. A config may name a published file instead.
     folder = Path(out or settings.path or f"tokenizers/{settings.kind}-{settings.vocab_size}")
     if folder.is_file() and not out and settings.path:
         print(f"{folder} is a published tokenizer; used as it is")
         return
     if folder == Path(settings.path) and folder.suffix in (".json", ".model"):
         raise ConfigError(
-            f"tokenizer.path={folder} is the place of a published tokenizer, and it is not there: put its "
+            f"tokenizer.path={folder} names the file of a published tokenizer, and it is not there: put its "
             "file there, or say where it is: --tokenizer.path=FILE. To train one instead, name a folder: "
             f"--tokenizer.path={Path('tokenizers') / name}"
         )
@@ -451,6 +451,8 @@ def trained(folder: Path, settings: config.Tokenizer, sources: Iterable[config.S
     """Whether the folder holds this tokenizer already. Raises ConfigError where it holds another one."""
     if not any((folder / name).exists() for name in FILES):
         return False
+
+    # Compare the settings and sources with those that are recorded beside it.
     now = record_of(settings, sources)
     try:
         had = json.loads((folder / RECORD).read_text())
@@ -525,7 +527,7 @@ def compare(names: list[str], paths: list[str]) -> None:
         cells = "".join(f"  {n_bytes / max(n, 1):12.3f}  {k / max(n, 1):12.2%}" for n, k in sums[1:])
         print(f"{name:{width}}  {n_documents:9,}  {n_bytes / 1e6:8.2f}{cells}", flush=True)
 
-    # A table with a line a file; of long names the folder or the end.
+    # Print a table with one line per file. A long name is shortened to its folder or its end.
     width = max(len(name) for name in (*paths, "source"))
     short = [Path(name).parent.name if Path(name).name in FILES else Path(name).name for name in names]
     titles = [f"  {f'{name} ({t.vocab_size:,})'[-26:]:>26}" for name, t in zip(short, tokenizers)]
@@ -556,7 +558,7 @@ def main() -> None:
     if arguments.command == "train":
         flags = {flag: getattr(arguments, flag) for flag in ("vocab_size", "kind", "split")}
         given = {flag: value for flag, value in flags.items() if value is not None}
-        # argparse takes an override such as "--run=with a space" for an input
+        # argparse takes an override such as "--run=with a space" for an input.
         inputs = [word for word in arguments.inputs if not word.startswith("--")]
         overrides = [word for word in arguments.inputs if word.startswith("--")] + rest
         train(inputs, arguments.out, given, overrides)

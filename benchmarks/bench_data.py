@@ -1,4 +1,4 @@
-"""How fast a whole `python data.py` is, as a share of bare tiktoken's speed on the same text.
+"""Measures how fast a whole `python data.py` is, as a share of bare tiktoken's speed on the same text.
 
     python benchmarks/bench_data.py --tokenizer tokenizers/demo [FILES ...] [--workers 2] [--runs 5]
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Times both, in turn, and prints a table. ConfigError where they do not give the same tokens."""
-    # The text, in memory.
+    # Read the text into memory.
     tok = tokenizer.load(arguments.tokenizer)
     paths = tuple(arguments.files) or (f"{sysconfig.get_paths()['stdlib']}/**/*.py",)
     source = Source("text", paths=paths, exclude=("site-packages/*", "dist-packages/*"))
@@ -99,6 +99,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 "that has no added tokens and no normalizer, such as one trained by tokenizer.py"
             )
 
+    # The table.
     text = f"{len(texts):,} documents, {n_bytes / 1e6:.1f} MB, {n_tokens:,} tokens"
     print(f"{text}, {arguments.workers} workers")
     for name, seconds in times.items():

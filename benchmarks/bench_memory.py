@@ -1,4 +1,4 @@
-"""Peak memory of real training steps beside what plan.py says, for models of different shapes.
+"""Measures the peak memory of real training steps beside plan.py's figure, for models of different shapes.
 
     python benchmarks/bench_memory.py                 # CUDA where there is one, else the CPU
     python benchmarks/bench_memory.py --device cpu --shapes FSDP "tensor parallel"
@@ -33,9 +33,9 @@ from config import Config, Model, Parallel, Train
 
 LLAMA = Model(vocab_size=4096, seq_len=256, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1024)
 DEEP = Model(vocab_size=1000, seq_len=64, d_model=256, n_layers=6, n_heads=4, d_ff=1024)
-# By name: model, rows of a micro-batch, micro-batches of a step, activation checkpointing of every n-th
-# block, how two processes share it (None: one process). In some shapes most bytes are activations; in others
-# the vocabulary, or the weights.
+# Name -> model, rows of a micro-batch, micro-batches of a step, activation checkpointing of every n-th block,
+# how two processes share it (None: one process). In some shapes most bytes are activations; in others the
+# vocabulary, or the weights.
 SHAPES = {
     "LLaMA, many tokens": (LLAMA, 12, 1, 0, None),
     "the same, every block recomputed": (LLAMA, 12, 1, 1, None),

@@ -1,4 +1,4 @@
-"""How much training slows down while a checkpoint is written.
+"""Measures how much training slows down while a checkpoint is written.
 
     python benchmarks/bench_save.py                      # 34 M parameters on a CPU, 162 M on CUDA
     python benchmarks/bench_save.py --sync               # train.save_async=false: training waits for the disk
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     import train
     from initial import initial_weights
 
-    # A model with weights, and what saves its checkpoints.
+    # Make a model with weights, and the object that saves its checkpoints.
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     cfg = settings(args, device)
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     saving.finish()
 
     without, beside, begins, ends, writes = [], [], [], [], []
-    rounds = []  # of each: its steps without a checkpoint, then the same number with one, in seconds
+    rounds = []  # for each: seconds of its steps without a checkpoint, and of the same number with one
     for _ in range(args.rounds):
         # Steps without a checkpoint.
         plain = [step() for _ in range(args.steps)]
@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
 
 
 def show(figures: dict, without: list[float], args: argparse.Namespace) -> None:
-    """The table. without: seconds of each step without a checkpoint."""
+    """Prints the table. without: seconds of each step without a checkpoint."""
     how = "while training waits" if args.sync else "while training continues"
     what = f"{figures['parameters']:,} parameters, {figures['checkpoint_bytes'] / 1e6:,.0f} MB a checkpoint"
     machine = f"{figures['device']}, {args.threads} threads"
@@ -168,8 +168,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="with a checkpoint and without, in each round")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     names = "LAYERS WIDTH HEADS FF VOCABULARY LENGTH ROWS"
-    parser.add_argument("--size", type=int, nargs=7, metavar=tuple(names.split()), help="of another model")
-    parser.add_argument("--folder", help="on the disk to write to; the system's own for temporary files")
+    parser.add_argument("--size", type=int, nargs=7, metavar=tuple(names.split()), help="another model")
+    parser.add_argument("--folder", help="a folder on the disk to write to; default: the temporary one")
     parser.add_argument("--json", help="a file to write the figures to")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -31,7 +31,7 @@ from formats import documents, hf_tokenizer
 
 
 def corpus(files: list[str], megabytes: float) -> list[str]:
-    """Documents up to this many MB of UTF-8; the last one is cut short."""
+    """Documents up to this many MB of UTF-8; the last one is truncated."""
     left, texts = int(megabytes * 1e6), []
     for document in documents.read(config.Source("bench", tuple(files))):
         text = document.text.encode()[:left].decode(errors="ignore")
@@ -121,7 +121,7 @@ def compare_trainers(arguments: argparse.Namespace) -> int:
 
 
 def compare_encoders(arguments: argparse.Namespace) -> int:
-    """encode_batch against tiktoken's encode_ordinary_batch with the same vocabulary, threads and texts."""
+    """Times encode_batch and tiktoken's encode_ordinary_batch with the same vocabulary, threads and texts."""
     import tiktoken
 
     # One vocabulary for both: ours, trained on the texts.
@@ -132,7 +132,7 @@ def compare_encoders(arguments: argparse.Namespace) -> int:
     pattern, size = SPLITS[arguments.split], sum(len(text.encode()) for text in texts) / 1e6
     bare = tiktoken.Encoding("bare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    # In turn.
+    # Time them in turn.
     ours, theirs, same = [], [], True
     for _ in range(arguments.rounds):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One training step on this machine, CPU or GPU: ours beside other people's, on the same model and batch.
+"""Times a training step on this machine, CPU or GPU: ours beside other people's, on the same model and batch.
 
     python benchmarks/bench_train.py                                # with two vocabularies
     python benchmarks/bench_train.py --vocab_size 4096 --steps 20
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--vocab_size", type=int, nargs="+")
     for name in ("layers", "width", "heads", "ff", "length", "rows"):
-        parser.add_argument(f"--{name}", type=int, help="of the model, or the batch")
+        parser.add_argument(f"--{name}", type=int, help=f"{name} of the model, or of the batch")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     known = ("nano360", "transformers", "litgpt", "plain")
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--json", help="a file to write the figures to")
     args = parser.parse_args()
 
-    # What was not asked for: the device, the sizes, the sides.
+    # Fill in the device, the sizes and the sides that were not given.
     if args.device == "auto":
         import torch
 

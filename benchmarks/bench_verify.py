@@ -1,4 +1,4 @@
-"""How long it takes to compare hashes: a model folder and a chunk, opened with and without verification.
+"""Times the comparison of hashes: a model folder and a chunk, opened with and without verification.
 
     python benchmarks/bench_verify.py                 # about 1 GB of weights, and a chunk of 1 GB
     python benchmarks/bench_verify.py --gb 13         # about 13 GB of weights: needs as much memory and disk
@@ -48,16 +48,16 @@ def write_model(folder: Path, gb: float) -> int:
         shapes = {name: t.shape for name, t in Transformer(cfg).state_dict().items()}
     layout = shards.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
 
-    # The files: random numbers.
-    places = {}
+    # Write the files: random numbers.
+    file_of = {}
     for file, names in layout.items():
         tensors = families.to_family({name: torch.randn(shapes[name]) for name in names}, cfg)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
+        file_of |= dict.fromkeys(tensors, file)
     if len(layout) > 1:
-        files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+        files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": file_of})
 
-    # What integrity.py compares them with.
+    # Write the hashes that integrity.py compares them with.
     hashes = {path.name: files.sha256(path) for path in folder.iterdir()}
     files.write_json(folder / "state.json", {"format": run_folder.FORMAT, "step": 0, "files": hashes})
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -79,7 +79,7 @@ def write_dataset(folder: Path, gb: float) -> int:
             size = (min(4096, rows - first), LENGTH + 1)
             file.write(np.random.default_rng(first).integers(0, 50_000, size, np.uint16).tobytes())
 
-    # Its manifest; keys that nobody reads here are 0.
+    # Write its manifest; keys that nobody reads here are 0.
     about = {"format": 1, "seq_len": LENGTH, "row_length": LENGTH + 1, "dtype": "uint16", "rows": rows}
     about |= {"files": {"chunks/000.bin": files.sha256(path)}, "sources": {}, "stages": []}
     about |= {"file_bytes": {"chunks/000.bin": path.stat().st_size}}
@@ -123,11 +123,11 @@ def compare(what: str, action, folder: Path, size: int, args: argparse.Namespace
 
 def main() -> None:
     parser = configurator.parser(__doc__)
-    parser.add_argument("--gb", type=float, default=1.0, help="of weights, about")
-    parser.add_argument("--chunk_gb", type=float, default=1.0, help="of the chunk")
+    parser.add_argument("--gb", type=float, default=1.0, help="size of the weights, about")
+    parser.add_argument("--chunk_gb", type=float, default=1.0, help="size of the chunk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache each time")
-    parser.add_argument("--folder", help="on the disk to read from; the system's own for temporary files")
+    parser.add_argument("--folder", help="a folder on the disk to read from; default: the temporary one")
     parser.add_argument("--json", help="a file to write the figures to")
     args = parser.parse_args()
 
@@ -139,8 +139,8 @@ def main() -> None:
     print(
         f"medians of {args.rounds} rounds, {os.cpu_count()} cores, page cache {'cold' * args.cold or 'warm'}"
     )
-    with tempfile.TemporaryDirectory(dir=args.folder) as place:
-        model, data = Path(place, "model"), Path(place, "data")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        model, data = Path(folder, "model"), Path(folder, "data")
         model.mkdir()
         size, chunk = write_model(model, args.gb), write_dataset(data, args.chunk_gb)
         figures = [

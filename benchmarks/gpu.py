@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command and one file.
+"""Runs everything that only a GPU can show, in one command, and writes one file.
 
     python benchmarks/gpu.py                                   # half an hour, one GPU
     python benchmarks/gpu.py --only steps attention            # some parts; the file keeps the others
@@ -100,7 +100,7 @@ def others(smoke: bool) -> dict:
 
 
 def save(smoke: bool) -> dict:
-    """What saving a checkpoint costs."""
+    """The cost of saving a checkpoint."""
     command = ["benchmarks/bench_save.py", *(SMOKE["save"] if smoke else "--steps 30").split()]
     return {"async": script(*command), "sync": script(*command, "--sync")}
 
@@ -192,8 +192,8 @@ def attention(smoke: bool) -> dict:
     rows = torch.randint(300, (3, T + 1), generator=torch.Generator().manual_seed(0))
     rows[:, 50 :: 1 + T // 3] = 0  # ends of documents
 
-    # Tolerances are relative to a gradient's norm. FP32: 1e-4, as in the tests. BF16: about ten roundings of
-    # 2^-8.
+    # Tolerances are relative to the norm of a gradient: 1e-4 in FP32, as in the tests, and in BF16 about ten
+    # roundings of 2^-8.
     for dtype, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
         for name, kind in KINDS.items():
             model = {**shape, "n_layers": 2, **kind}

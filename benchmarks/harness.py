@@ -50,8 +50,8 @@ def questions(dataset, tokenizer, n: int) -> list[dict]:
 def our_accuracy(folder: Path, asked: list[dict]) -> float:
     """The share of questions whose true choice has the largest sum of log-probabilities.
 
-    The harness's rule: blanks at the end of the start belong to the choice. The choice is the tokens of the
-    whole after as many tokens as the start has, even if a token reaches across the border.
+    It follows the harness's rule. Blanks at the end of the start belong to the choice. If the start has n
+    tokens, the choice has those of the whole text after the first n, even if one crosses the border.
     """
     import torch
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
 
-    # What is needed: the harness, and a run with its dataset.
+    # Import the harness, and open the run and its dataset.
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

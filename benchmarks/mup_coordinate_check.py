@@ -1,4 +1,4 @@
-"""The coordinate check of muP: how far some training steps move activations, at widths from 64 to 1,024.
+"""The coordinate check of muP: how far a few training steps change activations, at widths from 64 to 1,024.
 
     python benchmarks/mup_coordinate_check.py         # a minute and a half on one core
 
@@ -48,7 +48,7 @@ ROWS = 4  # rows of a batch
 
 def settings(width: int, mup: bool) -> Model:
     """The model of a width, in muP with the base width 64, or in the standard parametrisation."""
-    # d_ff: near LLaMA's 8/3 of the width, without a remainder at any width
+    # d_ff is near LLaMA's 8/3 of the width, without a remainder at any width.
     sizes = dict(vocab_size=256, seq_len=64, d_model=width, n_layers=2, n_heads=width // 32, d_ff=3 * width)
     return Model(**sizes, **(dict(init="mup", mup_base_width=64) if mup else dict(init="gpt2")))
 
@@ -75,7 +75,7 @@ def changes(cfg: Model, lr: float, steps: int, seed: int, mup_scale: float = 0) 
     generator = torch.Generator().manual_seed(seed)
     first, found = {}, {name: [] for name in ACTIVATIONS}
     for step in range(steps + 1):
-        # How far the activations have moved.
+        # Measure how far the activations have changed.
         watched = (net.embed_tokens, net.layers[-1].self_attn, net.layers[-1])
         hooks = [module.register_forward_hook(keep(name)) for module, name in zip(watched, ACTIVATIONS)]
         with torch.no_grad():

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 train.py baichuan-7b
 
 Figures: the released model configs and cards. How they were trained was never published: the demo's AdamW is
-here, but its learning rate of 1e-8 is a placeholder. Learning rate, warm-up and batch are stand-ins: LLaMA
-2's for the same sizes and context. The mixture was not published either: the source path stands for all.
+here, but its learning rate of 1e-8 is a placeholder. Learning rate, warm-up and batch are LLaMA 2's for the
+same sizes and context. The mixture was not published either: one source path holds all text.
 """
 
 from config import Config, Data, Model, Optim, Parallel, Source, Tokenizer, Train

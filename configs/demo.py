@@ -11,8 +11,8 @@ import sysconfig
 from config import Config, Data, Eval, Model, Optim, Source, Tokenizer, Train
 
 STDLIB = sysconfig.get_paths()["stdlib"]
-# Left out: what is not the library's text (installed packages, test suites, tables of codes), and packages
-# that some versions or systems do not have, so that the demo is much the same everywhere.
+# Left out are files that are not the library's text (installed packages, test suites, tables of codes), and
+# packages that some versions or systems do not have, so that the demo is much the same everywhere.
 EXCLUDE = ("site-packages/*", "dist-packages/*", "test/*", "*/test/*", "*/tests/*", "encodings/*",
            "config-*/*", "*__pycache__/*", "idlelib/*", "tkinter/*", "turtledemo/*", "distutils/*",
            "lib2to3/*")  # fmt: skip

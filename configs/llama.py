@@ -5,7 +5,7 @@
 
 Figures: the papers and the released configs. Not published, and so ours: initialisation (Hugging Face's
 0.02), which parameters decay, AdamW's epsilon but for LLaMA 2, warm-up of 3 but for the 405B, batch of 3-8b
-and 3-70b. 3.2 was cut out of 3.1-8b and distilled; as a run from nothing, it has the 8B's
+and 3-70b. 3.2 was pruned from 3.1-8b and distilled; as a run from nothing, it has the 8B's
 learning rate here. 405B's batch grew from rows of 4,096 (4 M tokens a step) to 8 M and 16 M tokens in unequal
 spans, where train.batch_double_tokens has equal ones: it has 16 M from the start.
 
@@ -15,9 +15,8 @@ slowing the slow frequencies down (rope_scaling) and a last stage on long rows.
 
 from config import Config, Data, Model, Optim, Parallel, Source, Stage, Tokenizer, Train
 
-LLAMA3 = dict(
-    vocab_size=128256, seq_len=8192, rope_theta=500_000, document_mask=True
-)  # 128,000 entries and 256 special tokens
+# 128,256 rows: 128,000 entries and 256 special tokens.
+LLAMA3 = dict(vocab_size=128256, seq_len=8192, rope_theta=500_000, document_mask=True)
 GENERATIONS = {
     "1": dict(vocab_size=32000, seq_len=2048, norm_eps=1e-6),  # conversions of the 65B say 1e-5
     "2": dict(vocab_size=32000, seq_len=4096),

@@ -1,4 +1,4 @@
-"""OLMo 2 1B, 7B and 13B, stage 1: norms on what a sub-layer gives, and on queries and keys.
+"""OLMo 2 1B, 7B and 13B, stage 1: norms on the outputs of sub-layers, and on queries and keys.
 
     torchrun --nproc_per_node=8 train.py olmo2-1b
 

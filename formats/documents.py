@@ -11,13 +11,13 @@ Reads, and writes nothing:
     .gz .zst           around any of these but parquet; .json.gz and .json.zst, Dolma's names, are JSON lines
 
 A new kind of document is one function and its row in READERS. The function yields (place for messages, id,
-text) for each document of a file. Only a kind that a config asks for by `read=KIND` needs a second place: the
-choices of Source.read in config.py.
+text) for each document of a file. A kind that a config asks for by `read=KIND` is also a choice of
+Source.read in config.py.
 
-Suffixes may be in capitals. Which files: a file that is named outright is read, whatever its suffix, and so
-is every file that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files
-with a suffix from READERS, but no plain .json, since most of those are settings; `tell_left_out` prints what
-it does not give. Folders and globs leave out names that begin with a dot, and what the source excludes.
+Suffixes may be in capitals. A file that is named outright is read, whatever its suffix, and so is every file
+that a glob matches (`**` is any number of folders). A folder gives, at any depth, the files with a suffix
+from READERS, but no plain .json, since most of those are settings; `tell_left_out` prints the files that it
+does not give. Folders and globs leave out names that begin with a dot, and names that the source excludes.
 
 Ids: the document's own `id`; else `folder/file.txt` below the source's folder or below the fixed part of its
 glob; else `folder/file.jsonl:7`, the seventh line, row or object. A file that several sources read has the id
@@ -26,7 +26,7 @@ Latin-1: the bytes or surrogates that UTF-8 cannot spell become \\udce9 and the 
 
 A byte order mark is dropped, line ends are kept as they are. A document that cannot be used (broken JSON, no
 text, not UTF-8, nothing in it, a file of 0 bytes) is counted, named by file and line, and skipped. A damaged
-file, such as a `.gz` that was cut off, is an error: nobody knows how many documents it has lost.
+file, such as a truncated `.gz`, is an error: nobody knows how many documents it has lost.
 """
 
 import ast
@@ -63,12 +63,12 @@ class Document:
     source: str  # config.Source.name
     id: str
     text: str  # not empty, always encodable as UTF-8
-    shared: str = ""  # of a file that several sources read: the first one's name and the file's name there
+    shared: str = ""  # if several sources read its file: the first one's name and the file's name there
 
 
 @dataclass
 class BadDocuments:
-    """What `read` skipped, {"not JSON": 1} and ["a.jsonl:7: not JSON"], and how many documents it gave."""
+    """The documents that `read` skipped: {"not JSON": 1}, ["a.jsonl:7: not JSON"]; and how many it gave."""
 
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)  # the first 20
@@ -86,7 +86,7 @@ class BadDocuments:
 
 @dataclass
 class Bad:
-    """In place of the text of a document that cannot be used: the reason. Never leaves this file."""
+    """The reason why a document cannot be used, instead of its text. It never leaves this file."""
 
     reason: str
 
@@ -119,6 +119,7 @@ def listed_and_left(source: Source) -> tuple[dict[str, tuple[Path, str]], list[P
     """Absolute path -> (file, name) of what is read; and the files in the source's folders that are not."""
     found, left_out = {}, []
     for given in source.paths:
+        # Find the names of a folder, a glob or a file.
         root, pattern = split_glob(os.path.expanduser(given))
         names, others = [], []
         if pattern or root.is_dir():
@@ -129,6 +130,8 @@ def listed_and_left(source: Source) -> tuple[dict[str, tuple[Path, str]], list[P
             root, names = root.parent, [root.name]
         else:
             raise ConfigError(f"source {source.name!r}: there is no file or folder {given}")
+
+        # A path that gives nothing is a mistake.
         if not names:
             what = "matches no file"
             if not pattern:
@@ -184,13 +187,13 @@ def walk(root: Path, pattern: tuple[str, ...], source: Source) -> Iterator[tuple
         return any(fnmatchcase(name, glob) for glob in globs)
 
     suffixes = folder_suffixes(source)
-    # "x/*" matches "x/" and so everything below it: such a folder, perhaps a large one, is not entered
+    # "x/*" matches "x/" and so everything below it: such a folder, perhaps a large one, is not entered.
     whole_folders = tuple(glob for glob in source.exclude if glob.endswith("*"))
     seen = set()  # folders; a link to a folder above it would never end
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         below = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
 
-        # Which folders os.walk enters next.
+        # Choose the folders that os.walk enters next.
         status = os.stat(folder)
         too_deep = pattern and "**" not in pattern and below.count("/") + 1 >= len(pattern)
         folders[:] = sorted(
@@ -253,7 +256,7 @@ def read_file(path: Path, name: str, source: Source, bad: BadDocuments) -> Itera
     reader, place = reader_of(path.name, source), str(path)
     try:
         items = reader.read(path, name)
-        # a module of 0 bytes is no bad document: it has no docstrings, like many others
+        # A module of 0 bytes is no bad document: it has no docstrings, like many others.
         if not path.stat().st_size and reader.read is not read_docstrings:
             items = [(str(path), name, Bad("an empty file"))]
         for place, id, text in items:
@@ -373,7 +376,7 @@ def read_docstrings(path: Path, name: str) -> Items:
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about "\d" in other people's strings
+            warnings.simplefilter("ignore")  # such as those about "\d" in other people's strings
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         yield str(path), name, Bad("not Python to this Python")
@@ -385,6 +388,7 @@ def read_docstrings(path: Path, name: str) -> Items:
             yield f"{path}#{key}", f"{name}#{key}", value
         return
 
+    # All docstrings, in the order of the file.
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     owners = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
     owners.sort(key=lambda node: node.body[0].lineno)  # ast.walk goes level by level, a reader line by line
@@ -471,7 +475,7 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 
 def zst_blocks(path: Path) -> Iterator[bytes]:
-    """Frame by frame: the package's own stream reader does not notice that a file was cut off."""
+    """Reads frame by frame: the package's own stream reader does not notice a truncated file."""
     try:
         import zstandard
     except ImportError:
@@ -481,7 +485,7 @@ def zst_blocks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         try:
             while data or (data := file.read(BLOCK_BYTES)):
-                # files written with `zstd --long=31` look back 2^31 bytes
+                # Files written with `zstd --long=31` look back 2^31 bytes.
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
                 if block := frame.decompress(data):
                     yield block

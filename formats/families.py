@@ -1,4 +1,4 @@
-"""Published model families: which one a model is, and its settings and tensors in that family's own words.
+"""Published model families: finds the family of a model, and translates its settings and tensors.
 
     families.family_of(cfg)                          # "llama"
     families.hf_config(cfg, eot)                     # config.json, as a dict
@@ -50,7 +50,7 @@ CLASSES = {
     "gpt_neox": "GPTNeoXForCausalLM",
 }
 READ = (*FAMILIES, "baichuan", "nano360")  # every model_type that is read
-FORMAT = 1  # of a "nano360" config.json
+FORMAT = 1  # the format of a "nano360" config.json
 # Buffers that older versions of `transformers` stored beside the weights. They are computed here.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
@@ -95,7 +95,7 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
         rope |= {"low_freq_factor": cfg.rope_scaling_low, "high_freq_factor": cfg.rope_scaling_high}
         rope |= {"original_max_position_embeddings": cfg.rope_scaling_seq_len}
 
-    # What all families have in common.
+    # The entries that all families have.
     values = {
         "architectures": [CLASSES.get(family, "BaiChuanForCausalLM")],
         "model_type": family,
@@ -121,7 +121,7 @@ def hf_config(cfg: Model, eot: int | None = None, family: str = "") -> dict:
     if cfg.document_mask:
         values["document_mask"] = True  # ours alone: others let documents in a row see one another
 
-    # What each family has of its own.
+    # The entries of each family.
     if family in ("llama", "mistral"):
         values |= {"rms_norm_eps": cfg.norm_eps, "head_dim": cfg.d_head}
         values |= {"mlp_bias": cfg.bias} if family == "llama" else {"sliding_window": cfg.window}
@@ -227,7 +227,7 @@ def settings(hf: dict) -> Model:
         require(hf, attention_bias=neox, mlp_bias=False)
     require(hf, hidden_act="gelu" if neox else "silu")
 
-    # What each family has of its own. A missing entry means the default of the family's class.
+    # The entries of each family. A missing one means the default of the family's class.
     if family == "olmo":
         fixed["clip_qkv"] = float(hf.get("clip_qkv") or 0)
     if family == "mistral":
@@ -287,7 +287,7 @@ NEOX_NAMES = {
     "norm": "gpt_neox.final_layer_norm",
     "lm_head": "embed_out",
 }
-PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # what GPT-NeoX and baichuan pack in one
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # one tensor in GPT-NeoX and baichuan
 
 
 def place(name: str, family: str) -> tuple[str, int | None]:
@@ -336,7 +336,7 @@ def to_family(tensors: dict[str, Tensor], cfg: Model, family: str = "") -> dict[
         else:
             packed.setdefault(theirs, [None] * 3)[part] = value
 
-    # a packed tensor is made once its three parts are known, whatever their order was
+    # A packed tensor is made once its three parts are known, whatever their order was.
     for theirs, three in packed.items():
         if family == "gpt_neox":
             by_head = [value.unflatten(0, (cfg.n_heads, cfg.d_head)) for value in three]
@@ -347,18 +347,18 @@ def to_family(tensors: dict[str, Tensor], cfg: Model, family: str = "") -> dict[
 
 
 def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
-    """What reads a tensor of a model folder, by our name for it; for use inside `compared`.
+    """Returns a function that reads a tensor of a model folder by our name for it; for use inside `compared`.
 
-    ConfigError unless names and shapes agree. The files' headers tell them: no tensor is read for that, but a
-    second copy of a tied head.
+    Raises ConfigError unless names and shapes agree. It reads the files' headers for that, and no tensor
+    except a second copy of a tied head.
     """
-    # Our tensors, and where the family keeps them.
+    # Find our tensors, and where the family keeps them.
     model, family = getattr(model, "module", model), read_config(folder)["model_type"]
     cfg, tensors = model.cfg, shards.open_weights(folder)
     ours = {name: (value.shape, *place(name, family)) for name, value in model.state_dict().items()}
     theirs = {stored for _, stored, _ in ours.values()}
 
-    # Names. Some writers store a tied head a second time.
+    # Compare the names. Some writers store a tied head a second time.
     names = {name for name in tensors if not name.endswith(NOT_WEIGHTS)}
     head, shared = (place(f"{name}.weight", family)[0] for name in ("lm_head", "embed_tokens"))
     twice = cfg.tie_embeddings and names - theirs == {head}
@@ -371,7 +371,7 @@ def reader(folder: Path | str, model) -> Callable[[str], torch.Tensor]:
             f"{missing}"
         )
 
-    # Types and shapes.
+    # Compare the types and shapes.
     for shape, name, part in ours.values():
         header = tensors[name].get_slice(name)
         stored, wanted = tuple(header.get_shape()), ((1 if part is None else 3) * shape[0], *shape[1:])
@@ -409,4 +409,7 @@ def layout(
         stored: itemsize * sum(shapes[name].numel() for name in names) for stored, names in parts.items()
     }
     files, index = shards.layout("model", sizes, limit)
-    return {file: [name for s in stored for name in parts[s]] for file, stored in files.items()}, index
+    ours = {}
+    for file, stored_names in files.items():
+        ours[file] = [name for stored in stored_names for name in parts[stored]]
+    return ours, index

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json, read into plain tables and written from them.
+"""Reads Hugging Face's tokenizer.json into plain tables, and writes it from them.
 
     tables = hf_tokenizer.read(path.read_bytes(), str(path))           # a ByteLevelBPE, or a ConfigError
     content = hf_tokenizer.write_byte_level(special, merges, pattern)  # bytes of a tokenizer.json
@@ -10,8 +10,8 @@ a regular expression, writes each piece as bytes, and merges neighbours inside a
 tokenizer.json cannot store raw bytes. It spells each byte as a printable character: itself where it prints in
 Latin-1, else the next free character from U+0100 on (GPT-2). So the token b" a" is spelled "Ġa" in the file.
 
-The `tokenizers` library supports more than is supported here. Whatever would give other ids than the library
-gives is a ConfigError, never a guess.
+The `tokenizers` library supports more than this file does. A tokenizer that would get other ids here than in
+the library is a ConfigError, never a guess.
 """
 
 import json
@@ -31,16 +31,16 @@ class ByteLevelBPE(NamedTuple):
 
     pattern: str  # the regular expression that cuts text into pieces
     nfc: bool  # whether text is first brought into Unicode's normal form C
-    ids: dict[bytes, int]  # of the bytes and of what merges make, in the order of their ranks
-    token_bytes: list[bytes]  # by id: what a token decodes to; of an added token its name
-    added: dict[str, int]  # tokens that are looked for in a text before it is cut into pieces
+    ids: dict[bytes, int]  # the bytes and the merged tokens, in the order of their ranks
+    token_bytes: list[bytes]  # by id: the bytes that a token decodes to; for an added token, its name
+    added: dict[str, int]  # tokens that are searched for in a text before it is cut into pieces
     special: frozenset[str]  # those added tokens that a plain text must not produce, such as the end of text
-    late: frozenset[str]  # those added tokens that are looked for after normalization
+    late: frozenset[str]  # those added tokens that are searched for after normalization
     bos: int | None  # the token that the library puts before every text
 
 
 def unspelled(text: str) -> bytes:
-    """The bytes that a byte-level token stands for: unspelled("Ġa") -> b" a"."""
+    """The bytes that a byte-level token spells: unspelled("Ġa") -> b" a"."""
     return text.translate(UNSPELLED).encode("latin-1")
 
 
@@ -68,7 +68,7 @@ def tables_of(settings: dict, name: str) -> ByteLevelBPE:
     if len(set(vocab.values())) < len(vocab) or min(vocab.values()) < 0:
         raise ConfigError(f"{name} is damaged: two of its tokens have the same id, or an id is negative")
 
-    # Only tokens that bytes and merges make are spelled; the others stand for their names.
+    # Only the bytes and the merged tokens are spelled; any other token decodes to its name.
     ranks = ranks_of(model, added.keys(), name)
     if not ranks:
         raise ConfigError(f"{name} is damaged: its vocabulary has no token for a byte")
@@ -155,7 +155,7 @@ def first_added(processor: dict | None) -> int | None:
 
 
 def ranks_of(model: dict, added: Iterable[str], name: str) -> dict[str, int]:
-    """Token as spelled in the file -> rank: first the bytes, then what merges make, in the order of merges.
+    """Token as spelled in the file -> rank: first the bytes, then the merged tokens, in the order of merges.
 
     tiktoken runs BPE from ranks alone: it merges any two neighbours whose union is a token, the lowest rank
     first, and takes a piece that is a token whole. The file lists pairs. Both give the same ids in two cases:
@@ -165,7 +165,7 @@ def ranks_of(model: dict, added: Iterable[str], name: str) -> dict[str, int]:
     vocab, whole = model["vocab"], model.get("ignore_merges", False)
     ranks = {SPELLED[byte]: rank for rank, byte in enumerate(BYTES) if SPELLED[byte] in vocab}
 
-    # pairs: token -> every listed way to make it. The ways of one token must stand one after the other.
+    # pairs: token -> every listed way to make it. The ways of one token must follow one another.
     pairs, last = {}, ""
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -182,7 +182,7 @@ def ranks_of(model: dict, added: Iterable[str], name: str) -> dict[str, int]:
     for token in ranks.keys() - vocab.keys() | needed - ranks.keys():
         raise ConfigError(f"{name}: {token!r} is in its merges or in its vocabulary, but not in both")
 
-    # The two cases of the docstring, token by token.
+    # Check the two cases of the docstring, token by token.
     for token, ways in pairs.items():
         cuts = range(1, len(token)) if whole else ()
         if len(set(ways)) == sum(token[:i] in ranks and token[i:] in ranks for i in cuts):
@@ -206,7 +206,7 @@ def crossed(left: str, right: str, ranks: dict[str, int], pairs: dict[str, list]
         if ranks[left] > ranks[right] and left in pairs:
             until, left = ranks[left], pairs[left][0][1]
         elif right in pairs:
-            # plus a half: the merge at the border is further to the left, so it wins against an equal rank
+            # Add a half: the merge at the border is further to the left, so it wins against an equal rank.
             until, right = ranks[right] + 0.5, pairs[right][0][0]
         else:
             return False
@@ -255,7 +255,7 @@ def write_sentencepiece(model: Pieces) -> bytes:
         ways = [way for way in ways if way[0] in scores and way[1] in scores]
         merges += sorted(ways, key=lambda way: (model.ids[way[0]], model.ids[way[1]]))
 
-    # Spaces become SentencePiece's sign for them, and back.
+    # Spaces become SentencePiece's sign for them, and the decoder changes them back.
     steps = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -280,7 +280,7 @@ def write(special: dict[str, int], bpe: dict, **parts: dict) -> bytes:
     flags = {**dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False), "special": True}
     tokens = [{"id": id, "content": text, **flags} for text, id in special.items()]
 
-    # the library expects every key, in this order
+    # The library expects every key, in this order.
     steps = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     unset = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     off = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)

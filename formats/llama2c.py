@@ -8,7 +8,7 @@ A .bin is little-endian: seven int32 (HEADER), then FP32 tensors in the order of
 pairs of neighbouring dimensions of a head; Hugging Face's LLaMA pairs dimension i with i + Dh/2. So the rows
 of queries and keys change their order on the way, and no value changes.
 
-Its documents begin with <s> (id 1), which so ends the document before.
+Its documents begin with <s> (id 1), which therefore also ends the document before.
 """
 
 import math
@@ -35,7 +35,7 @@ BOS = 1  # <s>: run.c begins with this id and stops at it
 
 
 def parts(cfg: Model) -> list[tuple[str, tuple[int, ...]]]:
-    """Tensors in the order of the file, with their shapes; {} stands for each of the layers in turn."""
+    """Tensors in the order of the file, with their shapes; {} is the number of each layer in turn."""
     D, F, V = cfg.d_model, cfg.d_ff, cfg.vocab_size
     q, kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     tensors = [
@@ -80,7 +80,7 @@ def rotary_table(cfg: Model) -> Tensor:
 
 
 def read_model(path: Path) -> tuple[Model, Callable[[str], Tensor], float]:
-    """A .bin -> settings; a function from our name of a tensor to it; how far its rotary table is off.
+    """A .bin -> (settings, a function from our name of a tensor to it, the error of its rotary table).
 
     Raises ConfigError where the size of the file is not the one that its header demands.
     """
@@ -97,13 +97,14 @@ def read_model(path: Path) -> tuple[Model, Callable[[str], Tensor], float]:
     except ConfigError as error:
         raise ConfigError(f"{wrong}: {error}") from None
 
-    # The settings give the size. Counted by part: a damaged header may say a billion layers.
+    # The settings give the size. It is counted by part: a damaged header may say a billion layers.
     n = sum(math.prod(shape) * (cfg.n_layers if "{}" in part else 1) for part, shape in parts(cfg))
     wanted = HEADER_BYTES + 4 * n
     if size != wanted:
         said = ", ".join(f"{name}={value}" for name, value in header.items())
         raise ConfigError(f"{wrong}: it has {size:,} bytes, not the {wanted:,} of {said}")
 
+    # The tensors are views of the file.
     mapped = torch.from_file(str(path), size=size // 4, dtype=torch.float32)  # read only where it is used
     names, shapes = zip(*tensors_of(cfg))
     flat = mapped[len(HEADER) :].split([math.prod(shape) for shape in shapes])
@@ -133,8 +134,8 @@ def write_model(cfg: Model, read: Callable[[str], Tensor], path: Path) -> None:
 def read_pieces(path: str) -> list[tuple[str, float]]:
     """tok512.bin -> (piece, score) by id, as SentencePiece has them.
 
-    The file: int32 length of the longest piece; then of each piece float32 score, int32 length, UTF-8. Spaces
-    are spaces there, and <s> and </s> stand between line ends.
+    The file has the int32 length of the longest piece; then for each piece a float32 score, an int32 length
+    and the text in UTF-8. Spaces are spaces there, and <s> and </s> have a line end before and after them.
     """
     pieces, at = [], 4
     try:

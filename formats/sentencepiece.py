@@ -1,4 +1,4 @@
-"""SentencePiece models (tokenizer.model; LLaMA, baichuan): read into tables, learned, written from pieces.
+"""Reads SentencePiece models (tokenizer.model; LLaMA, baichuan) into tables, learns them, and writes them.
 
     pieces = sentencepiece.read(path.read_bytes(), str(path))          # a Pieces, or a ConfigError
     content = sentencepiece.learn(counts, vocab_size, "</s>", ())      # bytes of a tokenizer.model
@@ -30,10 +30,10 @@ class Pieces(NamedTuple):
     scores: dict[str, float]  # a BPE model merges the highest score first
     special: dict[str, int]  # pieces that no text produces
     byte_ids: dict[int, int]  # byte -> id of its piece; empty: the model has no bytes to fall back on
-    token_bytes: list[bytes]  # by id: what a piece decodes to
+    token_bytes: list[bytes]  # by id: the bytes that a piece decodes to
     adds_space: bool  # whether a space is put before every text
     rewrites: bool  # whether text is normalized
-    unknown: str  # the piece for what the vocabulary lacks
+    unknown: str  # the piece for text that the vocabulary lacks
     encode: Callable[[str], np.ndarray]  # text -> uint32 ids
 
 
@@ -54,7 +54,7 @@ def read(content: bytes, name: str) -> Pieces:
     for byte, id in byte_ids.items():
         token_bytes[id] = bytes([byte])
 
-    # What normalization does is seen on text that Unicode's forms and runs of spaces would change.
+    # Detect normalization with a text that Unicode's normal forms and runs of spaces would change.
     adds_space = "".join(model.encode("a", out_type=str)).startswith(SPACE)
     probe = "\ufb01 e\u0301  \u2460 "
     unchanged = (" " * adds_space + probe).replace(" ", SPACE)
@@ -102,9 +102,9 @@ def encoder(model: sentencepiece.SentencePieceProcessor, byte_ids: dict[int, int
 def learn(counts: dict[str, int], vocab_size: int, eot: str, special: Iterable[str]) -> bytes:
     """Learns a BPE model in LLaMA's manner: bytes to fall back on, digits one by one, text is not rewritten.
 
-    Ids: <unk>, <s>, `eot`, the special tokens, 256 bytes, pieces. `counts`: word -> how often it occurs. One
-    line a word with its count gives the trainer the same as all the text, in less memory. Raises ConfigError
-    where the trainer cannot make a vocabulary of this size.
+    Ids: <unk>, <s>, `eot`, the special tokens, 256 bytes, pieces. `counts`: word -> how often it occurs. The
+    trainer reads one line per word, with its count: it learns the same as from all the text, in less memory.
+    Raises ConfigError where the trainer cannot make a vocabulary of this size.
     """
     model = io.BytesIO()
     try:
@@ -138,7 +138,7 @@ def write(pieces: list[tuple[str, float]]) -> bytes:
     """
 
     def number(value: int) -> bytes:
-        # seven bits a byte, the lowest first; the eighth bit says that more follow
+        # Seven bits a byte, the lowest first; the eighth bit says that more follow.
         return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + number(value // 128)
 
     def field(n: int, value: int | float | bytes) -> bytes:

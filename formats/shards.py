@@ -34,7 +34,7 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
         file = open_tensors(path)
         return dict.fromkeys(file.keys(), file)
 
-    # The index: tensor name -> file. It may name only files of its own folder.
+    # The index maps tensor names to files. It may name only files of its own folder.
     try:
         file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         opened = dict.fromkeys(file_of.values())
@@ -45,6 +45,7 @@ def open_weights(folder: Path | str, stem: str = "model") -> dict:
             raise ConfigError(f"{index} names {shard!r}, which is no file of its own folder")
         opened[shard] = open_tensors(folder / shard)
 
+    # Every tensor must be in the file that the index names.
     held = {shard: set(file.keys()) for shard, file in opened.items()}
     for name, shard in file_of.items():
         if name not in held[shard]:
@@ -64,7 +65,7 @@ def open_tensors(path: Path):
         ) from None
 
 
-SHARD_BYTES = 5_000_000_000  # of tensors in one file of a checkpoint
+SHARD_BYTES = 5_000_000_000  # maximum size of the tensors in one file of a checkpoint
 
 
 def layout(
@@ -85,6 +86,6 @@ def layout(
     if len(groups) == 1:
         return {f"{stem}.safetensors": groups[0]}, {}
     files = {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
-    places = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+    file_of = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(file_of.items()))}
     return files, {f"{stem}.safetensors.index.json": json.dumps(index, indent=1).encode() + b"\n"}

@@ -1,4 +1,4 @@
-"""What several test files share: the way to the scripts, the names of the configs, a tiny config to train."""
+"""Shared by several test files: the way to the scripts, the names of the configs, a tiny config to train."""
 
 import runpy
 import shutil

@@ -78,7 +78,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, cfg, steps):
     with torch.no_grad():
         checkpoint.load_weights(folder, other)
     checkpoint.load_optimizer(folder, other, [other_adamw])
-    for _ in range(2):  # the random tokens too go on where they were
+    for _ in range(2):  # the random tokens too continue where they were
         update(other, other_adamw)
     for (name, a), b in zip(net.named_parameters(), other.parameters()):
         assert torch.equal(a, b), name
@@ -244,7 +244,7 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     assert "torch.load" not in source and "torch.save" not in source and "pickle." not in source
 
 
-# ---- while training goes on -------------------------------------------------------------------------------
+# ---- while training continues -----------------------------------------------------------------------------
 
 
 @pytest.fixture

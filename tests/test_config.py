@@ -406,7 +406,7 @@ def test_the_largest_seeds_are_those_that_torch_takes():
 
 
 def test_advice_names_the_command_that_works_for_how_the_config_was_given(recipe, tmp_path):
-    """data.py and train.py say what to run first, from another folder, and it is run as it stands."""
+    """data.py and train.py say what to run first, from another folder, and that command runs unchanged."""
     (tmp_path / "text").mkdir()
     for path in sorted((recipe.parent / "text").iterdir()):
         (tmp_path / "text" / path.name).write_text(path.read_text())

@@ -35,7 +35,7 @@ WEIGHTS = "model.safetensors"
 
 
 def run(*words) -> None:
-    """What the command line does, in this process."""
+    """Runs the command line in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["convert.py", *map(str, words)])
         convert.main()
@@ -332,7 +332,7 @@ def test_the_stories_file_comes_back_byte_for_byte(stories, tmp_path):
 
 
 def llama2c_encode(text: str, vocabulary: list[tuple[str, float]]) -> list[int]:
-    """What run.c's encode() does: characters or bytes, then the neighbours whose union scores best."""
+    """Encodes as run.c's encode() does: characters or bytes, then the neighbours whose union scores best."""
     ids_of = {piece: id for id, (piece, _) in enumerate(vocabulary)}
     ids = [ids_of[" "]] if text else []
     for character in text:
@@ -386,7 +386,7 @@ def llama2c_vocabulary() -> list[tuple[str, float]]:
 
 
 def sampled(folder: Path, *words) -> str:
-    """What the command prints, greedily."""
+    """The text that the command prints with greedy decoding."""
     with pytest.MonkeyPatch.context() as patch:
         arguments = ["sample.py", folder, "--temperature", 0, *words]
         patch.setattr(sys, "argv", list(map(str, arguments)))

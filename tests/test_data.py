@@ -231,7 +231,7 @@ def test_documents_of_a_row_and_positions_of_a_document_agree_with_brute_force(b
     stage, _, row = d.locate(np.arange(d.n_rows))
     for s in (0, 1):
         owners = [(source, id) for source, id, tokens in stream_of(d, s) for _ in tokens]
-        # of each token its number in its document
+        # for each token, its number in its document
         ends = [k for *_, tokens in stream_of(d, s) for k in range(len(tokens))]
         for position in np.flatnonzero(stage == s):
             first = row[position] * T

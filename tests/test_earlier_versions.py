@@ -99,7 +99,7 @@ def test_a_run_with_settings_under_their_old_names_resumes_evaluates_and_reports
     lines = evaluated.read_text(), memorized.read_text()
     assert verify(before / "dataset") == []
     assert "step-00000040" in run(before, "eval.py", "run")
-    assert (evaluated.read_text(), memorized.read_text()) == lines  # found again, not computed again
+    assert (evaluated.read_text(), memorized.read_text()) == lines  # found again, not recomputed
 
     run(before, "train.py", "tiny.py", "--train.steps=0")
     losses = [record["loss"] for record in files.read_lines(before / "run" / "metrics.jsonl")]

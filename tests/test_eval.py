@@ -74,7 +74,7 @@ def test_measures_equal_values_worked_out_by_hand():
         "bytes": 12,
     }
     assert evaluation.measures(1.0, 3, 0)["bits_per_byte"] is None
-    # what is reported is rounded, what is divided by is not
+    # The reported number is rounded; the divisor is not.
     measured = evaluation.measures(18 * math.log(2), 6, 32 / 3)
     assert measured["bytes"] == 10.667 and measured["bits_per_byte"] == pytest.approx(18 * 3 / 32, rel=1e-12)
     assert type(evaluation.measures(1.0, 6, 12.0000000001)["bytes"]) is int
@@ -125,7 +125,7 @@ def recipe(folder, tok, texts, seq_len=5, fraction=0.8):
 
 
 def build(folder, tok, texts, *sizes, **more):
-    """A real dataset -> it, and the texts that are held out, in reading order."""
+    """A real dataset, and the texts of its validation documents, in reading order."""
     cfg = recipe(folder, tok, texts, *sizes, **more)
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = Dataset(data.build(cfg))
@@ -139,7 +139,7 @@ def bytes_of_targets(dataset, n_rows=0):
 
 
 def by_document(dataset, held):
-    """Of each validation document: its text, its ids, and the bytes of its tokens that are targets."""
+    """For each validation document: its text, its ids, and the bytes of its tokens that are targets."""
     tok, found, end = tokenizer.load(dataset.folder), bytes_of_targets(dataset).ravel(), 0
     for text in held:
         ids = tok.encode(text)
@@ -148,7 +148,7 @@ def by_document(dataset, held):
 
 
 def exact_bytes(tok, text):
-    """Of each token of a document, by decoding longer and longer beginnings of it; and of its end, 0."""
+    """The bytes of each token of a document, by decoding longer and longer beginnings of it; its end: 0."""
     ids = tok.encode(text)
     assert tok.decode_bytes(ids) == text.encode()
     return [*np.diff([len(tok.decode_bytes(ids[:n])) for n in range(len(ids) + 1)]), 0]
@@ -181,7 +181,7 @@ def test_where_tokens_decode_to_the_text_every_token_has_its_own_bytes(tmp_path,
     first, dropped = exact[0], exact[got.size + 1 :]
     assert len(dropped) == dataset.manifest["sources"]["all"]["validation_dropped_tokens"]
     assert got.sum() == sum(len(text.encode()) for text in held) - first - sum(dropped)
-    # What the tokens decode to one by one is more: a space a document.
+    # The tokens decode to more one by one: a space for each document.
     n_starts = sum(len(part) > 0 for _, _, part in by_document(dataset, held)) - 1
     more = tok.n_bytes[rows[:, 1:]].sum() - got.sum()
     assert more == (n_starts if kind == "SentencePiece" else 0)
@@ -194,7 +194,7 @@ def test_with_nfc_every_document_has_the_bytes_of_its_text_spread_in_proportion(
     tok, texts = learn_byte_pair({"type": "NFC"}), TEXTS + [last] * 9
     (tmp_path / "first").mkdir()
     _, held = build(tmp_path / "first", tok, texts)
-    # The first one is made longer until so many tokens are dropped: the end of the last one.
+    # The first one is made longer until this number of tokens is dropped from the end of the last one.
     first, size = texts.index(held[0]), sum(len(tok.encode(text)) + 1 for text in held[1:])
     longer = (held[0] + "x" * n for n in range(99))
     texts[first] = next(text for text in longer if (len(tok.encode(text)) + size) % 24 == dropped)
@@ -295,7 +295,7 @@ def evaluate(run, sources=("code", "docs"), max_rows=0):
 
 
 def problems_of(run, cfg=None):
-    """What --check finds in a run, perhaps with another config."""
+    """The problems that --check finds in a run, perhaps with another config."""
     opened = measure.open_run(run)
     return evaluation.check(opened._replace(cfg=cfg or opened.cfg), 0)
 
@@ -559,7 +559,7 @@ def test_a_source_that_holds_nothing_out_is_named_and_the_others_are_evaluated(r
     assert told in problems_of(run, cfg)
 
 
-def test_where_nothing_is_held_out_memorization_and_page_go_on(run, monkeypatch, capsys):
+def test_where_nothing_is_held_out_memorization_and_page_continue(run, monkeypatch, capsys):
     _, dataset = hold_nothing_out(run, "code", "docs")
     code, out, errors = main(monkeypatch, capsys, run)
     assert not code, errors

@@ -1,4 +1,4 @@
-"""families.py: what is written is what the family's own class reads, and the way back is exact."""
+"""formats/families.py: the family's own class reads what is written, and the way back is exact."""
 
 import dataclasses
 import json

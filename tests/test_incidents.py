@@ -136,7 +136,7 @@ def test_a_rollback_to_the_very_start_forgets_the_moments_too(recipe, tmp_path, 
     (record,) = ledger(tmp_path / "back", "nonfinite")
     assert record["back_to"] == "step-00000000" and record["order"][0] == [0, 2 * B]
     train.train(fresh)
-    # what it learned after the rollback is what a run learns that never saw those batches
+    # After the rollback it learns what a run learns that never saw those batches.
     again = [r for r in files.read_lines(tmp_path / "back" / "metrics.jsonl") if r["step"] == 1][1]
     assert again["loss"] == metrics(tmp_path / "fresh")[0]["loss"]
     moved = [r for r in files.read_lines(tmp_path / "back" / "metrics.jsonl") if r["step"] == 2]

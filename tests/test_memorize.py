@@ -186,7 +186,7 @@ def test_counts_are_those_of_transformers(planted):
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
         theirs.load_state_dict(families.to_family(model.state_dict(), model.cfg))
         # min_new_tokens forbids the end-of-text token by setting its logit to -inf; the protocol lets it
-        # come, and goes on. So here none is told which token that is.
+        # come, and continues. So here none is told which token that is.
         theirs.generation_config.eos_token_id = None
         with torch.inference_mode():
             made = theirs.generate(

@@ -190,7 +190,7 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 # ---- groups of processes ----------------------------------------------------------------------------------
 
 DDP, FSDP, KEEP = {}, {"parallel.strategy": "fsdp"}, {"parallel.strategy": "fsdp", "parallel.reshard": False}
-HYBRID = {"parallel.strategy": "fsdp", "parallel.shard": 2}  # of four: two copies of two shards
+HSDP = {"parallel.strategy": "fsdp", "parallel.shard": 2}  # of four: two copies of two shards
 TP2, TP4 = {"parallel.tp": 2}, {"parallel.tp": 4}
 TP2_FSDP = TP2 | FSDP  # of four: two shards, of whose matrices each has half
 BF16, MUON, COMPILE = {"train.precision": "bf16"}, {"optim.optimizer": "muon"}, {"train.compile": "on"}
@@ -223,7 +223,7 @@ VARIANTS = {
     "fsdp of 3, alibi": (3, "alibi", FSDP | EVERY),
     "ddp of 4": (4, "crystal", DDP | rows(1)),
     "fsdp of 4": (4, "olmo2", FSDP),
-    "hybrid": (4, "llama", HYBRID | rows(1)),
+    "hsdp": (4, "llama", HSDP | rows(1)),
     "tp of 4": (4, "llama", TP4 | rows(6)),
     "tp in 2 copies": (4, "olmo", TP2 | SHAPED | rows(3)),
     "tp x fsdp": (4, "llama", TP2_FSDP | rows(3)),
@@ -238,7 +238,7 @@ SLOW = {
     "tp, learned positions": (2, "learned", TP2 | SHAPED),
     "tp, mup": (2, "crystal", TP2 | rows(6) | FIRST),
     "fsdp of 3, tied": (3, "olmo", KEEP | FIRST | SHAPED),
-    "hybrid, tied": (4, "olmo", HYBRID | KEEP | SHAPED | EVERY | rows(1)),
+    "hsdp, tied": (4, "olmo", HSDP | KEEP | SHAPED | EVERY | rows(1)),
     "tp x fsdp, learned": (4, "learned", TP2_FSDP),
     "tp x fsdp, bf16": (4, "pythia", TP2_FSDP | BF16),
     "tp, tied, z-loss": (2, "olmo", TP2 | SHAPED | EVERY),
@@ -361,7 +361,7 @@ def test_one_process_learns_what_float64_says_and_every_step_is_clipped(model, s
     """Noise is a few roundings, so that no mistake passes for it."""
     fp32, expected = noise(model, "fp32", *settings), exact(model, *settings)
     assert expected["norm"].min() > OPTIM["grad_clip"]
-    if settings == asked(MUON):  # which rounds three products to 8 bits in each of its five iterations
+    if settings == asked(MUON):  # Muon rounds three matmuls to 8 bits in each of its five iterations
         assert max(fp32.values()) < 5 * 3 * 2.0**-8
         return
     assert max(value for name, value in fp32.items() if name.startswith("norm of ")) < 16 * ROUNDING
@@ -426,7 +426,7 @@ def calls(world: parallel.World) -> dict[str, Tensor]:
 
 
 def odd_width(world: parallel.World) -> dict[str, Tensor]:
-    """What tensor parallel has split over rows, FSDP shards over columns: those must divide."""
+    """FSDP shards the columns of a matrix whose rows tensor parallel has split: the columns must divide."""
     cfg = make("llama", TP2_FSDP)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, d_model=35))
     with pytest.raises(ConfigError, match=r"35 wide.*does not divide by 2 shards"):
@@ -466,7 +466,7 @@ def test_alone_the_same_calls_need_nobody():
     world.leave()
 
 
-# ---- who stands where -------------------------------------------------------------------------------------
+# ---- the numbers of the processes -------------------------------------------------------------------------
 
 
 def test_the_mesh_has_a_place_for_every_process():

@@ -278,11 +278,11 @@ def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():
     assert planned_to_be_kept(AMBER, 10, True, 3, cuda=True) == 11 * n * 4 * 4096 + 21 * layer + rest
 
 
-def test_hybrid_sharding_divides_by_the_gpus_of_one_copy():
-    hybrid, P = memory.peak(amber(strategy="fsdp", shard=8, every=1), 32, cuda=True), 6_738_415_616
-    assert (hybrid["weights"], hybrid["gradients"], hybrid["optimizer"]) == (P / 2, P / 2, P)
+def test_hsdp_divides_by_the_gpus_of_one_copy():
+    hsdp, P = memory.peak(amber(strategy="fsdp", shard=8, every=1), 32, cuda=True), 6_738_415_616
+    assert (hsdp["weights"], hsdp["gradients"], hsdp["optimizer"]) == (P / 2, P / 2, P)
     one_node = memory.peak(amber(strategy="fsdp", every=1), 8, cuda=True)
-    assert hybrid == one_node  # also by accumulation: 7 micro-batches of 10 rows, and 28
+    assert hsdp == one_node  # also by accumulation: 7 micro-batches of 10 rows, and 28
     assert cost.accumulation(amber(strategy="fsdp", shard=8), 32) == 7
 
 

@@ -429,7 +429,7 @@ def test_a_new_metric_and_a_new_kind_of_evaluation_reach_the_page_by_themselves(
     page = page_of(small)
     names = {path.stem for path in (small / "figures").iterdir()}
     assert {"metric_weight_norm", "metric_norms_layers_0", "eval_task_accuracy"} <= names
-    # what never varies, the clock, counters, and what is measured once have no figure
+    # Columns that never vary, the clock, counters, and fields that are measured once have no figure.
     assert len(names) == 11 + 3
     for title in ("weight_norm", "norms/layers.0", "accuracy", "copy  0.875", "add  0.273"):
         assert f">{title}</text>" in page or f">{title.replace('  ', ' ')}</text>" in page, title

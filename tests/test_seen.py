@@ -63,7 +63,7 @@ def build(folder, sources, stages, n_documents=23, n_chunks=3, held_out=0.2):
 
 
 class ByHand:
-    """What every position trains on, token by token, from the tables and the lists of documents alone."""
+    """The tokens that every position trains on, from the tables and the lists of documents alone."""
 
     def __init__(self, d: Dataset):
         self.d, self.rows = d, {}
@@ -85,7 +85,7 @@ class ByHand:
             self.ids |= {(source, n): json.loads(line)["id"] for n, line in enumerate(lines)}
 
     def seen(self, consumed, same_files=()):
-        """Which positions a run has seen that trained on the positions `consumed`, in their order."""
+        """The positions that a run has seen after it trained on the positions `consumed`, in their order."""
         tokens = frozenset().union(*(self.rows[p] for p in consumed))
         read = {(source, self.ids[source, number]) for source, number, _ in tokens}
         return [

@@ -19,7 +19,7 @@ def rows(plan: Steps) -> list[int]:
 
 
 def played(plan: Steps) -> list[list[int]]:
-    """The rows of every step, by walking: a batch doubles as soon as so many rows have been seen."""
+    """The rows of every step, by walking: a batch doubles as soon as that number of rows has been seen."""
     left, batches, seen, size, doublings = rows(plan), [], 0, plan.batch_size, 0
     while True:
         while plan.double_rows and size < plan.largest and seen >= (doublings + 1) * plan.double_rows:

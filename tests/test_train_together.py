@@ -1,4 +1,4 @@
-"""train.py and ledger.py with several processes: they agree, they are killed, they hang, they come back."""
+"""train.py and run_folder.py with several processes: they agree, are killed, hang, and come back."""
 
 import json
 import os
