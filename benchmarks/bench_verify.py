@@ -32,7 +32,6 @@ LAYER_BYTES = 4 * (4 * WIDTH**2 + 3 * WIDTH * FF)
 def write_model(folder: Path, gb: float) -> int:
     """A model folder with its state.json, a file at a time. Returns its bytes."""
     import torch
-    from safetensors.torch import save_file
 
     import files
     import run_folder
@@ -52,7 +51,7 @@ def write_model(folder: Path, gb: float) -> int:
     places = {}
     for file, names in layout.items():
         tensors = families.to_family({name: torch.randn(shapes[name]) for name in names}, cfg)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        shards.save(tensors, folder / file)
         places |= dict.fromkeys(tensors, file)
     if len(layout) > 1:
         files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
