@@ -150,8 +150,8 @@ class World:
         # Tensor parallel first: FSDP then shards what is left of each matrix.
         if self.tp_size > 1:
             sharding.split_matrices(model, self.mesh["tp"])
-            # PyTorch 2.13 logs a warning: norms over two mesh dimensions may differ in the last bit. train.py takes
-            # their mean. This can go with the warning.
+            # PyTorch 2.13 logs a warning: norms over two mesh dimensions may differ in the last bit. The mean
+            # that train.py takes is the same everywhere. This can go with the warning.
             logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
         # Each block's forward is wrapped, not the module: hooks stay outside, names in a state dict stay as
@@ -252,12 +252,17 @@ class World:
         if self.rank == 0:
             action(*arguments)
 
+    def leave(self) -> None:
+        """Parts from the others, when all are done. A process that has an error must not wait for them."""
+        if self.size > 1:
+            rendezvous.part()
+
     def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.size > 1 and error is None:  # a process that has an error must not wait for the others
-            rendezvous.part()
+        if error is None:
+            self.leave()
 
 
 def alone() -> World:
