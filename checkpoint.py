@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import files
@@ -37,8 +36,6 @@ from sharding import bare, put, whole
 from steps import State
 
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # of each parameter
-UMASK = os.umask(0)  # permissions that new files are not given; it can only be read by setting it
-os.umask(UMASK)
 
 
 # ---- saving -----------------------------------------------------------------------------------------------
@@ -128,8 +125,7 @@ class Saving:
             for name, tensors in self.mine.items():
                 if name.startswith("model"):
                     tensors = families.to_family(tensors, self.model.cfg)
-                save_file(tensors, self.aside / name, metadata={"format": "pt"})
-                (self.aside / name).chmod(0o666 & ~UMASK)  # safetensors makes files for their owner alone
+                shards.save(tensors, self.aside / name)
             for name in (*self.small, *self.mine):
                 files.sync(self.aside / name)
                 self.hashes[name] = files.sha256(self.aside / name)

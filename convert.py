@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 import configurator
@@ -39,7 +38,7 @@ import files
 import integrity
 import tokenizer as tokenizers
 from config import ConfigError, Model
-from formats import families, llama2c, sentencepiece
+from formats import families, llama2c, sentencepiece, shards
 from formats.llama2c import BOS
 from formats.sentencepiece import CONTROL
 from model import Transformer
@@ -98,8 +97,7 @@ def write_folder(source: Source, folder: Path, hf: dict, dtype: torch.dtype, sha
     layout, index = families.layout(shapes, source.cfg, family, dtype.itemsize, shard_bytes)
     for file, names in layout.items():
         tensors = families.to_family({name: source.read(name) for name in names}, source.cfg, family)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read its files
+        shards.save(tensors, folder / file)
     for name, content in index.items():
         files.write(folder / name, content)
 

@@ -136,10 +136,7 @@ def schedule(cfg: Config, tokens: float = 0) -> Schedule | None:
         n_rows, chunks = rows_of_tokens(cfg, int(tokens or cfg.data.expected_tokens))
     else:
         return None
-    if n_rows < cfg.train.batch_size:
-        raise ConfigError(
-            f"{cfg.dataset} has {n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
-        )
+    check_rows(cfg, n_rows)
 
     # Annealing continues the plan of its origin, from the origin's step on.
     plan, begin, assumed = steps.plan_of(cfg, n_rows), 0, ""
@@ -219,6 +216,14 @@ def left_on_disk(cfg: Config, saved: list[int], kept: set[int]) -> list[int]:
         deleted = run_folder.deleted_steps(cfg, here, kept)
         here = [step for step in here if step not in deleted]
     return here
+
+
+def check_rows(cfg: Config, n_rows: int) -> None:
+    """Raises ConfigError where there are fewer rows than a batch has."""
+    if n_rows < cfg.train.batch_size:
+        raise ConfigError(
+            f"{cfg.dataset} has {n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
+        )
 
 
 def check_warmup(cfg: Config, plan: Steps) -> None:

@@ -150,7 +150,8 @@ def alibi_slopes(n_heads: int) -> list[float]:
 
 # flex attention for each type of device. `block_mask` fills it before the first layer runs: importing the
 # function loads the compiler, which takes seconds, and a functools.cache around the import would be called
-# inside the compiled layers, where Dynamo warns about it and ignores the cache.
+# inside the compiled layers, where Dynamo (PyTorch 2.13) warns about it and ignores the cache. It can become
+# such a cache when Dynamo follows one.
 FLEX_ATTENTION: dict[str, Callable] = {}
 
 

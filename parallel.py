@@ -21,8 +21,8 @@ by PyTorch's own DDP, FSDP2 and tensor parallel; model.py knows nothing of it.
 import contextlib
 import datetime
 import functools
+import logging
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -130,8 +130,9 @@ class World:
         # Tensor parallel first: FSDP then shards what is left of each matrix.
         if self.tp_size > 1:
             sharding.split_matrices(model, self.mesh["tp"])
-            # PyTorch: norms over two mesh dimensions may differ in the last bit; train.py takes their mean.
-            warnings.filterwarnings("ignore", message=".*_NormPartial")
+            # PyTorch 2.13 logs a warning: norms over two mesh dimensions may differ in the last bit. The mean
+            # that train.py takes is the same everywhere. This can go with the warning.
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
         # Each block's forward is wrapped, not the module: hooks stay outside, names in a state dict stay as
         # they are, and all blocks, being the same code, share one compilation.
@@ -262,9 +263,7 @@ def start(train: Train, settings: Parallel) -> World:
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a bug check that costs a pass over memory
-        )
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, for a pass over memory
     if here.type == "cuda":
         torch.cuda.set_device(here)
         if dtype == torch.bfloat16:  # the few matmuls outside autocast may then be TF32; fp32 means FP32
@@ -280,6 +279,6 @@ def start(train: Train, settings: Parallel) -> World:
         rendezvous.meet("nccl" if here.type == "cuda" else "gloo", timeout)
         if sharded:
             mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
-            for group in mesh.get_all_groups():  # groups of a mesh do not inherit the timeout
+            for group in mesh.get_all_groups():  # PyTorch 2.13: they do not inherit it; can go when they do
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
     return World(rendezvous.rank(), n, here, dtype, shape, sharded, mesh)

@@ -130,10 +130,7 @@ def open_dataset(cfg: Config) -> Dataset:
                 f"({theirs.sha256[:12]}); use the dataset's own, --tokenizer.path={cfg.dataset}, or build "
                 f"another dataset with yours: {cfg.again('data.py')} --dataset=FOLDER"
             )
-    if dataset.n_rows < cfg.train.batch_size:
-        raise ConfigError(
-            f"{cfg.dataset} has {dataset.n_rows} rows, train.batch_size={cfg.train.batch_size}: not one step"
-        )
+    cost.check_rows(cfg, dataset.n_rows)
     return dataset
 
 

@@ -32,7 +32,6 @@ LAYER_BYTES = 4 * (4 * WIDTH**2 + 3 * WIDTH * FF)
 def write_model(folder: Path, gb: float) -> int:
     """A model folder with its state.json, a file at a time. Returns its bytes."""
     import torch
-    from safetensors.torch import save_file
 
     import files
     import run_folder
@@ -46,16 +45,14 @@ def write_model(folder: Path, gb: float) -> int:
     files.write_json(folder / "config.json", families.hf_config(cfg, 0))
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Transformer(cfg).state_dict().items()}
-    layout = shards.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
+    layout, index = shards.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
 
     # Write the files: random numbers.
-    file_of = {}
     for file, names in layout.items():
         tensors = families.to_family({name: torch.randn(shapes[name]) for name in names}, cfg)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        file_of |= dict.fromkeys(tensors, file)
-    if len(layout) > 1:
-        files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": file_of})
+        shards.save(tensors, folder / file)
+    for name, content in index.items():
+        files.write(folder / name, content)
 
     # Write the hashes that integrity.py compares them with.
     hashes = {path.name: files.sha256(path) for path in folder.iterdir()}

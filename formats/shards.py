@@ -4,15 +4,19 @@
     tensors["lm_head.weight"].get_tensor("lm_head.weight")                 # only now bytes are read
     shards.layout("model", {"a.weight": 400, "b.weight": 300}, limit=500)  # which tensors in which file
 
-This is the only reader of such files. No pickle is ever opened: opening one can run any code.
+Only this file reads and writes such files. No pickle is ever opened: opening one can run any code.
 """
 
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from config import ConfigError
+
+UMASK = os.umask(0)  # permissions that new files are not given; it can only be read by setting it
+os.umask(UMASK)
 
 
 def open_weights(folder: Path | str, stem: str = "model") -> dict:
@@ -63,6 +67,17 @@ def open_tensors(path: Path):
         raise ConfigError(
             f"{path} cannot be read: {error}; if it is damaged, get it again, or take its folder away"
         ) from None
+
+
+def save(tensors: dict, path: Path) -> None:
+    """Writes a safetensors file, with the permissions of any new file.
+
+    safetensors 0.8 makes files for their owner alone. The chmod, and UMASK, can go when it no longer does.
+    """
+    from safetensors.torch import save_file  # imports torch, which those who only read sizes need not
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~UMASK)
 
 
 SHARD_BYTES = 5_000_000_000  # maximum size of the tensors in one file of a checkpoint

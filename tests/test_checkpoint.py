@@ -247,16 +247,22 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
 # ---- while training continues -----------------------------------------------------------------------------
 
 
+def test_a_file_of_weights_has_the_permissions_of_any_new_file(tmp_path):
+    shards.save({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 @pytest.fixture
 def slow_disk(monkeypatch):
     """Files are written when the test says so."""
-    write, gate = checkpoint.save_file, threading.Event()
+    write, gate = shards.save, threading.Event()
 
-    def later(*arguments, **named):
+    def later(*arguments):
         assert gate.wait(30)
-        write(*arguments, **named)
+        write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", later)
+    monkeypatch.setattr(shards, "save", later)
     return gate
 
 
@@ -303,14 +309,14 @@ def test_a_disk_that_fails_in_the_background_is_told_and_leaves_the_last_checkpo
 ):
     net, adamw = trained(LLAMA)
     conftest.save(tmp_path, net, [adamw], state(3), {})
-    write = checkpoint.save_file
+    write = shards.save
 
-    def fails(tensors, path, **named):
+    def fails(tensors, path):
         if path.name.startswith("optimizer"):
             raise error
-        write(tensors, path, **named)
+        write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(shards, "save", fails)
     saving = checkpoint.Saving(tmp_path, net, [adamw])
     saving.begin(State(**state(4)))
     with pytest.raises(OSError, match=rf"step 4 is not saved: process 0: .*{error.strerror}"):

@@ -26,7 +26,7 @@ import optim
 import sample
 import tokenizer
 from config import Model, Optim
-from formats import families
+from formats import families, shards
 from model import Transformer
 
 STORIES = Path(__file__).parents[2] / "shared" / "assets" / "stories260K"
@@ -609,20 +609,20 @@ def test_a_bad_llama2c_file_or_tokenizer_is_refused(tmp_path, capsys):
 def test_a_full_disk_leaves_nothing_behind(tmp_path, llama, capsys, monkeypatch):
     before = everything(tmp_path)
 
-    def full(tensors, path, metadata):
+    def full(tensors, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "save_file", full)
+    monkeypatch.setattr(shards, "save", full)
     assert "No space left" in refused(capsys, llama, tmp_path / "out") and everything(tmp_path) == before
 
 
 def test_a_kill_leaves_no_target_and_the_next_call_cleans_up(tmp_path, llama):
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import convert\n"
-        "def dies(tensors, path, metadata):\n"
+        "def dies(tensors, path):\n"
         "    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "convert.save_file = dies; convert.main()"
+        "convert.shards.save = dies; convert.main()"
     )
     killed = subprocess.run([sys.executable, "-c", code, ROOT, llama, tmp_path / "out"])
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
