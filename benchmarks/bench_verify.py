@@ -44,7 +44,7 @@ def write_model(folder: Path, gb: float) -> int:
     files.write_json(folder / "config.json", families.hf_config(cfg, 0))
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Transformer(cfg).state_dict().items()}
-    layout = shards.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
+    layout, _ = shards.layout("model", {name: 4 * shape.numel() for name, shape in shapes.items()})
 
     # Write the files: random numbers.
     file_of = {}
