@@ -10,7 +10,7 @@ them. A checkpoint is written into a hidden folder beside the others and renamed
 disk. A folder without state.json is incomplete and ignored. Nothing is pickled: it is safe to open a
 stranger's.
 
-Whoever reads a checkpoint through this file compares its files with the hashes in state.json (integrity.py).
+All readers in this file compare a checkpoint's files with the hashes in state.json (integrity.py).
 run_folder.py lists the checkpoints of a run.
 """
 
@@ -71,7 +71,7 @@ class Saving:
         self.aside = self.folder / f".step-{state.step:08d}"
         self.world.once(self.make_folder)
 
-        # Which tensors go into which file.
+        # Choose the file of each tensor.
         cfg, weights = self.model.cfg, dict(self.model.state_dict())
         moments = optimizer_tensors(self.model, self.optimizers)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in moments.items()}
@@ -91,7 +91,7 @@ class Saving:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
 
-        # The small files are the first process's.
+        # The first process writes the small files.
         self.small: dict[str, bytes] = {}
         if self.world.rank == 0:
             hf_config = json.dumps(families.hf_config(cfg, state.eot), indent=1) + "\n"
@@ -107,7 +107,7 @@ class Saving:
 
     def make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".step-*"):  # of a save that was killed
+        for left in self.folder.glob(".step-*"):  # left by a killed save
             shutil.rmtree(left, ignore_errors=True)
         self.aside.mkdir()
 
@@ -198,7 +198,7 @@ def optimizer_tensors(model: Transformer, optimizers: list) -> dict[str, torch.T
 
 
 def load(folder: Path | str, model: nn.Module, optimizers: list, verify: bool, world: World) -> None:
-    """Weights, moments and random generators of a checkpoint, in place: with its State, all of a run."""
+    """Loads weights, moments and random generators in place: with the State, resumption is exact."""
     load_weights(folder, model, verify, world)
     load_optimizer(folder, model, optimizers, verify, world)
 
@@ -206,7 +206,7 @@ def load(folder: Path | str, model: nn.Module, optimizers: list, verify: bool, w
 def load_weights(
     folder: Path | str, model: nn.Module, verify: bool = True, world: World | None = None
 ) -> None:
-    """The weights of a model folder into a model, in place. ConfigError unless names and shapes agree.
+    """Loads the weights of a model folder into a model. ConfigError unless names and shapes agree.
 
     With `verify` the hashes too must be those of state.json, here and in all functions below.
     """
@@ -219,13 +219,13 @@ def load_weights(
 def load_optimizer(
     folder: Path | str, model: nn.Module, optimizers: list, verify: bool = True, world: World | None = None
 ) -> None:
-    """The optimizers as they were saved, and the random generators, in place."""
+    """Restores the optimizers and the random generators, in place."""
     with compared(folder, "optimizer", verify, world):
         tensors = shards.open_weights(folder, "optimizer")
         names = {parameter: name for name, parameter in bare(model).named_parameters()}
         for optimizer in optimizers:
             if set(tensors) <= {"random.cpu", "random.cuda"}:
-                optimizer.state.clear()  # step 0: nothing has moved yet, or not any more
+                optimizer.state.clear()  # step 0: no moments yet, or none after a rollback to it
                 continue
             kind = type(optimizer).__name__
             for group in optimizer.param_groups:
@@ -237,7 +237,7 @@ def load_optimizer(
 
 
 def moments_of(tensors: dict, kind: str, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What an optimizer kept of one parameter."""
+    """The saved state of an optimizer for one parameter."""
     out = {}
     for key in MOMENTS[kind]:
         stored = f"{key}.{name}"

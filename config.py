@@ -27,9 +27,9 @@ from configurator import ConfigError, choose, did_you_mean, to_dict, unknown  # 
 
 
 class Purpose(enum.Flag):
-    """What a setting is for. Purposes combine with |; a setting without one is an error in the tests."""
+    """The purpose of a setting. Purposes combine with |; a setting without one is an error in the tests."""
 
-    DATASET = 1  # decides what the dataset is: asked when a dataset is built again or compared
+    DATASET = 1  # decides what the dataset is: used when a dataset is built again or compared
     LEARNED = 2  # decides what a run learns: may not change when the run resumes
     WEIGHTS = 4  # decides what weights mean: must agree with the model that --init_from names, and so must
     # model.seq_len where positions are learned; what decides this decides also what is learned
@@ -282,7 +282,7 @@ class Train:
     # spike: loss or gradient norm more than this many deviations above the median of the last spike_window
     # steps (robust: 1.4826 x the median absolute deviation); 0: only what is not finite is an incident
     spike_z: float = setting(0.0, RUN, least=0)
-    spike_window: int = setting(128, RUN, least=4)  # no spikes are looked for before this many steps
+    spike_window: int = setting(128, RUN, least=4)  # no step is judged as a spike before this many
     # after an incident: stop; skip the update; defer the rest of the chunk to the end (K2); or roll back to a
     # checkpoint and leave batches out (PaLM, GLM-130B)
     on_incident: Literal["stop", "skip", "defer", "rollback"] = setting("stop", RUN)

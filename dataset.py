@@ -3,7 +3,7 @@
     from dataset import Dataset
     d = Dataset("datasets/demo")
     d.rows(first=16_000, count=16)            # token ids of 16 rows of the order, int64 (16, seq_len + 1)
-    d.documents(position=16_000)              # which documents the first of these rows holds
+    d.documents(position=16_000)              # the documents in the first of these rows
     d.positions("code", "email/parser.py")    # every position at which that file is trained on
 
 The order. All documents of a stage, each followed by the end-of-text token, are one stream of tokens. With

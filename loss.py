@@ -76,7 +76,7 @@ class VocabularyLoss(torch.autograd.Function):
             # The loss. The largest logit is subtracted first, so that exp cannot overflow.
             x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
             keep = target != IGNORE
-            target = target.masked_fill(~keep, 0)  # an index that gather and scatter can use
+            target = target.masked_fill(~keep, 0)  # a valid index for gather and scatter
             z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V) logits
             peak = z.amax(1, keepdim=True)
             chosen = z.gather(1, target) - peak

@@ -156,7 +156,7 @@ class Attention(nn.Module):
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """Casts what several matmuls read: autocast would cast, and keep a copy for backward, once for each."""
+    """Casts the input of several matmuls once: autocast would cast it, and keep a copy, for each of them."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The matrix that turns the last hidden states into logits: (V, D)."""
+        """The matrix that maps the last hidden states to logits: (V, D)."""
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:

@@ -180,7 +180,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def update(model: nn.Module, optimizers: list, lr: float, grad_norm: float, limit: float) -> None:
-    """Moves the weights by the gradient, clipped to `limit`, and drops the gradient."""
+    """Updates the weights by the gradient, clipped to `limit`, and drops the gradient."""
     clip_gradients(model, grad_norm, limit)
     for optimizer in optimizers:
         set_lr(optimizer, lr)

@@ -1,4 +1,4 @@
-"""One process or many: who am I, on which device, in which precision; and what all processes do together.
+"""One process or many: rank, device, precision; and the actions that all processes take together.
 
 Ranks are known here, and in checkpoint.py, which deals files out to processes. All other files say
 `world.sum(...)` or `world.once(...)` and are the same program on a laptop and on many nodes. torchrun starts
@@ -218,7 +218,7 @@ class World:
             raise problem
 
     def first(self, function: Callable, *arguments) -> object:
-        """function(*arguments) of the first process, told to all: what each reads for itself might differ."""
+        """function(*arguments) in the first process, sent to all: their own results might differ."""
         told = [None]
 
         def ask():
@@ -237,7 +237,7 @@ class World:
             action(*arguments)
 
     def leave(self) -> None:
-        """Parts from the others, when all are done. A process that has an error must not wait for them."""
+        """Leaves the process group when all processes are done. A process with an error must not wait."""
         if self.size > 1:
             rendezvous.part()
 
@@ -255,11 +255,11 @@ def alone() -> World:
 
 
 def start(train: Train, settings: Parallel) -> World:
-    """Meets the other processes. Raises ConfigError before that where the device is not to be had."""
+    """Joins the process group. Raises ConfigError first if the device does not exist."""
     here, n = device(train.device), rendezvous.world_size()
     dtype, shape = precision(train.precision, here), mesh_shape(settings, n)
 
-    # This process: its device, its arithmetic.
+    # Set up this process: device and arithmetic.
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -271,7 +271,7 @@ def start(train: Train, settings: Parallel) -> World:
     else:
         hardware.keep_freed_memory()
 
-    # All processes: the process group, and a mesh where something is sharded.
+    # Set up all processes: the process group, and a mesh where something is sharded.
     sharded = n > 1 and (settings.strategy == "fsdp" or settings.tp > 1)
     mesh = None
     if n > 1:

@@ -29,7 +29,7 @@ class Steps:
     ranges: Ranges
     batch_size: int  # rows in the first batch
     double_rows: int = 0  # the batch doubles each time this many rows have been consumed; 0: never
-    largest: int = 0  # and it does not grow beyond this many rows
+    largest: int = 0  # rows of the largest batch
     stop: int = 0  # train.steps or annealing end the run after this many steps; 0: the data end it
 
     @property
@@ -85,8 +85,8 @@ class Steps:
     def steps_of(self, position: int, skipped: Ranges = ()) -> list[int]:
         """The step that trains on a position, as `batch` counts them; [] if none does.
 
-        None does where the position was left out, is in the rest after the last step, or is in `skipped`, the
-        batches that moved no weight (they are in state.json).
+        No step does if the position was left out, comes after the last step, or is in `skipped`: the batches
+        whose update was skipped, which are in state.json.
         """
         before = 0  # rows consumed before the range at hand
         for first, end in self.ranges:
@@ -182,7 +182,7 @@ def joined(ranges: Ranges) -> Ranges:
 class State:
     """Where a run is: the fields of state.json. Saving writes it, resuming reads it."""
 
-    format: int = 1  # of the file; run_folder.py refuses any other
+    format: int = 1  # the file's format; run_folder.py refuses any other
     step: int = 0  # finished updates
     begin: int = 0  # the step at which this run began: 0, or that of the checkpoint it anneals from
     rows: int = 0  # rows of the plan that have been consumed
@@ -213,7 +213,7 @@ class State:
         self.chunk = plan.newest_chunk(chunks, self.step)
 
     def remember(self, loss: float, grad_norm: float, cfg: Config) -> None:
-        """Keeps what the next steps are judged by, where spikes are judged."""
+        """Keeps the loss and gradient norm by which the next steps are judged, if spikes are judged."""
         if cfg.train.spike_z:
             self.recent = [*self.recent, (loss, grad_norm)][-cfg.train.spike_window :]
 
@@ -227,7 +227,7 @@ def schedule_length(cfg: Config, n_steps: int) -> int:
 
 
 def schedule_position(cfg: Config, plan: Steps, step: int) -> int:
-    """Where in its schedule the learning rate is after `step` finished steps, in steps or in tokens."""
+    """The position of the learning rate in its schedule after `step` finished steps, in steps or tokens."""
     return plan.consumed(step) * cfg.model.seq_len if cfg.optim.schedule_tokens else step
 
 
@@ -239,7 +239,7 @@ def checkpoint_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]]) ->
 
 
 def kept_steps(cfg: Config, plan: Steps, chunks: list[tuple[int, int]], begin: int) -> set[int]:
-    """Those of them that train.keep_others never deletes: first, last, ends of chunks, powers of two."""
+    """Steps whose checkpoints train.keep_others never deletes: first, last, chunks' ends, powers of two."""
     kept = {0, begin, plan.last_step}
     if cfg.train.checkpoint_chunks:
         kept |= set(plan.chunk_steps(chunks))

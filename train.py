@@ -1,11 +1,11 @@
 """The training loop, the only one: rows in training order -> checkpoints, one at the end of every data chunk.
 
     python train.py configs/demo.py                              # one process
-    python train.py demo --init_from=models/mine --run=runs/new  # from weights that are there
+    python train.py demo --init_from=models/mine --run=runs/new  # from existing weights
     torchrun --nproc_per_node=8 -- train.py configs/7b.py        # eight GPUs, the same program
-    torchrun --nproc_per_node=8 --max-restarts=9 -- train.py 7b  # and again by itself when a process dies
+    torchrun --nproc_per_node=8 --max-restarts=9 -- train.py 7b  # restarts when a process dies
     python train.py demo --profile                               # three steps, in runs/demo/trace.json
-    python train.py 7b --anyway                                  # although plan.py says that it does not fit
+    python train.py 7b --anyway                                  # even if plan.py says that it does not fit
 
 Reads the dataset folder that data.py built. Writes the run folder (run_folder.py lists its files). Ctrl-C and
 SIGTERM save a checkpoint and end the run. The same command again continues from the newest complete
@@ -134,7 +134,7 @@ def learning_rate(cfg: Config, plan: Steps, n_steps: int, begin: int, step: int)
 
 
 class Run(NamedTuple):
-    """What a training works with from its first step to its last."""
+    """The objects that a training uses from its first step to its last."""
 
     cfg: Config
     world: World
@@ -143,7 +143,7 @@ class Run(NamedTuple):
     optimizers: list[torch.optim.Optimizer]
     saving: checkpoint.Saving
     chunks: list[tuple[int, int]]  # (first, end) position of each
-    n_steps: int  # of all the data, whatever an incident leaves out later: the length of the schedule
+    n_steps: int  # of all the data, before any incident: the length of the schedule
 
 
 def train(
@@ -229,7 +229,7 @@ def train(
 
 def save(run: Run, state: State, plan: Steps) -> None:
     """Begins to save the state of the step just finished; train.save_async=false waits for it."""
-    complete_save(run, plan)  # of the checkpoint before
+    complete_save(run, plan)  # of the previous checkpoint
     run.saving.begin(state)
     if not run.cfg.train.save_async:
         complete_save(run, plan)
@@ -292,7 +292,7 @@ def build(cfg: Config, world: World, eot: int | None) -> tuple[nn.Module, list[t
 def build_run(
     cfg: Config, start: preflight.Start, world: World, state: State, source: run_folder.Checkpoint | None
 ) -> Run:
-    """The model with its weights, and what else a training works with."""
+    """The model with its weights, and the other fields of Run."""
     dataset = start.dataset
     model, optimizers = build(cfg, world, state.eot)
     if source:  # also the state of the random generators
@@ -318,7 +318,7 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
         preflight.check_memory(cfg, anyway="--anyway" in flags)
         number = train(cfg, profile="--profile" in flags)
     if number:
-        sys.exit(128 + number)  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
+        sys.exit(128 + number)  # the shell's convention: 130 after Ctrl-C, 143 after SIGTERM
 
 
 if __name__ == "__main__":
