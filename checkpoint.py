@@ -264,3 +264,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu", verify: b
         with torch.no_grad():
             load_weights(folder, model, verify=False)
     return model.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":  # its command went to another file
+    raise SystemExit("error: this file is not run; python audit.py RUN compares all checkpoints of a run")

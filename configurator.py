@@ -754,6 +754,8 @@ def take_flags(argv: list[str], known: dict[str, str]) -> dict[str, str]:
     given = {}
     for argument in list(argv):
         flag, equals, value = argument.partition("=")
+        if flag == "--benchmark":  # of train.py, before it became a script
+            raise ConfigError("--benchmark is a script of its own now: python benchmark.py CONFIG --steps N")
         if flag not in known:
             continue
         # The value comes after "=", or is the next argument.

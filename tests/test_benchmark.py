@@ -174,3 +174,10 @@ def test_the_parts_of_the_gpu_script_run_in_miniature_on_a_cpu(tmp_path, monkeyp
     parts = ("precision", "attention", "deterministic")  # the others call scripts that are tested above
     result = run("--cpu-smoke", "--only", *parts, script="benchmarks/gpu.py")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+def test_the_earlier_commands_say_what_to_run_now(recipe):
+    result = run(recipe, "--benchmark", "30", script="train.py")
+    assert result.returncode == 2 and "python benchmark.py CONFIG --steps N" in result.stderr
+    result = run("verify", "runs/demo", script="checkpoint.py")
+    assert result.returncode == 1 and "python audit.py RUN" in result.stderr
