@@ -60,8 +60,9 @@ from steps import State, Steps
 def next_token_loss(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
     """rows (b, T+1) of token ids -> sums over their b x T targets, by name.
 
-    The gradient is that of "loss", in nats. Every other sum that a loss_fn returns is added up over all
-    processes, divided by the number of targets and logged under its name: console, metrics.jsonl, page.
+    The gradient is that of "loss", in nats. Every other sum over the rows that a loss_fn returns is added up
+    over all processes, divided by the number of targets and logged under its name: console, metrics.jsonl,
+    page.
     """
     return {"loss": model(rows[:, :-1], rows[:, 1:])}
 
@@ -84,7 +85,9 @@ def forward_backward(
             # micro-batches differ in targets. dp_size undoes the average that DDP and FSDP make of gradients.
             (parts["loss"] * (world.dp_size / n_targets)).backward()
         for name, value in parts.items():
-            sums[name] = sums.get(name, 0) + value.detach()
+            # Under tensor parallel the loss is that of this process's tokens, other sums are of whole rows.
+            part = value.detach() if name == "loss" else value.detach() / world.tp_size
+            sums[name] = sums.get(name, 0) + part
     return sums
 
 

@@ -96,6 +96,11 @@ def batches() -> list[Tensor]:
 N_TOKENS = ROWS * LLAMA["seq_len"]  # of a batch
 
 
+def loss_and_small_ids(model, rows: Tensor) -> dict[str, Tensor]:
+    """The loss, and a count beside it."""
+    return {**train.next_token_loss(model, rows), "small": (rows[:, 1:] < 20).sum()}
+
+
 def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
     """STEPS updates as train.py makes them -> what came of it, the same on every process, by name.
 
@@ -107,9 +112,10 @@ def learn(cfg: Config, world: parallel.World) -> dict[str, Tensor]:
     seen = {}
     for batch in batches():
         rows = batch[world.share(ROWS)]
-        sums = train.forward_backward(model, rows, N_TOKENS, train.next_token_loss, world, cfg)
+        sums = train.forward_backward(model, rows, N_TOKENS, loss_and_small_ids, world, cfg)
         # tp - 1 neighbours have other tokens of the same rows: their losses add up as those of other rows do
-        loss, norm = world.sum(sums["loss"], optim.grad_norm(model))
+        loss, small, norm = world.sum(sums["loss"], sums["small"], optim.grad_norm(model))
+        assert small == pytest.approx((batch[:, 1:] < 20).sum().item())  # each target once
         norm /= world.size
         seen.setdefault("loss", []).append(loss / N_TOKENS)
         seen.setdefault("norm", []).append(norm)
