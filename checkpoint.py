@@ -126,6 +126,7 @@ class Saving:
                 if name.startswith("model"):
                     tensors = families.to_family(tensors, self.model.cfg)
                 shards.save(tensors, self.aside / name)
+            # Every byte is on the disk before the folder gets its name.
             for name in (*self.small, *self.mine):
                 files.sync(self.aside / name)
                 self.hashes[name] = files.sha256(self.aside / name)
@@ -143,10 +144,12 @@ class Saving:
         """
         if self.thread is None:
             return None
+        # Wait for the threads of all processes.
         while self.world.sum(self.busy())[0]:  # a slow disk may take longer than a collective may wait
             time.sleep(0.01)
         self.thread.join()
         self.thread = None
+        # Where one failed, nothing is saved; else the hashes go into the state, and the folder gets its name.
         told = self.world.collect((self.error, self.hashes))
         errors = [error for error, _ in told if error]
         if errors:
@@ -231,6 +234,7 @@ def load_optimizer(
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter] = moments_of(tensors, kind, names[parameter], parameter)
+        # The random generators.
         torch.set_rng_state(tensors["random.cpu"].get_tensor("random.cpu"))
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"].get_tensor("random.cuda"))

@@ -100,6 +100,7 @@ def parameter_groups(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> li
         inner = name.startswith("layers.") and p.ndim > 1
         for_muon = inner and cfg.optimizer == "muon"
         groups.setdefault((decays, mup_scale if inner else 1.0, for_muon), []).append(p)
+    # A model whose layers have another name would silently get no muP and no Muon.
     if mup_scale != 1 or cfg.optimizer == "muon":
         assert any(scale != 1 or for_muon for _, scale, for_muon in groups), "no matrix is named layers.*"
 

@@ -88,6 +88,7 @@ class Steps:
         No step does if the position was left out, comes after the last step, or is in `skipped`: the batches
         whose update was skipped, which are in state.json.
         """
+        # Find the range that holds the position, and the step that consumes that row of the plan.
         before = 0  # rows consumed before the range at hand
         for first, end in self.ranges:
             if first <= position < end:

@@ -275,6 +275,7 @@ def where_to_start(
         integrity.check_state(source, cfg, dataset.manifest, dataset.sha256)
         state = State.read(source.state)
         state.begin = state.begin if found else state.step
+    # What the state says of the data and the processes is what they are now.
     state.eot, state.world_size = dataset.manifest["eot"], world.size
     state.dataset_sha256, state.tokenizer_sha256 = dataset.sha256, dataset.manifest["tokenizer"]["sha256"]
     plan = steps.plan_of(cfg, dataset.n_rows, state.order, state.begin)
