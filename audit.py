@@ -27,7 +27,7 @@ from config import Config, ConfigError, load_run
 from formats.families import end_of_text, hf_config, model_config, read_config, reader, settings
 from formats.shards import open_weights
 from model import Transformer
-from run_folder import read, step_number
+from run_folder import read, recorded, step_number
 
 
 def audit(run: Path | str) -> bool:
@@ -51,7 +51,8 @@ def audit(run: Path | str) -> bool:
             bad += 1
         elif path.name.startswith("step-"):
             good.append(path.name)
-        for said in problems or [f"whole, {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"]:
+        unrecorded = ", and the ledger has no hash of its state.json" * (path.name not in recorded(run))
+        for said in problems or [f"whole, {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB{unrecorded}"]:
             configurator.show(f"{path.name}  {'DAMAGED: ' * bool(problems)}{said}")
     configurator.show(f"the newest whole checkpoint is {good[-1]}" if good else "no checkpoint is whole")
     return bool(good) and not bad

@@ -596,7 +596,7 @@ def load_run(kind: type, run: str | Path) -> typing.Any:
     """The config that a run folder was made with. Raises ConfigError where there is none."""
     path = Path(run) / "config.json"
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(about, dict) and "model_type" in about:
             raise ConfigError("this is a model folder or a checkpoint, not a run folder")
         return from_dict(kind, about["config"])

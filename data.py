@@ -166,7 +166,7 @@ def check_same(config: Config, folder: Path, tok: "tokenizer.Tokenizer", inputs:
     # Compare the input files. There is no record of them when the folder came from another machine.
     record = folder / "inputs.json"
     if not differs and record.exists():
-        for name, had in json.loads(record.read_text())["sources"].items():
+        for name, had in json.loads(record.read_text(encoding="utf-8"))["sources"].items():
             now = inputs[name]
             changed = sorted({path for path, *_ in set(map(tuple, had)) ^ set(map(tuple, now))})
             if not changed:

@@ -1,7 +1,7 @@
 """Evaluates every checkpoint: loss, perplexity and bits per byte of validation rows; and memorization.
 
     python eval.py runs/demo            # every checkpoint; also computes memorize.py's score
-    python eval.py runs/demo --checkpoint 640 --source code --max_rows 50 --no-memorization
+    python eval.py runs/demo --checkpoint 605 --source code --max_rows 50 --no-memorization
     python eval.py runs/demo --check    # also exits with 1 unless the run is whole and good enough
     torchrun --nproc_per_node=8 -- eval.py runs/demo      # the same on eight GPUs
     python eval.py models/mine --dataset datasets/mine    # loss of any model folder, printed only

@@ -1,7 +1,7 @@
 """The memorization score: how much of its training text a checkpoint can recite.
 
     python memorize.py runs/demo                                # every checkpoint x every chunk
-    python memorize.py runs/demo --checkpoint 640 --chunks 0 3  # some of them
+    python memorize.py runs/demo --checkpoint 605 --chunks 0 3  # some of them
 
 The protocol is that of Analysis360 (LLM360 section 4.3; Biderman et al. 2023). A row's first k tokens are the
 prompt. Greedy decoding continues it by exactly l tokens; an end-of-text token in between does not stop it.

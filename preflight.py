@@ -131,6 +131,12 @@ def open_dataset(cfg: Config) -> Dataset:
                 f"another dataset with yours: {cfg.again('data.py')} --dataset=FOLDER"
             )
     cost.check_rows(cfg, dataset.n_rows)
+
+    # The chunks, by their size: training opens the last of them only at its end.
+    for chunk in dataset.manifest["chunks"]:
+        path, n_bytes = dataset.folder / chunk["file"], dataset.manifest["file_bytes"].get(chunk["file"])
+        if not path.is_file() or path.stat().st_size != n_bytes:
+            raise ConfigError(f"{path} is missing, or has not the manifest's size; try: {dataset.check}")
     return dataset
 
 
@@ -164,14 +170,15 @@ def open_origin(cfg: Config, dataset: Dataset) -> Path | None:
         raise ConfigError(f"--init_from={cfg.init_from} is a model with other settings; add {settings}")
     tokenizers.check_same(folder, dataset.folder)
     if cfg.optim.anneal_steps:
-        check_annealing(cfg, dataset, run_folder.read(folder).state)
+        check_annealing(cfg, dataset, run_folder.read(folder))
     return folder
 
 
-def check_annealing(cfg: Config, dataset: Dataset, state: dict) -> None:
+def check_annealing(cfg: Config, dataset: Dataset, c: Checkpoint) -> None:
     """ConfigError where a checkpoint, by its state.json, cannot be annealed from on this dataset."""
     # The dataset and the batches up to here must be the same.
-    origin, step = f"--init_from={cfg.init_from}", state["step"]
+    state, step = c.state, c.step
+    origin = f"--init_from={cfg.init_from}"
     if state.get("dataset_sha256") != dataset.sha256:
         raise ConfigError(
             f"{origin} was trained on another dataset than {cfg.dataset}; annealing "
@@ -193,6 +200,14 @@ def check_annealing(cfg: Config, dataset: Dataset, state: dict) -> None:
         raise ConfigError(
             f"the learning rate after step {step} is 0: there is nothing to anneal; use a later one"
         )
+    # The learning rate should continue where the origin's run had it.
+    run = c.path.resolve().parents[1]
+    theirs = config.load_run(run) if (run / "checkpoints").is_dir() else None
+    if theirs and not theirs.optim.anneal_steps:
+        had = steps.schedule_position(theirs, plan, step), steps.schedule_length(theirs, n_steps)
+        before, now = optim.learning_rate(*had, theirs.optim), optim.learning_rate(at, length, cfg.optim)
+        if abs(now - before) > 0.01 * before and rendezvous.rank() == 0:
+            say(f"note     annealing begins at a learning rate of {now:.3g}; {run} had {before:.3g} there")
     left = min(plan.n_steps, n_steps) - step
     if left < cfg.optim.anneal_steps:
         raise ConfigError(

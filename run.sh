@@ -57,10 +57,11 @@ stop() {  # stop CODE SIGNAL
   if [ "$child" != starting ]; then kill -s "$2" -- "-$child" 2>/dev/null || true; fi
 }
 pause() {  # Ctrl-Z: the stage pauses, then this script; both continue together
+  # There is no trap for CONT: bash 5.2 drops a TERM that comes with a trapped CONT, as `timeout` sends them.
   case $child in 0|starting) ;; *) kill -s TSTP -- "-$child" 2>/dev/null || true ;; esac
   kill -s STOP $$
+  case $child in 0|starting) ;; *) kill -s CONT -- "-$child" 2>/dev/null || true ;; esac
 }
-resume() { case $child in 0|starting) ;; *) kill -s CONT -- "-$child" 2>/dev/null || true ;; esac; }
 
 stage() {  # stage SCRIPT [ARGUMENT...]: runs it to its end; a training that is stopped saves first
   local code
@@ -79,7 +80,7 @@ stage() {  # stage SCRIPT [ARGUMENT...]: runs it to its end; a training that is 
 pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
   local config=$1 n_gpus=$2 settings run; shift 2
   trap 'stop 130 INT' INT; trap 'stop 143 TERM' TERM; trap 'stop 129 TERM' HUP  # training saves at TERM
-  trap pause TSTP; trap resume CONT
+  trap pause TSTP
   # a mistake in the config ends here, before any work
   settings=$("$python" "$here/config.py" "$config" "$@" --print-config)
   run=$(sed -n "s/^run = ['\"]\(.*\)['\"]$/\1/p" <<< "$settings")

@@ -267,7 +267,7 @@ def close(cfg: Config, last: Checkpoint, changed: list[str]) -> None:
     run = Path(cfg.run)
     say(f"{run} is trained: {last.path.name} is its last checkpoint; nothing to do")
     if changed:  # settings of the evaluation, which eval.py reads here
-        about = json.loads((run / "config.json").read_text())
+        about = json.loads((run / "config.json").read_text(encoding="utf-8"))
         files.write_json(run / "config.json", {**about, "config": config.to_dict(cfg)})
     if changed or not ledger(run, "finish"):
         log(run, "finish", {"step": last.step, "changed": changed})
@@ -329,7 +329,7 @@ def note_faults(run: Path) -> None:
     names = (path for path in folder.glob("*.json") if path.stem.isdecimal())
     for path in sorted(names, key=lambda path: int(path.stem)):
         try:
-            failed.append(json.loads(path.read_text()))
+            failed.append(json.loads(path.read_text(encoding="utf-8")))
         except ValueError:
             failed.append({"rank": int(path.stem)})
         path.unlink()

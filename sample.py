@@ -1,7 +1,7 @@
 """Writes text with a checkpoint and a key/value cache: `generate` for a batch, `stream` token by token.
 
     python sample.py runs/demo --prompt "def "                     # newest checkpoint, text as it comes
-    python sample.py runs/demo --checkpoint 640 --temperature 0    # greedy, from the start of a document
+    python sample.py runs/demo --checkpoint 605 --temperature 0    # greedy, from the start of a document
     python sample.py path/to/checkpoint --prompt "Once" --save     # also adds it to the run's samples.jsonl
 
 The prompt runs through the model once and leaves keys and values in the cache. After that, each step reads

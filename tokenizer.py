@@ -455,7 +455,7 @@ def trained(folder: Path, settings: config.Tokenizer, sources: Iterable[config.S
     # Compare the settings and sources with those that are recorded beside it.
     now = record_of(settings, sources)
     try:
-        had = json.loads((folder / RECORD).read_text())
+        had = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         print(f"{folder} holds a tokenizer that was not trained here; it stays as it is")
         return True

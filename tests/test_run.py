@@ -71,15 +71,17 @@ def test_the_pipeline_takes_the_callers_config_and_paths_and_leaves_its_results_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("to", ["run.sh alone", "train.py alone"])
+@pytest.mark.parametrize("to", ["run.sh alone", "run.sh as timeout does", "train.py alone"])
 def test_a_signal_while_training_ends_the_pipeline_after_a_save(elsewhere, number, to):
     command, here = elsewhere
     process = subprocess.Popen(
         [*command, "my.py"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_step(here / "runs/my", 3, process)
-    if to == "run.sh alone":
+    if to != "train.py alone":
         process.send_signal(number)
+        if to == "run.sh as timeout does":
+            process.send_signal(signal.SIGCONT)
     else:
         os.kill(json.loads((here / "runs/my/.processes/0.json").read_text())["pid"], number)
     out, err = process.communicate(timeout=60)

@@ -627,3 +627,26 @@ def test_a_loss_of_ones_own_and_a_count_beside_it_reach_the_console_and_metrics(
     share = (model(rows[:, :-1]).argmax(-1) == rows[:, 1:]).float().mean().item()
     assert ours[0]["accuracy"] == pytest.approx(share) and "accuracy" not in plain[0]
     assert f"accuracy {share:.4g}" in printed
+
+
+# ---- known before it begins -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_a_chunk_that_is_missing_is_noticed_before_training_begins(recipe, tmp_path, how):
+    data = tmp_path / "data"
+    shutil.copytree(load(recipe, tmp_path).dataset, data)
+    last = data / "chunks" / "004.bin"
+    last.unlink() if how == "gone" else last.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"004\.bin is missing, or has not the manifest's size"):
+        train.train(load(recipe, tmp_path / "run", f"--dataset={data}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_annealing_says_so_where_the_learning_rate_jumps(recipe, whole, tmp_path, capsys):
+    origin = run_folder.checkpoints(whole)[2]
+    asked = (f"--init_from={origin.path}", "--optim.anneal_steps=2")
+    train.train(load(recipe, tmp_path / "same", *asked))
+    assert "annealing begins at a learning rate" not in capsys.readouterr().out
+    train.train(load(recipe, tmp_path / "other", *asked, "--optim.schedule_steps=20"))
+    assert f"{whole.resolve()} had" in capsys.readouterr().out
