@@ -45,8 +45,9 @@ from configurator import say
 from dataset import Dataset
 from parallel import World
 from run_folder import Checkpoint
+from seen import joined
 from sharding import bare
-from steps import State, Steps, cut, joined
+from steps import State, Steps, cut
 
 if TYPE_CHECKING:
     from train import Run

@@ -6,7 +6,7 @@ one is the loss of every checkpoint on each line of a JSON-lines file:
     import json, torch, files, measure, tokenizer
 
     run = measure.open_run("runs/demo")
-    texts = {f"line {n}": json.loads(line)["text"] for n, line in enumerate(open("my.jsonl"), 1)}
+    texts = {f"my.jsonl:{n}": json.loads(line)["text"] for n, line in enumerate(open("my.jsonl"), 1)}
     encode = tokenizer.load(run.dataset.folder).encode
 
     def losses(model, checkpoint, items, done):

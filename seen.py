@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset import Dataset
-from steps import Ranges, cut, joined
+from steps import Ranges, cut
 
 
 class SameText(NamedTuple):
@@ -186,3 +186,13 @@ def trained(state: dict, positions):
     for first, end in trained_ranges(state):
         out = out | (first <= positions) & (positions < end)
     return out
+
+
+def joined(ranges: Ranges) -> Ranges:
+    """Ranges, with those that follow one another made one: ((0, 3), (3, 5)) -> ((0, 5),)."""
+    out = []
+    for first, end in ranges:
+        if out and out[-1][1] == first:
+            first = out.pop()[0]
+        out.append((first, end))
+    return tuple(out)

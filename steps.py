@@ -166,16 +166,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def joined(ranges: Ranges) -> Ranges:
-    """Ranges, with those that follow one another made one: ((0, 3), (3, 5)) -> ((0, 5),)."""
-    out = []
-    for first, end in ranges:
-        if out and out[-1][1] == first:
-            first = out.pop()[0]
-        out.append((first, end))
-    return tuple(out)
-
-
 # ---- where a run is ---------------------------------------------------------------------------------------
 
 

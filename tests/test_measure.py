@@ -68,7 +68,7 @@ def test_the_metric_of_the_docstring_is_computed_once_for_every_checkpoint(
 
     # the numbers are those of PyTorch's loss, line by line
     lines = files.read_lines(run / "evals.jsonl")
-    names = [f"line {n}" for n in (1, 2, 3)]
+    names = [f"my.jsonl:{n}" for n in (1, 2, 3)]
     assert [(line["step"], line["kind"], line["item"]) for line in lines] == [
         (step, "lines", name) for step in (0, 9) for name in names
     ]
@@ -89,7 +89,7 @@ def test_the_metric_of_the_docstring_is_computed_once_for_every_checkpoint(
     assert files.read_lines(run / "evals.jsonl") == lines
 
     # the page has them, without code that names them
-    assert results.load(run).evaluations["lines"]["line 2"][9] == {"loss": lines[4]["loss"]}
+    assert results.load(run).evaluations["lines"]["my.jsonl:2"][9] == {"loss": lines[4]["loss"]}
 
     # another file is another input; and the old lines stay
     write(texts[:2])
