@@ -44,6 +44,7 @@ def audit(run: Path | str) -> bool:
 
     # Check the checkpoints by step, complete or not.
     folders = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"(incident-\d+-)?step-\d+", p.name)]
+    in_ledger = recorded(run)
     for path in sorted(folders, key=lambda p: (step_number(p.name[p.name.index("step-") :]), p.name)):
         problems = problems_of(path, cfg, manifest, sha256)
         sizes = [file.stat().st_size for file in path.iterdir()]
@@ -51,7 +52,7 @@ def audit(run: Path | str) -> bool:
             bad += 1
         elif path.name.startswith("step-"):
             good.append(path.name)
-        unrecorded = ", and the ledger has no hash of its state.json" * (path.name not in recorded(run))
+        unrecorded = ", and the ledger has no hash of its state.json" * (path.name not in in_ledger)
         for said in problems or [f"whole, {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB{unrecorded}"]:
             configurator.show(f"{path.name}  {'DAMAGED: ' * bool(problems)}{said}")
     configurator.show(f"the newest whole checkpoint is {good[-1]}" if good else "no checkpoint is whole")

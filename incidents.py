@@ -187,7 +187,7 @@ def respond(
         raise Stopped(why_stopped(record, cfg, newest(earlier, world)))
     where = ""
     if back:
-        first = plan.consumed(max(back.step, step - cfg.train.rollback_skip // 2))
+        first = plan.consumed(first_skipped(back, step, cfg.train))
         where = f" to {back.path.name}, without the rows from {first} on"
     world.once(say, f"{action}{where}: {told(record)}")
     if action == "skip":
@@ -213,10 +213,15 @@ def remedy(
         return None, deferred(plan, step, (run.chunks[chunk][0], run.chunks[last][1]))
     if action == "rollback":
         back = [earlier[0], *(c for c in earlier if c.step <= step - train.rollback_steps)][-1]
-        first = max(back.step, step - train.rollback_skip // 2)
+        first = first_skipped(back, step, train)
         rest = without(plan, first, min(first + train.rollback_skip, plan.n_steps))
         return back, rest if rest.n_steps > back.step else None
     raise config.unknown("train.on_incident", action)
+
+
+def first_skipped(back: Checkpoint, step: int, train: Train) -> int:
+    """The first of the train.rollback_skip steps whose rows a rollback leaves out: half are before `step`."""
+    return max(back.step, step - train.rollback_skip // 2)
 
 
 def go_back(back: Checkpoint, run: "Run", state: State) -> State:

@@ -30,7 +30,7 @@ from config import Config, ConfigError
 from configurator import say
 from dataset import Dataset
 from formats.families import model_config
-from manifest import differences
+from manifest import differences, size_damage
 from run_folder import Checkpoint
 from sharding import bare
 
@@ -134,8 +134,8 @@ def open_dataset(cfg: Config) -> Dataset:
 
     # The chunks, by their size: training opens the last of them only at its end.
     for chunk in dataset.manifest["chunks"]:
-        path, n_bytes = dataset.folder / chunk["file"], dataset.manifest["file_bytes"].get(chunk["file"])
-        if not path.is_file() or path.stat().st_size != n_bytes:
+        if size_damage(dataset.folder, dataset.manifest, chunk["file"]):
+            path = dataset.folder / chunk["file"]
             raise ConfigError(f"{path} is missing, or has not the manifest's size; try: {dataset.check}")
     return dataset
 
