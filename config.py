@@ -266,6 +266,8 @@ class Train:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN)  # auto: CUDA if there is one
     # bf16: autocast, with weights in FP32; auto: bf16 on CUDA
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", LEARNED)
+    # the residual stream; bf16 saves memory and time, and loses digits in every layer's sum
+    residual: Literal["fp32", "bf16"] = setting("fp32", LEARNED)
     compile: Literal["auto", "on", "off"] = setting("auto", RUN)  # torch.compile of each block; auto: on CUDA
     # recompute every n-th block in the backward pass, to save memory; 1: every block; 0: none
     activation_checkpointing: int = setting(0, RUN, least=0)

@@ -7,16 +7,18 @@ Targets equal to IGNORE are masked: no loss, no gradient. Padding and prompts of
 Shapes: N tokens, D d_model, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a target with this value is not predicted (PyTorch's own convention)
 
-# Maximum size of the FP32 logits held at one time: 32 MiB on a CPU, about its cache. On a GPU every slice
-# reads and writes the whole gradient of the head once, so slices should be few: 512 MiB.
+# Maximum size of the logits held at one time, counted in FP32: 32 MiB on a CPU, about its cache. On a GPU
+# every slice reads and writes the gradient of the whole head, so slices should be few: 2 GiB, 1 in BF16.
 LOGITS_BYTES = 2**25
-LOGITS_BYTES_CUDA = 2**29
+LOGITS_BYTES_CUDA = 2**31
 
 
 class Loss(nn.Module):
@@ -25,13 +27,45 @@ class Loss(nn.Module):
     def __init__(self):
         super().__init__()
         self.z_loss = 0.0  # training sets it from optim.z_loss
+        self.differentiate = differentiate  # parallel.py compiles it
 
     def forward(self, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """h (B, T, D), head (V, D), targets (B, T) -> the sum of the targets' losses, a scalar."""
-        return vocabulary_loss(h.flatten(0, 1), head, targets.flatten(), self.z_loss)
+        h, targets = h.flatten(0, 1), targets.flatten()
+        return vocabulary_loss(h, head, targets, self.z_loss, self.differentiate)
 
 
-def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+def differentiate(z: Tensor, chosen: Tensor, keep: Tensor, z_loss: float, with_gradient: bool):
+    """Logits z (n, V), the targets' logits `chosen` and `keep`, False where a target is masked, both (n, 1)
+    -> the sum of the losses, and the gradients of the targets' logits (n, 1).
+
+    With gradient, z becomes its own gradient in place, but for the targets' entries. FP32 inside. Compiled
+    for a GPU this is one kernel; as it stands, every line is one, and a pass over memory.
+    """
+    # The loss. The largest logit is subtracted first, so that exp cannot overflow.
+    x = z.float()  # z itself, if it is FP32
+    peak = x.amax(1, keepdim=True)
+    chosen = chosen.float() - peak
+    x.sub_(peak).exp_()  # from here on x holds exp(logit - peak)
+    partition = x.sum(1, keepdim=True)
+    log = partition.log()
+    total = ((log - chosen) * keep).sum()
+    if not with_gradient:
+        return total, None
+
+    # The gradient of the logits, softmax - onehot, replaces them; a masked target's is zero. d/dz of
+    # z_loss x log^2 is 2 z_loss log x softmax, where log is the whole denominator's.
+    factor = keep * (1 + 2 * z_loss * (log + peak)) if z_loss else keep
+    factor = factor / partition
+    x.mul_(factor)
+    if x is not z:
+        z.copy_(x)
+    return total, chosen.exp() * factor - keep.float()
+
+
+def vocabulary_loss(
+    h: Tensor, head: Tensor, targets: Tensor, z_loss: float = 0.0, differentiate: Callable = differentiate
+) -> Tensor:
     """Sum of -log softmax(h @ head.T)[target] over all tokens: h (N, D), head (V, D), targets (N) -> FP32.
 
     Equals F.cross_entropy(..., reduction="sum", ignore_index=IGNORE) on whole logits, in a fraction of the
@@ -44,11 +78,10 @@ def vocabulary_loss(h: Tensor, head: Tensor, targets: Tensor, z_loss: float = 0.
     # An autograd.Function ignores no_grad: without this it would compute gradients that nobody uses.
     if not torch.is_grad_enabled():
         h, head = h.detach(), head.detach()
-    # Autocast does not reach into an autograd.Function, so its cast is made here.
-    if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        h, head = h.to(dtype), head.to(dtype)
-    return VocabularyLoss.apply(h, head, targets, z_loss)
+    # Autocast does not reach into an autograd.Function, so it is told what to cast to.
+    kind = h.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+    return VocabularyLoss.apply(h, head, targets, z_loss, dtype, differentiate)
 
 
 class VocabularyLoss(torch.autograd.Function):
@@ -62,49 +95,43 @@ class VocabularyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, head: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-        # Memory for the results, and for the logits of one slice.
-        with_gradient = any(ctx.needs_input_grad)
-        logits_bytes = LOGITS_BYTES_CUDA if h.device.type == "cuda" else LOGITS_BYTES
-        rows = max(1, logits_bytes // (4 * head.shape[0]))  # tokens of a slice
+    def forward(ctx, h, head, targets, z_loss: float, dtype: torch.dtype, differentiate: Callable) -> Tensor:
+        # Slices of equal size, and memory for the results and for the logits of one slice.
+        with_gradient, (N, V) = any(ctx.needs_input_grad), (len(h), len(head))
+        ctx.dtypes = h.dtype, head.dtype
+        h, head = h.to(dtype), head.to(dtype)
+        limit = LOGITS_BYTES_CUDA if h.device.type == "cuda" else LOGITS_BYTES
+        rows = max(1, limit // (4 * V))
+        rows = -(-N // -(-N // rows)) if N else 1
         total = torch.zeros((), device=h.device, dtype=torch.float32)
         d_h = torch.empty_like(h) if with_gradient else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
-        room = torch.empty(min(rows, len(h)), head.shape[0], device=h.device, dtype=h.dtype)
+        room = torch.empty(min(rows, N), V, device=h.device, dtype=dtype)
 
-        for start in range(0, len(h), rows):
-            # The loss. The largest logit is subtracted first, so that exp cannot overflow.
+        for start in range(0, N, rows):
             x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
+            z = torch.mm(x, head.T, out=room[: len(x)])  # (n, V) logits
             keep = target != IGNORE
             target = target.masked_fill(~keep, 0)  # a valid index for gather and scatter
-            z = torch.mm(x, head.T, out=room[: len(x)]).float()  # (n, V) logits
-            peak = z.amax(1, keepdim=True)
-            chosen = z.gather(1, target) - peak
-            z.sub_(peak).exp_()  # from here on z holds exp(logit - peak)
-            partition = z.sum(1, keepdim=True)
-            log = partition.log()
-            total += ((log - chosen) * keep).sum()
-
-            # The gradient of the logits, softmax - onehot, replaces them; a masked target's is zero.
+            loss, at_target = differentiate(z, z.gather(1, target), keep, z_loss, with_gradient)
+            total += loss
             if with_gradient:
-                # d/dz of z_loss x log^2 is 2 z_loss log x softmax, where log is the whole denominator's.
-                factor = keep * (1 + 2 * z_loss * (log + peak)) if z_loss else keep
-                z.mul_(factor / partition)
-                z.scatter_add_(1, target, -keep.float())  # now z is the gradient
-                gradient = z.to(h.dtype)
-                torch.mm(gradient, head, out=d_h[start : start + rows])
-                if head.dtype == torch.float32:
-                    d_head.addmm_(gradient.T, x)
+                z.scatter_(1, target, at_target.to(dtype))  # now z is the whole gradient
+                torch.mm(z, head, out=d_h[start : start + rows])
+                if dtype == torch.float32:
+                    d_head.addmm_(z.T, x)
+                elif h.device.type == "cuda":
+                    torch.addmm(d_head, z.T, x, out_dtype=torch.float32, out=d_head)
                 else:
-                    d_head += gradient.T @ x  # BF16 matmul, FP32 sum over slices
+                    d_head += z.T @ x  # BF16 matmul, FP32 sum over slices
 
         if with_gradient:
             ctx.save_for_backward(d_h, d_head)
-            ctx.head_dtype = head.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
-        d_h, d_head = ctx.saved_tensors
-        return d_h * scale.to(d_h.dtype), (d_head * scale).to(ctx.head_dtype), None, None
+        (d_h, d_head), (h_dtype, head_dtype) = ctx.saved_tensors, ctx.dtypes
+        d_h, d_head = (d_h * scale.to(d_h.dtype)).to(h_dtype), (d_head * scale).to(head_dtype)
+        return d_h, d_head, None, None, None, None

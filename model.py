@@ -7,8 +7,9 @@ rank, no optimizer and no file. Modules have the names that published checkpoint
 formats/families.py has the names of other families. masks.py says which tokens a token sees, initial.py how
 weights begin.
 
-The residual stream, norms, rotary embedding and loss are FP32 in every precision: lines of this file and of
-loss.py cast to it. Under BF16 autocast the matmuls are BF16, also the one that gives the logits.
+Norms, rotary embedding and loss are FP32 in every precision, and so is the residual stream, unless
+train.residual=bf16: lines of this file and of loss.py cast to it. Under BF16 autocast the matmuls are BF16,
+also the one that gives the logits.
 
 Shapes: B sequences, T tokens, S tokens in the row so far (keys), D d_model, H query heads, K key/value heads,
 Dh d_head, R rotary dimensions of a head, F d_ff, V vocabulary.
@@ -201,8 +202,8 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, rope, mask, cache: Cache | None) -> Tensor:
         if self.after:
-            h = h + self.post_attention_layernorm(self.self_attn(h, rope, mask, cache))
-            return h + self.post_feedforward_layernorm(self.mlp(h))
+            h = h + self.post_attention_layernorm(self.self_attn(h, rope, mask, cache)).type_as(h)
+            return h + self.post_feedforward_layernorm(self.mlp(h)).type_as(h)
         attended = self.self_attn(self.input_layernorm(h), rope, mask, cache)
         if self.parallel:
             return h + attended + self.mlp(self.post_attention_layernorm(h))
@@ -228,6 +229,7 @@ class Transformer(nn.Module):
         self.norm = Norm(cfg)
         self.lm_head = None if cfg.tie_embeddings else Linear(D, V, False, std)
         self.loss = Loss()
+        self.stream_dtype = torch.float32  # of the residual stream; training sets it from train.residual
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) -> FP32 logits (B, T, V); with targets (B, T) -> the sum of their losses, a scalar.
@@ -256,7 +258,8 @@ class Transformer(nn.Module):
         positions, mask = positions_and_mask(cfg, self.eot, tokens, cache, lengths)
         rope = rotary_angles(positions, cfg) if cfg.positions == "rope" else None
 
-        # Embedding. The residual stream h is FP32 in every precision: each layer adds to it.
+        # Embedding. The residual stream h is FP32 in every precision, unless train.residual says otherwise:
+        # each layer adds to it.
         h = self.embed_tokens(tokens).float()  # (B, T, D)
         if cfg.embedding_multiplier != 1:
             h = h * cfg.embedding_multiplier
@@ -266,6 +269,7 @@ class Transformer(nn.Module):
             h = h + self.embed_positions(positions)
 
         # Layers. The cache counts the new tokens only after all layers have stored theirs.
+        h = h.to(self.stream_dtype)
         for layer in self.layers:
             h = layer(h, rope, mask, cache)
         if cache is not None:

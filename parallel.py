@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import hardware
 import rendezvous
@@ -39,6 +39,8 @@ import sharding
 from config import Config, ConfigError, Parallel, Train, choose, unknown
 from consistency import mesh_shape
 from sharding import put
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---- who and where ----------------------------------------------------------------------------------------
 
@@ -82,6 +84,22 @@ def autocast(device: torch.device, dtype: torch.dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+# Selective recompute keeps the outputs of matmuls and of attention; all else is cheap to compute again.
+ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+KEPT = ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION))
+
+
+def recomputed(forward: Callable, selective: bool) -> Callable:
+    """A block's forward that keeps its input only, or also KEPT's outputs; backward computes the rest."""
+    if not selective:
+        return functools.partial(checkpoint, forward, use_reentrant=False)
+    # PyTorch 2.13 logs advice about in-place operations, of which a block has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    kept = [getattr(torch.ops.aten, name).default for name in KEPT] + [torch.ops.higher_order.flex_attention]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 # ---- all processes, seen from one of them -----------------------------------------------------------------
@@ -135,15 +153,20 @@ class World:
             logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
         # Each block's forward is wrapped, not the module: hooks stay outside, names in a state dict stay as
-        # they are, and all blocks, being the same code, share one compilation.
+        # they are, and all blocks, being the same code, share one compilation. Selective recompute is inside
+        # what is compiled, because the compiler has to see which operations to keep.
         table = {"auto": self.device.type == "cuda", "on": True, "off": False}
         compiles = choose("train.compile", cfg.train.compile, table)
-        every = cfg.train.activation_checkpointing
+        recompute = cfg.train.activation_checkpointing
         for i, block in enumerate(model.layers):
+            if recompute == "selective":
+                block.forward = recomputed(block.forward, selective=True)
             if compiles:
                 block.forward = torch.compile(block.forward)
-            if every and i % every == 0:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            if recompute not in (0, "selective") and i % recompute == 0:
+                block.forward = recomputed(block.forward, selective=False)
+        if compiles:
+            model.loss.differentiate = torch.compile(model.loss.differentiate)
 
         # FSDP, one process, or DDP.
         if self.sharded:

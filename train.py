@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to import: help 
     CONFIG, FLAGS = config.from_command_line(__doc__, flags={"--profile": "", "--anyway": ""})
     configurator.quiet_imports()
 
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import configurator
+import hardware
 import incidents
 import integrity
 import metrics
@@ -172,7 +174,7 @@ def train(
         log, interrupted = metrics.Log(run, profile), False
         save_at = steps.checkpoint_steps(cfg, plan, run.chunks)
 
-        with run.saving as saving:
+        with run.saving as saving, hardware.garbage_waits():
             if not resumed:
                 save(run, state, plan)
             while state.step < plan.last_step and not interrupted:
@@ -233,6 +235,7 @@ def train(
 def save(run: Run, state: State, plan: Steps) -> None:
     """Begins to save the state of the step just finished; train.save_async=false waits for it."""
     complete_save(run, plan)  # of the previous checkpoint
+    gc.collect()  # here, because it would delay a step: see hardware.garbage_waits
     run.saving.begin(state)
     if not run.cfg.train.save_async:
         complete_save(run, plan)
@@ -288,6 +291,7 @@ def build(cfg: Config, world: World, eot: int | None) -> tuple[nn.Module, list[t
     with torch.device("meta"):
         model = Transformer(cfg.model, eot)
     model.loss.z_loss = cfg.optim.z_loss
+    model.stream_dtype = parallel.DTYPES[cfg.train.residual]
     optim.shrink_embedding_gradient(model, cfg.optim.embedding_gradient)
     spread = world.spread(model, cfg)  # before the optimizers: sharding replaces the parameters
     return spread, optim.optimizers(model, cfg.optim, cfg.model.mup_scale)
