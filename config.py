@@ -263,7 +263,7 @@ class Train:
     # stop after this many steps, on the same schedule (see optim.schedule_steps); 0: all that the data have
     steps: int = setting(0, RUN, least=0)
     seed: int = setting(1234, LEARNED)  # seed of the initial weights
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN)  # auto: CUDA if there is one
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN)  # auto: CUDA if there is one (ROCm too)
     # bf16: autocast, with weights in FP32; auto: bf16 on CUDA
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", LEARNED)
     # the residual stream; bf16 saves memory and time, and loses digits in every layer's sum

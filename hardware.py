@@ -39,15 +39,26 @@ class Gpu(NamedTuple):
     watts: float | None  # limit of the board; a long run draws about that much
 
 
-# Peaks and watts: NVIDIA's data sheets (of the SXM boards, and of the RTX 4090), without sparsity.
+# Peaks and watts: NVIDIA's data sheets (of the SXM boards, and of the RTX 4090) and AMD's, without sparsity.
+# A MI250X is two dies (GCDs) on one board of 383 TFLOP/s and 560 W. PyTorch sees each die as a GPU, and so
+# does this table: a node of LUMI has four boards, which are eight GPUs of half a board each. The memory of
+# AMD's is what PyTorch reports there, 65,520 and 196,592 MiB. Nothing was run on a GPU of AMD yet.
 GPUS = {
     "a100-40gb": Gpu(39.4 * GIB, 312e12, 400),
     "a100-80gb": Gpu(79.1 * GIB, 312e12, 400),
     "h100-80gb": Gpu(79.1 * GIB, 989e12, 700),
     "h200": Gpu(139.7 * GIB, 989e12, 700),
     "rtx-4090": Gpu(23.6 * GIB, 165e12, 450),
+    "mi250x-gcd": Gpu(63.98 * GIB, 383e12 / 2, 560 / 2),
+    "mi300x": Gpu(191.98 * GIB, 1307.4e12, 750),
 }
-SHORT = {"a100": "a100-80gb", "h100": "h100-80gb", "4090": "rtx-4090", "rtx4090": "rtx-4090"}
+SHORT = {
+    "a100": "a100-80gb",
+    "h100": "h100-80gb",
+    "4090": "rtx-4090",
+    "rtx4090": "rtx-4090",
+    "mi250x": "mi250x-gcd",
+}
 
 # Peaks by words of the name that PyTorch gives a device. The first entry whose words are all in it counts, so
 # a board with a peak of its own comes before the family.
@@ -59,6 +70,9 @@ PEAKS = {
     "H200 NVL": 836e12,
     "H200": GPUS["h200"].flops,
     "RTX 4090": GPUS["rtx-4090"].flops,
+    "MI250X MI250": None,  # "AMD Instinct MI250X / MI250": either of them, and their peaks differ
+    "MI250X": GPUS["mi250x-gcd"].flops,
+    "MI300X": GPUS["mi300x"].flops,
 }
 
 
@@ -77,7 +91,8 @@ def by_name(name: str) -> tuple[int | None, str]:
 def peak_flops(device: str) -> float | None:
     """Peak of a device by PyTorch's name for it: peak_flops("NVIDIA H100 80GB HBM3") -> 989e12.
 
-    None where the peak is not known: MFU is then not computed.
+    None where the peak is not known: MFU is then not computed. Some versions of ROCm give every GPU of AMD an
+    empty name, or "AMD Radeon Graphics".
     """
     words = re.findall("[A-Za-z0-9]+", device)  # whole words: an RTX A1000 is no A100
     if {*words} & {"MIG", "Laptop", "D", "64GB"}:  # a slice of a board, or another board of that name
@@ -90,8 +105,8 @@ def peak_flops(device: str) -> float | None:
 
 # ---- memory -----------------------------------------------------------------------------------------------
 
-# Share of a GPU's memory for tensors. The rest is for CUDA's context, buffers of cuBLAS and NCCL, and gaps
-# between tensors.
+# Share of a GPU's memory for tensors. The rest is for the context of CUDA or ROCm, buffers of its matmul and
+# communication libraries, and gaps between tensors.
 USABLE = 0.95
 # A CPU process held 1.2 to 1.6 times the bytes of its tensors, as malloc leaves gaps
 # (benchmarks/bench_memory.py).
@@ -233,8 +248,9 @@ class Meter:
         joules = meter.joules()                       # of this process's GPU; to be summed over all GPUs
         record |= meter.columns(tokens_per_second, joules)
 
-    Power and utilization are read from NVML, at most once a second, where nvidia-ml-py is installed. Energy
-    is power x time, summed over the GPUs of all processes. A column whose value is not known is absent.
+    PyTorch reads power and utilization, at most once a second: from NVML where nvidia-ml-py is installed, on
+    ROCm from AMD SMI where amdsmi is. Energy is power x time, summed over the GPUs of all processes. A column
+    whose value is not known is absent.
     """
 
     def __init__(self, cfg: Config, world: "World"):
@@ -244,20 +260,37 @@ class Meter:
             import torch
 
             self.peak = peak_flops(torch.cuda.get_device_name(world.device))
-        self.nvml = self.cuda and importlib.util.find_spec("pynvml") is not None
         self.watts, self.use = 0.0, 0  # at the last reading; use: per cent of the time that the GPU was busy
         self.kwh = 0.0  # of all GPUs, since the process began
         self.last = self.read_at = time.perf_counter()
+        self.has_power = self.cuda and self.read()
 
-    def joules(self) -> float:
-        """Energy that this process's GPU drew since the last call."""
-        if not self.nvml:
-            return 0.0
+    def read(self) -> bool:
+        """Reads power and utilization. False where this machine does not tell them."""
         import torch
 
+        try:
+            power, use = torch.cuda.power_draw(), torch.cuda.utilization()
+        except Exception:  # no nvidia-ml-py or amdsmi, no driver, no permission: each has an error of its own
+            return False
+        # PyTorch promises milliwatts, but up to 2.13 it gives watts on ROCm (pytorch/pytorch pull 197553). An
+        # Instinct draws more than 10 W and less than 10 kW, so the number says which. This can go with 2.13.
+        in_watts = torch.version.hip is not None and power < 10_000
+        self.watts = power if in_watts else power / 1000
+        self.use = use if isinstance(use, int) else 0  # AMD SMI may say "N/A"
+        return True
+
+    def joules(self) -> float:
+        """Energy that this process's GPU drew since the last call.
+
+        A MI250X tells the power of both dies to its first one, and 0 to the second: their sum is right where
+        both are used.
+        """
+        if not self.has_power:
+            return 0.0
         now = time.perf_counter()
-        if now - self.read_at >= 1 or not self.watts:
-            self.watts, self.use = torch.cuda.power_draw() / 1000, torch.cuda.utilization()
+        if now - self.read_at >= 1:
+            self.read()  # where it fails for once, the last values count
             self.read_at = now
         spent, self.last = self.watts * (now - self.last), now
         return spent
@@ -269,7 +302,7 @@ class Meter:
             each = tokens_per_second / self.world.size
             mfu_6n, mfu = cost.mfu(self.cfg.model, each, self.peak)
             record |= {"mfu_6n": mfu_6n, "mfu": mfu, "peak_flops": self.peak}
-        if self.nvml:
+        if self.has_power:
             self.kwh += joules / 3.6e6
             record |= {"gpu_watts": self.watts, "gpu_use": self.use / 100, "kwh": self.kwh}
         return record
@@ -285,7 +318,7 @@ class Meter:
 
     def totals(self) -> dict:
         """Energy since the process began, and its CO2 by OLMo's formula with LLaMA's figures (cost.py)."""
-        if not self.nvml:
+        if not self.has_power:
             return {}
         tonnes = cost.tonnes_co2(self.kwh / 1000, cost.PUE, cost.KG_CO2_PER_KWH)
         return {"kwh": self.kwh, "kg_co2": 1000 * tonnes}

@@ -111,7 +111,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     table.append(("", ["fits" if value <= limit else "does not fit" for value in totals]))
 
     # The notes below it: the usable memory, and what saving needs on the host.
-    share, rest = hardware.USABLE, "CUDA, NCCL and gaps"
+    share, rest = hardware.USABLE, "CUDA or ROCm, communication and gaps"
     if not cuda:
         share, rest = hardware.USABLE_ON_CPU, "all else and malloc's gaps"
     over = f" over {args.gpus} processes" * (not cuda and args.gpus > 1)

@@ -136,7 +136,7 @@ def test_the_meter_reads_memory_and_says_nothing_of_what_it_cannot_know(recipe):
 def test_energy_is_power_times_time_and_mfu_is_costs(recipe, monkeypatch):
     cfg = config.load("7b")
     meter = hardware.Meter(cfg, parallel.alone())
-    meter.peak, meter.nvml, meter.watts, meter.use = 312e12, True, 350.0, 97
+    meter.peak, meter.has_power, meter.watts, meter.use = 312e12, True, 350.0, 97
     record = meter.columns(2600.0, 7.2e6)
     plain, palm = cost.mfu(cfg.model, 2600.0, 312e12)
     assert (record["mfu_6n"], record["mfu"], record["peak_flops"]) == (plain, palm, 312e12)
@@ -144,6 +144,36 @@ def test_energy_is_power_times_time_and_mfu_is_costs(recipe, monkeypatch):
     assert record["kwh"] == pytest.approx(2.0) and record["gpu_watts"] == 350 and record["gpu_use"] == 0.97
     # 2 kWh x PUE 1.1 x 0.385 kg/kWh
     assert meter.totals() == {"kwh": pytest.approx(2.0), "kg_co2": pytest.approx(0.847)}
+
+
+@pytest.mark.parametrize(
+    ("hip", "reading", "use", "watts", "share"),
+    [
+        (None, 691_000, 99, 691.0, 99),  # NVIDIA: milliwatts
+        (None, 8_000, 0, 8.0, 0),  # a small one, idle
+        ("6.4", 460, 97, 460.0, 97),  # ROCm with torch 2.13: watts
+        ("6.4", 460_000, 97, 460.0, 97),  # the same, once it is mended
+        ("6.4", 0, "N/A", 0.0, 0),  # the second die of a MI250X
+    ],
+)
+def test_power_is_in_watts_whatever_pytorch_gives(recipe, monkeypatch, hip, reading, use, watts, share):
+    meter = hardware.Meter(config.load(str(recipe)), parallel.alone())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda: reading)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: use)
+    assert meter.read() and (meter.watts, meter.use) == (watts, share)
+
+
+def test_a_run_goes_on_where_power_cannot_be_read(recipe, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("amdsmi does not seem to be installed or it can't be imported.")
+
+    meter = hardware.Meter(config.load(str(recipe)), parallel.alone())
+    monkeypatch.setattr(torch.cuda, "power_draw", missing)
+    assert not meter.read() and set(meter.columns(100.0, meter.joules())) == {"memory_bytes"}
+    # where it fails for once, the last values count
+    meter.has_power, meter.watts, meter.last, meter.read_at = True, 300.0, time.perf_counter() - 2, 0.0
+    assert meter.joules() == pytest.approx(600, rel=0.1) and meter.watts == 300
 
 
 # ---- benchmarks/ ------------------------------------------------------------------------------------------

@@ -33,10 +33,25 @@ def test_a_gpus_peak_is_known_by_the_name_pytorch_gives_it():
     assert hardware.peak_flops("a toaster") is None
 
 
+def test_a_die_of_a_mi250x_is_a_gpu_of_half_a_board():
+    # AMD's data sheets: a board of 383 TFLOP/s and 560 W; 1,307.4 TFLOP/s and 750 W
+    die, whole = hardware.GPUS["mi250x-gcd"], hardware.GPUS["mi300x"]
+    assert (die.flops, die.watts) == (191.5e12, 280) and (whole.flops, whole.watts) == (1307.4e12, 750)
+    # PyTorch reports 65,520 MiB of one and 196,592 MiB of the other
+    mib = [round(gpu.memory / 2**20) for gpu in (die, whole)]
+    assert mib == pytest.approx([65_520, 196_592], abs=8)
+    assert hardware.by_name("8xMI250X") == (8, "mi250x-gcd") and hardware.by_name("MI300X")[1] == "mi300x"
+    assert hardware.peak_flops("AMD Instinct MI250X") == 191.5e12
+    assert hardware.peak_flops("AMD Instinct MI300X") == hardware.peak_flops("AMD Instinct MI300X VF")
+    assert hardware.peak_flops("AMD Instinct MI300X") == 1307.4e12
+
+
 @pytest.mark.parametrize(
     "device",
     ["NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA RTX 4000"],
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA RTX 4000",
+     "AMD Instinct MI250X / MI250", "AMD Instinct MI250X/MI250", "AMD Instinct MI210", "AMD Radeon Graphics",
+     ""],
 )  # fmt: skip
 def test_a_peak_is_not_guessed_from_a_part_of_a_name(device):
     assert hardware.peak_flops(device) is None

@@ -658,7 +658,7 @@ def test_it_answers_at_once_and_without_torch():
 @pytest.mark.parametrize(
     ("given", "gpus", "gpu"),
     [("h100", 8, "h100-80gb"), ("8xh100", 8, "h100-80gb"), ("H100", 8, "h100-80gb"), ("a100", 8, "a100-80gb"),
-     ("16xA100-40GB", 16, "a100-40gb"), ("4090", 8, "rtx-4090")],
+     ("16xA100-40GB", 16, "a100-40gb"), ("4090", 8, "rtx-4090"), ("mi250x", 8, "mi250x-gcd")],
 )  # fmt: skip
 def test_a_gpu_is_known_by_its_usual_names(given, gpus, gpu):
     _, args = plan.command_line(["7b", f"--gpu={given}", "--train.batch_size=1280"])
