@@ -96,9 +96,10 @@ def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> N
     ]
     if "mfu" in figures:
         peak = figures["peak_flops"]
-        expected = 0.4 * peak * processes / sum(cost.flops_per_token(cfg.model).values())
+        mfu, measured = cost.planned_mfu(cfg, about["device"])
+        expected = mfu * peak * processes / sum(cost.flops_per_token(cfg.model).values())
         rows[0] = (*rows[0][:2], f"{expected:,.0f}")
-        rows.append(("MFU, 6N + attention", f"{figures['mfu']:.1%}", "40.0%, assumed"))
+        rows.append(("MFU, 6N + attention", f"{figures['mfu']:.1%}", f"{mfu:.1%}"))
         rows.append(("MFU, 6N", f"{figures['mfu_6n']:.1%}", ""))
         rows.append(("  of a peak of", f"{peak / 1e12:,.0f} TFLOP/s", "dense BF16, each GPU"))
     if "kwh" in figures:
@@ -112,6 +113,8 @@ def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> N
     lines = [f"{cfg.name} on {where}; {what}"]
     lines.append(f"  {'':<28}{'measured':>16}{'plan.py':>20}")
     lines += [f"  {name:<28}{measured:>16}{plan:>20}".rstrip() for name, measured, plan in rows]
+    if "mfu" in figures:
+        lines.append(f"  {cost.about_measured(measured)}")
     if not cuda:
         lines.append("  Memory: of the whole process; planned: of its tensors (benchmarks/bench_memory.py)")
     configurator.say("\n".join(lines))

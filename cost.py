@@ -10,6 +10,7 @@ Letters: T seq_len, D d_model, L n_layers, H query heads, K key/value heads, Dh 
 import dataclasses
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -104,6 +105,105 @@ def accumulation(cfg: Config, gpus: int) -> int:
             "parallel.strategy='fsdp' needs; use another parallel.shard or number of processes"
         )
     return accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, replicate * shard)
+
+
+# ---- speed ------------------------------------------------------------------------------------------------
+
+# The time of a micro-batch of n tokens is taken to be proportional to (n + SMALL) (1 + RECOMPUTE x share of
+# blocks that are recomputed). With these numbers, 54.5 % at 7B (below) become 50.5 and 46.6 % where 50.8 and
+# 46.2 were measured: micro-batches of 4 with every second block recomputed, and of 10 with every block.
+#
+# Each micro-batch reads FP32 weights to cast them (6 bytes a parameter), casts gradients (6) and adds them to
+# the sum (12): 24 bytes, at 4.8 TB/s 5.0 ps a parameter. A token's 6 FLOPs take 0.011 ps, at 55 % of 989
+# TFLOP/s. So a micro-batch takes as long as 450 tokens more would.
+SMALL = 450
+# Recompute is another forward pass, 0.33 of a step by FLOPs. Measured, with SMALL: 0.28 from every block of
+# 7B, 0.26 from every second one.
+RECOMPUTE = 0.27
+# Selective recompute of all blocks is not measured yet. By bytes: norms and the feed-forward's product move
+# 12 D + 6 F bytes a token and block, at 7B 1 us of the 81 us that a token takes, at 124M 0.07 of 2.6 us.
+SELECTIVE = 0.03
+
+
+class Measured(NamedTuple):
+    """A step whose speed is known. The MFU counts 6N + attention (see flops_per_token)."""
+
+    gpus: str  # their generation
+    parameters: float
+    tokens: int  # of a micro-batch, on each GPU
+    recompute: int  # train.activation_checkpointing
+    mfu: float
+    source: str
+
+
+OURS = "ours, one H200, 2026-11-26"  # benchmark.py; benchmarks/README.md has the commands
+FOUNDRY = "llm-foundry"  # github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md, BF16, FSDP
+MEASURED = (
+    Measured("hopper", 123.6e6, 64 * 1024, 0, 0.336, OURS),
+    Measured("hopper", 1.076e9, 8 * 2048, 0, 0.524, OURS),
+    Measured("hopper", 6.738e9, 2 * 2048, 0, 0.545, OURS),
+    Measured("hopper", 12.86e9, 10 * 4096, 1, 0.416, f"{FOUNDRY}, 8 H100"),
+    Measured("hopper", 29.98e9, 14 * 2048, 1, 0.439, f"{FOUNDRY}, 32 H100"),
+    Measured("hopper", 64.86e9, 8 * 2048, 1, 0.426, f"{FOUNDRY}, 64 H100"),
+    # An A100 has a third of an H100's peak, and 0.6 of its memory's speed: its MFU is higher.
+    Measured("ampere", 124.5e6, 64 * 1024, 0, 0.432, f"{FOUNDRY}, 8 A100"),
+    Measured("ampere", 1.316e9, 14 * 2048, 0, 0.599, f"{FOUNDRY}, 8 A100"),
+    Measured("ampere", 6.659e9, 6 * 2048, 0, 0.642, f"{FOUNDRY}, 8 A100"),
+    Measured("ampere", 12.85e9, 2 * 2048, 0, 0.596, f"{FOUNDRY}, 8 A100"),
+    Measured("ampere", 64.86e9, 8 * 2048, 1, 0.533, f"{FOUNDRY}, 64 A100"),
+    # databricks.com/blog/amd-mi250: 0.80 of the tokens a second of an A100-40GB, whose MFU was 50.9 %; and
+    # /blog/training-llms-scale-amd-mi250-gpus: 1.13 times that. 0.80 x 1.13 x 50.9 % x 312 / 362.1 TFLOP/s
+    Measured("cdna", 6.659e9, 12 * 2048, 1, 0.396, "MosaicML, MI250, from its ratio to A100"),
+)
+# Words of the names of GPUs, both of hardware.GPUS and PyTorch's. Assumed: a MI300X is as a MI250, and a RTX
+# 4090, which has an A100's ratio of peak to memory speed, as an A100. All others are as Hopper.
+GENERATIONS = {"h100": "hopper", "h200": "hopper", "a100": "ampere", "4090": "ampere", "instinct": "cdna"}
+GENERATIONS |= {"mi250x": "cdna", "mi300x": "cdna"}
+
+
+def slowdown(tokens: int, recompute: int | str, n_layers: int) -> float:
+    """How much longer a step takes than without recompute and in endless micro-batches.
+
+    slowdown(4096, 0, 32) -> 1.110; tokens: of a micro-batch; recompute: train.activation_checkpointing.
+    """
+    if isinstance(recompute, int):
+        n_again = len(range(0, n_layers, recompute)) if recompute else 0  # as parallel.py counts them
+        more = RECOMPUTE * n_again / n_layers
+    else:
+        more = choose("train.activation_checkpointing", recompute, {"selective": SELECTIVE})
+    return (1 + SMALL / tokens) * (1 + more)
+
+
+def planned_mfu(cfg: Config, gpu: str) -> tuple[float, list[Measured]]:
+    """(MFU by 6N + attention, the measured steps that it is derived from) of a config on a GPU, by its name.
+
+    The measured MFU of the next smaller and the next larger model is multiplied by `slowdown`, interpolated
+    linearly in the logarithm of the parameters, and divided by the slowdown of this config. Beyond the
+    smallest and the largest it is theirs. Neither seq_len nor the number of GPUs counts.
+    """
+    m, train = cfg.model.resolved(), cfg.train
+    generation = next((g for word, g in GENERATIONS.items() if word in gpu.lower()), "hopper")
+    rows = sorted(row for row in MEASURED if row.gpus == generation)  # by parameters
+    size = sum(parameters(m).values())
+    size = min(max(size, rows[0].parameters), rows[-1].parameters)
+    smaller = [row for row in rows if row.parameters <= size][-1]
+    larger = next(row for row in rows if row.parameters >= size)
+
+    low, high = (row.mfu * slowdown(row.tokens, row.recompute, 1) for row in (smaller, larger))
+    way = math.log(larger.parameters / smaller.parameters)
+    mfu = low + (high - low) * (math.log(size / smaller.parameters) / way if way else 0)
+    tokens = train.micro_batch_size * m.seq_len
+    near = [smaller, larger] if way else [smaller]
+    return mfu / slowdown(tokens, train.activation_checkpointing, m.n_layers), near
+
+
+def about_measured(rows: list[Measured]) -> str:
+    """The rows of planned_mfu in words: "MFU planned from 54.5% at 6.74 B (ours, one H200, ...) and ..."."""
+    again = {0: "", 1: ", all recomputed"}
+    said = [
+        f"{row.mfu:.1%} at {row.parameters / 1e9:.3g} B{again[row.recompute]} ({row.source})" for row in rows
+    ]
+    return f"MFU planned from {' and '.join(said)}"
 
 
 # ---- steps and checkpoints --------------------------------------------------------------------------------

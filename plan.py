@@ -204,9 +204,11 @@ def about_time(cfg: Config, args: argparse.Namespace, when: cost.Schedule) -> li
     out.append(row(f"tokens a second a {one}", f"{speed:,.0f}", "stated" if measured else "from the MFU"))
     if gpu.flops:
         plain, palm = cost.mfu(cfg.model, speed, gpu.flops)
-        how = "from the speed" if measured else args.mfu_is
+        how = "from the speed" if measured else "planned" if args.mfu_from else "stated"
         note = f"{how}; {plain:.1%} by 6N; of {gpu.flops / 1e12:,.0f} TFLOP/s, dense BF16"
         out.append(row("MFU, attention counted", f"{palm:.1%}", note))
+        if args.mfu_from:
+            out += sentence(cost.about_measured(args.mfu_from))
     out.append(row("hours", f"{hours:,.1f}", f"{hours / 24:,.1f} days without a pause"))
     out.append(row(f"{one}-hours", f"{hours * args.gpus:,.1f}"))
 
@@ -241,7 +243,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--gpu", help=f"{kinds}; 8xh100 is 8 of them; default: a100-80gb, or cpu if train.device=cpu")
     add("--gpus", type=int, help="number of processes, one per GPU; default: 8 (a node), or 1 on a CPU")
     add("--tokens", type=float, help="tokens to train on; default: the dataset's, or data.expected_tokens")
-    add("--mfu", type=float, help="share of the peak, attention counted; default: 0.4")
+    add("--mfu", type=float, help="share of the peak, attention counted; default: from measured ones")
     add("--tokens-per-second-per-gpu", type=float, help="measured speed, instead of --mfu")
     add("--watts", type=float, help="average power of one GPU; default: the limit of its board")
     add("--pue", **pue, help="power usage effectiveness; default: 1.1, as OLMo and LLaMA")
@@ -283,8 +285,6 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         args.gpus = count or args.gpus
 
     # Fill in the flags that are not given.
-    args.mfu_is = "stated" if args.mfu else "assumed"
-    args.mfu = args.mfu or 0.4
     trained_on = {"auto": "a100-80gb", "cpu": "cpu", "cuda": "a100-80gb"}
     args.gpu = args.gpu or config.choose("train.device", cfg.train.device, trained_on)
     assumed = not args.gpus and args.gpu != "cpu"
@@ -292,7 +292,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 
     # Refuse what the machine cannot do, and a batch that does not divide over it.
     peak, speed = hardware.machine(args.gpu).flops, args.tokens_per_second_per_gpu
-    if args.gpu == "cpu" and args.mfu_is == "stated":
+    if args.gpu == "cpu" and args.mfu:
         raise ConfigError("--mfu: no peak is known for a CPU; give --tokens-per-second-per-gpu")
     if speed and peak and cost.mfu(cfg.model, speed, peak)[0] > 1:
         most = peak / cost.flops_per_token(cfg.model)["6N"]
@@ -305,6 +305,11 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     except ConfigError as error:
         here = f". This is for {args.gpus} x {args.gpu}, which no flag asked for: --gpus 1, or --gpu cpu"
         raise ConfigError(f"{error}{here * assumed}") from None
+
+    # The MFU, and the measured steps that it is planned from, where no flag says it.
+    args.mfu_from = []
+    if not args.mfu and not speed and peak:
+        args.mfu, args.mfu_from = cost.planned_mfu(cfg, args.gpu)
     return cfg, args
 
 

@@ -554,6 +554,81 @@ def test_a_save_copies_12_bytes_a_parameter_to_the_hosts():
     assert cost.saving(muon, 1) == (12 * P - 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008), 1)
 
 
+# ---- planned speed ----------------------------------------------------------------------------------------
+
+
+def speed_config(name: str, micro: int, recompute: int | str) -> Config:
+    return config.load(
+        name, [f"--train.micro_batch_size={micro}", f"--train.activation_checkpointing={recompute}"]
+    )
+
+
+@pytest.fixture
+def easy_constants(monkeypatch):
+    for name, value in (("SMALL", 450), ("RECOMPUTE", 0.27), ("SELECTIVE", 0.03)):
+        monkeypatch.setattr(cost, name, value)
+
+
+def test_small_micro_batches_and_recompute_slow_a_step_down_by_hand(easy_constants):
+    assert cost.slowdown(4500, 0, 32) == pytest.approx(1.1)  # as long as 4,950 tokens
+    assert cost.slowdown(4500, 1, 32) == pytest.approx(1.1 * 1.27)
+    assert cost.slowdown(9000, 2, 32) == pytest.approx(1.05 * 1.135)
+    assert cost.slowdown(10**9, 3, 32) == pytest.approx(1 + 0.27 * 11 / 32)  # blocks 0, 3 ... 30
+    assert cost.slowdown(10**9, 40, 32) == pytest.approx(1 + 0.27 / 32)
+    assert cost.slowdown(10**9, "selective", 32) == pytest.approx(1.03)
+    with pytest.raises(ValueError, match=r"train\.activation_checkpointing='auto'"):
+        cost.slowdown(4500, "auto", 32)
+
+
+# Measured on one H200 (benchmarks/README.md); only the first three are in the table.
+@pytest.mark.parametrize(
+    "name, micro, recompute, mfu, within",
+    [("124m", 64, 0, 33.6, 0.05), ("1b", 8, 0, 52.4, 0.05), ("7b", 2, 0, 54.5, 0.05), ("7b", 4, 2, 50.8, 1),
+     ("7b", 10, 1, 46.2, 1)],
+)  # fmt: skip
+def test_the_planned_mfu_is_the_measured_one(name, micro, recompute, mfu, within):
+    for gpu in ("h200", "NVIDIA H200", "h100-80gb"):
+        planned, _ = cost.planned_mfu(speed_config(name, micro, recompute), gpu)
+        assert 100 * planned == pytest.approx(mfu, abs=within)
+
+
+def test_between_two_sizes_the_mfu_is_linear_in_the_logarithm(monkeypatch, easy_constants):
+    cfg = speed_config("7b", 2, 0)
+    rows = [
+        cost.Measured("ampere", 6_738_415_616 / 10, 4500, 0, 0.4, "a tenth"),  # 0.44 in endless micro-batches
+        cost.Measured("ampere", 6_738_415_616 * 100, 9000, 1, 0.3, "a hundred"),  # 0.3 x 1.05 x 1.27 = 0.40
+        cost.Measured("hopper", 5e9, 4096, 0, 0.9, "another generation"),
+    ]
+    monkeypatch.setattr(cost, "MEASURED", rows)
+    planned, near = cost.planned_mfu(cfg, "a100-80gb")
+    expected = (0.44 * 2 + 0.40005) / 3 / (1 + 450 / 4096)
+    assert planned == pytest.approx(expected) and [row.source for row in near] == ["a tenth", "a hundred"]
+    # beyond the smallest and the largest it is theirs
+    small, large = speed_config("124m", 64, 0), speed_config("llama-3.1-405b", 1, 0)
+    assert cost.planned_mfu(small, "a100-80gb") == (pytest.approx(0.44 / (1 + 450 / 65_536)), rows[:1])
+    rows[1] = rows[1]._replace(parameters=1e10)
+    assert cost.planned_mfu(large, "a100-80gb") == (pytest.approx(0.40005 / (1 + 450 / 8192)), rows[1:2])
+
+
+def test_every_gpu_is_planned_by_its_generation():
+    generations = {
+        "h100": "hopper",
+        "h200": "hopper",
+        "a100": "ampere",
+        "rtx": "ampere",
+        "mi2": "cdna",
+        "mi3": "cdna",
+    }
+    for name in hardware.GPUS:
+        _, near = cost.planned_mfu(config.load("7b"), name)
+        assert near[0].gpus == generations[name[: 4 if name[0] in "ha" else 3]], name
+    for device, generation in (
+        ("NVIDIA H100 PCIe", "hopper"), ("NVIDIA A100-SXM4-80GB", "ampere"), ("AMD Instinct MI300X", "cdna"),
+        ("NVIDIA GeForce RTX 4090", "ampere"), ("NVIDIA B200", "hopper"),
+    ):  # fmt: skip
+        assert cost.planned_mfu(config.load("7b"), device)[1][0].gpus == generation
+
+
 # ---- time, energy, money ----------------------------------------------------------------------------------
 
 
@@ -612,7 +687,11 @@ def test_an_assumed_mfu_gives_the_speed_that_has_it_and_says_so():
     flops = sum(cost.flops_per_token(config.load("124m").model).values())
     assert number(shown.stdout, "tokens a second a GPU") == pytest.approx(0.5 * 312e12 / flops, abs=1)
     assert number(shown.stdout, "MFU, attention counted") == 50.0 and "   stated; " in shown.stdout
-    assert "   assumed; " in run("124m", "--gpus=1", "--train.micro_batch_size=16").stdout
+    assert "MFU planned from" not in shown.stdout
+    shown = run("124m", "--gpus=1", "--gpu=h200", "--train.micro_batch_size=64", "--tokens=1e10").stdout
+    assert number(shown, "MFU, attention counted") == 33.6 and "   planned; " in shown
+    assert "MFU planned from 33.6% at 0.124 B (ours, one H200, 2026-11-26)." in shown
+    assert number(shown, "tokens a second a GPU") == pytest.approx(0.336 * 989e12 / flops, rel=1e-3)
 
 
 def test_a_cpu_has_no_peak_and_needs_a_speed(recipe):
