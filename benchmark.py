@@ -41,7 +41,9 @@ def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
     """Makes n_steps steps, prints one table and returns its figures."""
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
+    cfg = preflight.choose(cfg)
     with parallel.start(cfg.train, cfg.parallel) as world:
+        preflight.check_agreement(cfg, world)
         # Build a model with random weights; every process draws its own tokens.
         model, optimizers = build(cfg, world, eot=0)
         with torch.no_grad():
@@ -111,6 +113,8 @@ def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> N
     where = f"{processes} x {about['device']}, {about['precision']}, torch {torch.__version__}"
     what = f"{n_steps} steps of {cfg.train.batch_size} x {cfg.model.seq_len} tokens, medians"
     lines = [f"{cfg.name} on {where}; {what}"]
+    again = memory.about_recompute(cfg.train.activation_checkpointing)
+    lines.append(f"  micro-batches of {cfg.train.micro_batch_size}, {again}")
     lines.append(f"  {'':<28}{'measured':>16}{'plan.py':>20}")
     lines += [f"  {name:<28}{measured:>16}{plan:>20}".rstrip() for name, measured, plan in rows]
     if "mfu" in figures:

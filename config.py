@@ -258,8 +258,9 @@ class Train:
     # the batch doubles each time this many tokens have been trained on (OLMo-65B: 100e9); 0: never
     batch_double_tokens: int = setting(0, LEARNED, least=0)
     batch_size_max: int = setting(0, LEARNED, least=0)  # sequences in the largest batch (OLMo-65B: 8192)
-    # sequences in one forward pass on one GPU; the number of accumulation steps is derived
-    micro_batch_size: int = setting(8, RUN, least=1)
+    # sequences in one forward pass on one GPU; the number of accumulation steps is derived; 0: the plan
+    # chooses, as many as fit (memory.chosen)
+    micro_batch_size: int = setting(8, RUN, least=0)
     # stop after this many steps, on the same schedule (see optim.schedule_steps); 0: all that the data have
     steps: int = setting(0, RUN, least=0)
     seed: int = setting(1234, LEARNED)  # seed of the initial weights
@@ -269,8 +270,9 @@ class Train:
     # the residual stream; bf16 saves memory and time, and loses digits in every layer's sum
     residual: Literal["fp32", "bf16"] = setting("fp32", LEARNED)
     compile: Literal["auto", "on", "off"] = setting("auto", RUN)  # torch.compile of each block; auto: on CUDA
-    # recompute every n-th block in the backward pass, to save memory; 1: every block; 0: none
-    activation_checkpointing: int = setting(0, RUN, least=0)
+    # to save memory, recompute in the backward pass: every N-th block (0: none; 1: every block); selective:
+    # in every block all but matmuls and attention; auto: the plan chooses the least that fits
+    activation_checkpointing: Literal["auto", "selective"] | int = setting(0, RUN, least=0)
     deterministic: bool = setting(False, RUN)  # the same bits in every run on the same GPUs; slower on CUDA
     log_every: int = setting(10, RUN, least=1)  # steps between printed lines; metrics.jsonl has every step
     # save a checkpoint when the last row of a data chunk has been consumed

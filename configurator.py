@@ -35,6 +35,7 @@ if typing.TYPE_CHECKING:
     import argparse
 
 CONFIGS = Path(__file__).parent / "configs"  # the configs that come with nano360
+UNIONS = (typing.Union, types.UnionType)  # what get_origin says of Literal["auto"] | int, and of str | int
 
 
 class ConfigError(ValueError):
@@ -233,18 +234,17 @@ def check_setting(part: object, f: dataclasses.Field, kind: object) -> None:
         value += 0.0  # 1 and 1.0 are then the same config, also in JSON, and so are 0.0 and -0.0
         object.__setattr__(part, f.name, value)
     elif not has_type(value, kind):
-        is_choice = typing.get_origin(kind) is Literal
-        want = " or ".join(map(repr, typing.get_args(kind))) if is_choice else kind
-        if not isinstance(kind, types.GenericAlias):
-            want = getattr(want, "__name__", want)
-        problem = "is no choice" if is_choice and isinstance(value, str) else f"is a {type(value).__name__}"
-        raise ConfigError(f"{name}={value!r} {problem}; it must be {want}")
+        is_choice = isinstance(value, str) and "Literal[" in str(kind)
+        problem = "is no choice" if is_choice else f"is a {type(value).__name__}"
+        raise ConfigError(f"{name}={value!r} {problem}; it must be {described(kind)}")
     check_range(name, value, f.metadata)
     check_finite(name, value)
 
 
 def check_range(name: str, value: object, limits: typing.Mapping) -> None:
     """ConfigError where a number is outside of the limits that its `setting` gives. NaN is outside of all."""
+    if isinstance(value, str):  # a word in the place of a number
+        return
     least, above, below, most = (limits.get(limit) for limit in ("least", "above", "below", "most"))
     if above is not None and not above < value < math.inf:
         raise ConfigError(f"{name}={value} must be a number above {above}")
@@ -312,6 +312,8 @@ def has_type(value: object, kind: object) -> bool:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return value in arguments
+    if origin in UNIONS:
+        return any(has_type(value, part) for part in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(has_type(item, arguments[0]) for item in value)
     if origin is dict:
@@ -321,6 +323,16 @@ def has_type(value: object, kind: object) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind  # not isinstance: True is an int to Python, but 1 head too many to us
+
+
+def described(kind: object) -> str:
+    """A type in a message: described(Literal["auto"] | int) -> "'auto' or int"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in UNIONS:
+        return " or ".join(map(described, arguments))
+    return str(kind) if origin else kind.__name__
 
 
 def choose(setting: str, choice: str, table: dict[str, object]) -> object:
@@ -544,8 +556,13 @@ def parse(key: str, text: str, kind: object) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if text not in arguments:
-            raise ConfigError(f"--{key}={text}: use {' or '.join(map(repr, arguments))}")
+            raise ConfigError(f"--{key}={text}: use {described(kind)}")
         return text
+    if origin in UNIONS:  # the first of them that it can be
+        for part in arguments:
+            with contextlib.suppress(ConfigError):
+                return parse(key, text, part)
+        raise ConfigError(f"--{key}={text}: use {described(kind)}")
     if kind is str:
         return text
     if kind is bool:
@@ -695,7 +712,7 @@ def comment_in_source(node: ast.AnnAssign, lines: list[str]) -> str:
         comment = " ".join(above)
     annotation = ast.unparse(node.annotation)
     if annotation.startswith("Literal"):
-        choices = re.findall("'([^']*)'", annotation)
+        choices = re.findall("'([^']*)'", annotation) + ["N"] * annotation.endswith("| int")
         comment += f" [{' | '.join(choices)}]"
     return comment
 

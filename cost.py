@@ -115,7 +115,7 @@ def accumulation(cfg: Config, gpus: int) -> int:
 #
 # Each micro-batch reads FP32 weights to cast them (6 bytes a parameter), casts gradients (6) and adds them to
 # the sum (12): 24 bytes, at 4.8 TB/s 5.0 ps a parameter. A token's 6 FLOPs take 0.011 ps, at 55 % of 989
-# TFLOP/s. So a micro-batch takes as long as 450 tokens more would.
+# TFLOP/s. So a micro-batch takes as long as 450 tokens more would. What FSDP sends for each is not in this.
 SMALL = 450
 # Recompute is another forward pass, 0.33 of a step by FLOPs. Measured, with SMALL: 0.28 from every block of
 # 7B, 0.26 from every second one.

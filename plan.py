@@ -4,6 +4,7 @@
     python plan.py 1b --gpus 16 --parallel.strategy=fsdp --parallel.shard=8 --train.activation_checkpointing=2
     python plan.py 124m --gpus 1 --tokens-per-second-per-gpu 150000 --price 2.0    # with a measured speed
     python plan.py demo --train.micro_batch_size=4                                 # settings as everywhere
+    python plan.py 7b --train.micro_batch_size=0 --train.activation_checkpointing=auto      # both are chosen
 
 Memory is derived from the code (memory.py). It was measured on one GPU so far, an H200: the plan said 104.7
 GiB for 7B where 103.1 were measured, 44.5 and 39.9 for 1B, 27.1 and 23.5 for 124M. Several GPUs are not
@@ -86,17 +87,19 @@ KINDS = {  # kind of bytes in memory.peak -> its name in the table
 def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
     """The plan, and beside it what DDP, FSDP and activation checkpointing would change."""
     # The columns: each strategy that is possible, without and with activation checkpointing.
-    cuda, every = args.gpu != "cpu", cfg.train.activation_checkpointing
-    chosen = (cfg.parallel.strategy, every)
+    cuda, again = args.gpu != "cpu", cfg.train.activation_checkpointing
+    chosen = (cfg.parallel.strategy, again)
     strategies = ("ddp", "fsdp") if args.gpus > 1 and cfg.optim.optimizer == "adamw" else chosen[:1]
+    recomputes = dict.fromkeys((0, again or 1) if len(strategies) > 1 else (0, "selective", again or 1, 1))
     plans = {}
-    for strategy, recompute in itertools.product(strategies, (0, every or 1)):
+    for strategy, recompute in itertools.product(strategies, recomputes):
         other = memory.variant(cfg, strategy, recompute)
         plans[strategy, recompute] = memory.peak(other, args.gpus, cuda)
     heads = []
     for strategy, recompute in plans:
         words = [">"] * ((strategy, recompute) == chosen) + [strategy.upper()] * (len(strategies) > 1)
-        words += [f"ckpt {recompute}"] if recompute else ["no ckpt"] * (len(strategies) == 1)
+        name = "sel." if recompute == "selective" else recompute
+        words += [f"ckpt {name}"] if recompute else ["no ckpt"] * (len(strategies) == 1)
         heads.append(" ".join(words))
 
     # The table: a row for each kind of bytes, their sum, and whether it fits.
@@ -123,7 +126,7 @@ def about_memory(cfg: Config, args: argparse.Namespace) -> list[str]:
         f"micro-batch {cfg.train.micro_batch_size}, {cost.precision(cfg, cuda)}",
         *(f"  {name:<28}" + "".join(f"{value:>16}" for value in values) for name, values in table),
         f"  >: the plan; its peak is when {plans[chosen]['at']}.",
-        "  ckpt n: activation checkpointing of every n-th block.",
+        "  ckpt n: every n-th block is recomputed; ckpt sel.: all but matmuls and attention.",
         f"  Usable: {limit / GIB:,.1f} GiB, {share:.0%} of {whole / GIB:,.1f}{over}; the rest is for {rest}.",
         "  Host memory for saving during training: "
         f"{big(copied, 'B')} in all, {copies if writers > 1 else 'the copy of 1 process'}.",
@@ -301,6 +304,8 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             f"allow: at most {most:,.0f}"
         )
     try:
+        asked, cfg = cfg, memory.chosen(cfg, args.gpus, args.gpu)
+        args.chosen = cfg != asked
         cost.accumulation(cfg, args.gpus)
     except ConfigError as error:
         here = f". This is for {args.gpus} x {args.gpu}, which no flag asked for: --gpus 1, or --gpu cpu"
@@ -320,9 +325,11 @@ def main(argv: list[str] | None = None) -> None:
     _, shard, tp = consistency.mesh_shape(cfg.parallel, args.gpus)
     how = f", {cfg.parallel.strategy.upper()}" * (args.gpus > 1)
     how += f" over {shard}" * (1 < shard < args.gpus) + f", tensor parallel over {tp}" * (tp > 1)
-    if every := cfg.train.activation_checkpointing:
-        how += f", activation checkpointing of every {f'{every}-th ' * (every > 1)}block"
+    if again := cfg.train.activation_checkpointing:
+        how += f", {memory.about_recompute(again)}"
     print(f"{cfg.name} on {args.gpus} x {args.gpu}{how}")
+    if args.chosen:
+        print("\n".join(sentence(f"chosen: {memory.about_choice(cfg, args.gpus, args.gpu)}")))
 
     # The memory is shown before it is judged: a plan that does not fit ends here.
     for section in (about_parameters(cfg), about_flops(cfg), about_memory(cfg, args)):

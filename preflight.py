@@ -65,25 +65,49 @@ def check(cfg: Config) -> Start:
     return Start(dataset, origin, annealed, changed, accumulation, tokenizer_files(dataset))
 
 
+def room(device: torch.device) -> float:
+    """Bytes for the tensors of this process on its device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory * hardware.USABLE
+    return hardware.usable("cpu", rendezvous.processes_here())
+
+
+def choose(cfg: Config) -> Config:
+    """The same config with the micro-batch and recompute that the plan chooses for this machine, if asked."""
+    device = parallel.device(cfg.train.device)
+    return memory.chosen(cfg, rendezvous.world_size(), device.type, room(device))
+
+
 def check_memory(cfg: Config, anyway: bool) -> None:
-    """Asks the plan whether this machine has the memory for a run, before any is used.
+    """Asks the plan whether this machine has the memory for a run, before any is used. Says what it chose.
 
     Raises ConfigError with the smallest change that would fit; with `anyway` only prints it.
     """
+    asked, cfg = cfg, choose(cfg)
     processes, device = rendezvous.world_size(), parallel.device(cfg.train.device)
     cost.accumulation(cfg, processes)  # they must divide
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory * hardware.USABLE
-    else:
-        have = hardware.usable("cpu", rendezvous.processes_here())
     try:
-        memory.check(cfg, processes, device.type, have)
+        memory.check(cfg, processes, device.type, room(device))
     except ConfigError as error:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
             raise ConfigError(f"{said}. --anyway tries all the same") from None
         if rendezvous.rank() == 0:
             say(f"note     --anyway: {said}")
+    if cfg != asked and rendezvous.rank() == 0:
+        say(f"chosen   {memory.about_choice(cfg, processes, device.type, room(device))}")
+
+
+def check_agreement(cfg: Config, world: "parallel.World") -> None:
+    """ConfigError where processes on different machines chose differently. All processes call it."""
+    train = cfg.train
+    found = set(world.collect((train.micro_batch_size, str(train.activation_checkpointing))))
+    if len(found) > 1:
+        pairs = " and ".join(f"{micro} with {recompute}" for micro, recompute in sorted(found))
+        raise ConfigError(
+            f"the processes have different memory, and the plan chose different micro-batches: {pairs}; set "
+            "train.micro_batch_size and train.activation_checkpointing"
+        )
 
 
 # ---- the dataset, the origin, the run folder --------------------------------------------------------------
@@ -264,6 +288,7 @@ def flat(cfg: Config) -> dict:
 def write_down(start: Start, run: "Run", state: steps.State, plan: steps.Steps, resumed: bool) -> None:
     """Writes config.json, dataset.json and a line in the ledger, and prints `greet`. `run` is train.Run."""
     cfg, world, dataset = run.cfg, run.world, run.dataset
+    check_agreement(cfg, world)
     about, parameters = hardware.about_run(world), sum(p.numel() for p in bare(run.model).parameters())
     world.once(run_folder.write_run, cfg, dataset.folder, {**about, "parameters": parameters})
     record = {
@@ -271,6 +296,8 @@ def write_down(start: Start, run: "Run", state: steps.State, plan: steps.Steps, 
         "steps": plan.last_step,
         "world_size": world.size,
         "accumulation": start.accumulation,
+        "micro_batch_size": cfg.train.micro_batch_size,
+        "activation_checkpointing": cfg.train.activation_checkpointing,
         "init_from": str(start.origin) if start.origin else None,
         "rows_after_last_step": plan.n_rows - plan.consumed(plan.n_steps),
         "changed": start.changed,
@@ -295,6 +322,8 @@ def greet(start: Start, run: "Run", parameters: int, step: int, plan: steps.Step
     say(f"data     {rows} from {cfg.dataset}")
     n_micro = start.accumulation * size // cfg.train.batch_size
     micro = f"{n_micro} micro-batch(es) of {cfg.train.micro_batch_size}"
+    again = cfg.train.activation_checkpointing
+    micro += f", {memory.about_recompute(again)}" * bool(again)
     say(f"step     {size} rows = {size * T:,} tokens: {world.dp_size} share(s) x {micro}")
 
     # The device, and how the model is spread.

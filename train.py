@@ -162,6 +162,7 @@ def train(
     Returns 0, or the number of the signal that made it save and end early. Raises incidents.Stopped where an
     incident ends the run.
     """
+    cfg = preflight.choose(cfg)  # the micro-batch and the recompute, where the plan is to choose them
     start = preflight.check(cfg)  # every mistake that can be known before a GPU or a file is touched
     with parallel.start(cfg.train, cfg.parallel) as world, run_folder.at_work(cfg.run, world):
         state, plan, source, resumed = where_to_start(cfg, start, world)

@@ -116,6 +116,41 @@ def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("note     --anyway: this does not fit")
 
 
+def test_a_run_chooses_what_the_plan_chooses(monkeypatch, capsys):
+    asked = ["--train.micro_batch_size=0", "--train.activation_checkpointing=auto"]
+    monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
+    about = types.SimpleNamespace(total_memory=hardware.GPUS["h200"].memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    for name in ("124m", "7b"):
+        preflight.check_memory(config.load(name, asked), anyway=False)
+        made = memory.chosen(config.load(name, asked), 1, "h200")
+        assert capsys.readouterr().out == f"chosen   {memory.about_choice(made, 1, 'h200')}\n"
+        assert preflight.choose(config.load(name, asked)) == made
+    preflight.check_memory(config.load("124m"), anyway=False)  # nothing is to be chosen
+    assert capsys.readouterr().out == ""
+
+
+def test_processes_that_chose_differently_are_refused():
+    cfg = config.load("124m")
+    same, other = (64, "0"), (8, "selective")
+    world = types.SimpleNamespace(collect=lambda mine: [mine, same])
+    preflight.check_agreement(cfg, world)
+    world.collect = lambda mine: [mine, other]
+    with pytest.raises(config.ConfigError, match="8 with selective and 64 with 0; set train"):
+        preflight.check_agreement(cfg, world)
+
+
+def test_a_benchmark_of_a_chosen_micro_batch(recipe, tmp_path):
+    file = tmp_path / "figures.json"
+    auto = ("--train.micro_batch_size=0", "--train.activation_checkpointing=auto")
+    result = run(recipe, *auto, "--steps", "1", f"--json={file}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.startswith("chosen   micro-batches of 6 rows, nothing recomputed: ")
+    assert "micro-batches of 6, nothing recomputed" in result.stdout
+    train = json.loads(file.read_text())["config"]["train"]
+    assert (train["micro_batch_size"], train["activation_checkpointing"]) == (6, 0)
+
+
 def test_a_profile_is_a_trace_of_steps_with_the_matmuls_in_it(recipe, tmp_path):
     cfg = config.load(str(recipe), [f"--run={tmp_path / 'run'}", "--train.steps=8"])
     train.train(cfg, profile=True)

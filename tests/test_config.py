@@ -299,6 +299,32 @@ MAY_CHANGE_ON_RESUME = """
 """
 
 
+def test_activation_checkpointing_is_a_number_or_a_word(tmp_path):
+    name = "train.activation_checkpointing"
+    for text, value in (("0", 0), ("2", 2), ("1e1", 10), ("selective", "selective"), ("auto", "auto")):
+        cfg = config.load("7b", [f"--{name}={text}"])
+        assert cfg.train.activation_checkpointing == value
+        assert (
+            configurator.from_dict(Config, config.to_dict(cfg)) == cfg
+        )  # config.json of a run, also of earlier ones
+    for text, message in (
+        ("selectiv", "=selectiv: use 'auto' or 'selective' or int"),
+        ("1.5", "=1.5: use 'auto' or 'selective' or int"),
+        ("-1", "=-1 must be at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}{message}"):
+            config.load("7b", [f"--{name}={text}"])
+    for value, message in (
+        ("always", "'always' is no choice"),
+        (True, "True is a bool"),
+        (1.0, "1.0 is a float"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}={message}; it must be 'auto' or 'selective' or int"):
+            Train(activation_checkpointing=value)
+    (line,) = [line for line in config.settings_help().splitlines() if f"--{name}=" in line]
+    assert f"--{name}=0 " in line and line.endswith(" [auto | selective | N]")
+
+
 def test_every_setting_says_what_it_is_for():
     for name, f in configurator.fields_of(Config).items():
         assert isinstance(f.metadata.get("purpose"), config.Purpose) and f.metadata["purpose"], name

@@ -149,7 +149,9 @@ def kept_by_autograd(model: Model, rows: int, bf16: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def planned_to_be_kept(model: Model, rows: int, bf16: bool, every: int = 0, cuda: bool = False) -> float:
+def planned_to_be_kept(
+    model: Model, rows: int, bf16: bool, every: int | str = 0, cuda: bool = False
+) -> float:
     """Bytes that the plan has between forward and backward, without the loss."""
     sizes = memory.sizes(small_config(model, rows, 1, "bf16" if bf16 else "fp32", every), 1, cuda)
     return sum(sizes.kept) + sizes.outer
@@ -162,7 +164,7 @@ def test_activations_are_what_autograd_keeps_to_the_byte(name, bf16):
     assert planned_to_be_kept(model, 5, bf16) == kept_by_autograd(model, 5, bf16)
 
 
-def small_config(model: Model, micro: int, accumulation: int, precision: str, every: int = 0) -> Config:
+def small_config(model: Model, micro: int, accumulation: int, precision: str, every: int | str = 0) -> Config:
     return Config(
         model=model.resolved(),
         train=Train(
@@ -278,6 +280,19 @@ def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():
     assert planned_to_be_kept(AMBER, 10, True, 3, cuda=True) == 11 * n * 4 * 4096 + 21 * layer + rest
 
 
+def test_selective_recompute_keeps_what_matmuls_and_attention_made():
+    # per token: the stream 4 D; q, k, v and attention's output 4 x 2 D, its log-sum 4 H; o_proj's output 2 D;
+    # gate and up 2 x 2 F
+    token = 14 * 4096 + 4 * 32 + 4 * 11008
+    assert memory.kept_by_layer(AMBER, 20_480, True, True, selective=True) == 20_480 * token
+    outer = planned_to_be_kept(AMBER, 10, True, 1, cuda=True) - 32 * 20_480 * 4 * 4096
+    assert planned_to_be_kept(AMBER, 10, True, "selective", cuda=True) == 32 * 20_480 * token + outer
+    # two of grouped queries' heads are keys and values; tensor parallel splits tokens and heads
+    grouped = dataclasses.replace(AMBER, n_kv_heads=8, ffn="gelu", norm_place="after")
+    token = 4 * 4096 + 2 * 2 * 4096 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 2 * 11008
+    assert memory.kept_by_layer(grouped, 4096, True, True, tp=2, selective=True) == 2048 * token
+
+
 def test_hsdp_divides_by_the_gpus_of_one_copy():
     hsdp, P = memory.peak(amber(strategy="fsdp", shard=8, every=1), 32, cuda=True), 6_738_415_616
     assert (hsdp["weights"], hsdp["gradients"], hsdp["optimizer"]) == (P / 2, P / 2, P)
@@ -379,6 +394,106 @@ def test_a_split_that_is_not_offered_is_not_advised():
 def test_sharding_over_a_node_is_widened_where_that_fits():
     cfg = config.load("llama-1-65b", ["--parallel.shard=8", "--train.micro_batch_size=1"])
     assert memory.smallest_change(cfg, 32, "a100-80gb") == ["--parallel.shard=0"]
+
+
+# ---- what is chosen ---------------------------------------------------------------------------------------
+
+
+def auto(name: str = "7b", micro: int = 0, recompute: int | str = "auto", *more: str) -> Config:
+    asked = [f"--train.micro_batch_size={micro}", f"--train.activation_checkpointing={recompute}"]
+    return config.load(name, [*asked, *more])
+
+
+def pair(cfg: Config) -> tuple:
+    return cfg.train.micro_batch_size, cfg.train.activation_checkpointing
+
+
+@pytest.fixture
+def easy_peak(monkeypatch, easy_constants):
+    """Each row of a micro-batch needs 10 bytes, fewer with recompute."""
+
+    def peak(cfg: Config, gpus: int, cuda: bool) -> dict:
+        row = {0: 10, "selective": 6, 4: 8, 3: 7, 2: 5, 1: 2}[cfg.train.activation_checkpointing]
+        return {"activations": row * cfg.train.micro_batch_size, "at": "once"}
+
+    monkeypatch.setattr(memory, "peak", peak)
+
+
+@pytest.mark.parametrize(
+    "seq_len, micro, recompute, have, expected",
+    [
+        (450, 0, 0, 39, (2, 0)),  # 8 rows: micro-batches of 1, 2, 4 or 8; of 4 would need 40
+        (450, 0, 1, 39, (8, 1)),
+        (450, 4, "auto", 40, (4, 0)),
+        (450, 4, "auto", 39, (4, "selective")),
+        (450, 4, "auto", 23, (4, 2)),
+        (450, 4, "auto", 19, (4, 1)),
+        # 2 rows are 900 tokens: 1.5 x; selective: 4 rows, 1.25 x 1.03; every block: 8 rows, 1.125 x 1.27
+        (450, 0, "auto", 25, (4, "selective")),
+        # 9,000 tokens: 1.05 x; selective: 1.025 x 1.03
+        (4500, 0, "auto", 25, (2, 0)),
+        (4500, 0, "auto", 1, (1, 1)),  # nothing fits: what needs the least
+        (450, 8, "auto", 1, (8, 1)),
+        (450, 3, 2, 1, (3, 2)),  # nothing is to be chosen
+    ],
+)
+def test_the_fastest_step_that_fits_is_chosen(easy_peak, seq_len, micro, recompute, have, expected):
+    train = Train(batch_size=32, micro_batch_size=micro, activation_checkpointing=recompute)
+    cfg = Config(model=Model(seq_len=seq_len).resolved(), train=train)
+    assert pair(memory.chosen(cfg, 4, "h200", have)) == expected
+
+
+@pytest.mark.parametrize("gpu", ["a100-40gb", "h100-80gb", "h200", "mi250x-gcd"])
+@pytest.mark.parametrize(
+    "gpus, spread", [(8, ["fsdp"]), (16, ["fsdp", "--parallel.shard=8"]), (8, ["fsdp", "--parallel.tp=2"])]
+)
+def test_a_choice_fits_and_divides_the_batch_and_one_step_more_does_not(gpu, gpus, spread):
+    strategy, *more = spread
+    asked = auto("7b", 0, 0, f"--parallel.strategy={strategy}", *more)
+    made = memory.chosen(asked, gpus, gpu)
+    rows = cost.accumulation(made, gpus) * made.train.micro_batch_size
+    assert rows == 2240 / (gpus / made.parallel.tp) and made.given == asked.given != ()
+    assert memory.fits(made, gpus, gpu)
+    larger = [n for n in range(made.train.micro_batch_size + 1, rows + 1) if rows % n == 0]
+    assert not any(memory.fits(memory.with_choice(made, n, 0), gpus, gpu) for n in larger)
+
+
+def test_what_fits_with_no_choice_is_refused_as_before():
+    made = memory.chosen(auto(), 1, "h100-80gb")
+    assert pair(made) == (1, 1)
+    with pytest.raises(ConfigError, match=r"115.0 GiB where 75.1 are usable; it would with --gpus=2"):
+        memory.check(made, 1, "h100-80gb")
+    with pytest.raises(ConfigError, match=r"does not divide by train\.micro_batch_size=1 x 9 processes"):
+        memory.chosen(auto(), 9, "h200")
+
+
+def test_the_plan_says_what_it_chose(capsys):
+    plan.main(
+        [
+            "7b",
+            "--gpu=h200",
+            "--gpus=1",
+            "--train.micro_batch_size=0",
+            "--train.activation_checkpointing=auto",
+        ]
+    )
+    shown, made = capsys.readouterr().out, memory.chosen(auto(), 1, "h200")
+    said = shown[shown.index("Chosen: ") :].replace("\n  ", " ")
+    said = said[: said.index(".\n")].removeprefix("Chosen: ")
+    assert said == memory.about_choice(made, 1, "h200")
+    assert said.startswith(f"micro-batches of {made.train.micro_batch_size} rows, ")
+    assert said.endswith(" GiB of the 132.71 usable, 95% of the memory")
+    assert "> " in shown and number(shown, "gradient accumulation") == 2240 / made.train.micro_batch_size
+    assert all(len(line) <= 110 for line in shown.splitlines())
+    plan.main(["7b", "--gpu=h200"])
+    assert "Chosen" not in capsys.readouterr().out
+
+
+def test_recompute_in_words():
+    words = {0: "nothing recomputed", 1: "every block recomputed", 2: "every second block recomputed"}
+    words |= {3: "every third block recomputed", 4: "every 4th block recomputed"}
+    words["selective"] = "all but matmuls and attention recomputed"
+    assert {kind: memory.about_recompute(kind) for kind in words} == words
 
 
 # ---- steps, chunks, checkpoints ---------------------------------------------------------------------------
@@ -671,7 +786,7 @@ def test_the_report_of_amber_at_its_own_speed():
         "--tokens-per-second-per-gpu=2600",
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("7b on 224 x a100-80gb, FSDP, activation checkpointing of every block")
+    assert shown.stdout.startswith("7b on 224 x a100-80gb, FSDP, every block recomputed")
     assert number(shown.stdout, "total") == 6_738_415_616
     assert number(shown.stdout, "tokens a step") == 4_587_520
     assert number(shown.stdout, "gradient accumulation") == 1

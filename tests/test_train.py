@@ -19,7 +19,9 @@ import checkpoint
 import config
 import cost
 import files
+import hardware
 import loss
+import memory
 import optim
 import parallel
 import run_folder
@@ -87,6 +89,31 @@ def test_accumulation_one_by_four_equals_four_by_one(recipe, tmp_path):
     for records in zip(*runs):
         losses, norms = [r["loss"] for r in records], [r["grad_norm"] for r in records]
         assert max(losses) - min(losses) < 5e-6 and max(norms) / min(norms) < 1 + 1e-4
+
+
+def test_a_run_records_what_the_plan_chose_and_resumes_with_another_choice(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "RECOMPUTES", (0, 1))
+    for steps, micro, again, rows, recompute in (
+        (4, 0, "auto", 6, 0),
+        (8, 0, 0, 2, 0),
+        (12, 1, "auto", 1, 1),
+    ):
+        asked = (f"--train.micro_batch_size={micro}", f"--train.activation_checkpointing={again}")
+        cfg = load(recipe, tmp_path / "run", *asked, f"--train.steps={steps}")
+        # a machine that has room for exactly these rows with this recompute
+        need = memory.total(memory.peak(memory.with_choice(cfg, rows, recompute), 1, cuda=False))
+        monkeypatch.setattr(hardware, "machine_memory", lambda need=need: need / hardware.USABLE_ON_CPU)
+        train.train(cfg)
+        saved = config.load_run(tmp_path / "run").train
+        assert (saved.micro_batch_size, saved.activation_checkpointing) == (rows, recompute)
+    ledger = list(files.read_lines(tmp_path / "run" / "ledger.jsonl"))
+    began = [line for line in ledger if line["event"] in ("start", "resume")]
+    assert [line["micro_batch_size"] for line in began] == [6, 2, 1]
+    assert [line["activation_checkpointing"] for line in began] == [0, 0, 1]
+    assert "train.micro_batch_size: 6 -> 2" in began[1]["changed"]
+    train.train(load(recipe, tmp_path / "plain", "--train.steps=12"))
+    losses = [[record["loss"] for record in metrics(tmp_path / run)] for run in ("run", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_stopping_early_does_not_change_the_schedule(recipe, whole, tmp_path):
