@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re

@@ -65,6 +65,12 @@ def test_a_number_of_gpus_can_stand_before_their_name():
         hardware.by_name("8xh2000")
 
 
+def test_a_gpu_of_amd_has_bf16_and_no_compute_capability(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for choice in ("auto", "bf16"):
+        assert parallel.precision(choice, torch.device("cuda", 0)) == torch.bfloat16
+
+
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
