@@ -18,6 +18,7 @@ of all queries and of all keys, H Dh and K Dh; c bytes of a number in matmuls.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,53 +30,80 @@ from cost import BF16, FP32, accumulation, norms_of_a_block, optimizer_numbers, 
 from hardware import GIB
 
 # These equal loss.LOGITS_BYTES and loss.LOGITS_BYTES_CUDA, which need torch to import; a test compares them.
-LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**29
+LOGITS_BYTES, LOGITS_BYTES_CUDA = 2**25, 2**31
+# cuBLAS and cuBLASLt each keep a workspace of 32 MiB on an H100 and an H200 (measured together: 67 MB).
+WORKSPACES = 2 * 2**25
 MOST_GPUS = 4096  # the largest number that smallest_change tries
 
 
 # ---- activations ------------------------------------------------------------------------------------------
 
 
-def kept_by_layer(
-    model: Model, n: int, bf16: bool, cuda: bool, tp: int = 1, selective: bool = False
-) -> float:
+class How(NamedTuple):
+    """How the numbers of a step are computed."""
+
+    cuda: bool
+    compiled: bool = False
+    bf16: bool = False  # matmuls, under autocast
+    residual: int = FP32  # bytes of a number of the residual stream
+
+    @property
+    def c(self) -> int:
+        """Bytes of a number in matmuls."""
+        return BF16 if self.bf16 else FP32
+
+
+def kept_by_layer(model: Model, n: int, how: How, tp: int = 1, selective: bool = False) -> float:
     """Bytes that one block of model.py keeps between its forward and its backward, for n tokens.
 
-    The residual stream and norms are FP32. Matmuls run in c bytes, and keep their inputs: under autocast one
-    cast copy for all matmuls that read the same input. With tensor parallel over tp processes, each has
-    n / tp tokens of the stream, all n tokens of matmul inputs, and 1 / tp of the heads and hidden values.
+    Matmuls run in c bytes and keep their inputs: under autocast one cast copy for all matmuls that read the
+    same input. With tensor parallel over tp processes, each has n / tp tokens of the stream, all n tokens of
+    matmul inputs, and 1 / tp of the heads and hidden values.
 
-    Selective recompute keeps the block's input and what matmuls and attention made of it. Norms, casts,
-    rotary positions, the activation, products and sums are computed again from these.
+    A compiled block keeps what matmuls read and wrote, and computes in backward what lies between: the
+    stream after attention, the inputs of norms in FP32, the activation (PyTorch's min-cut partitioner).
+    Selective recompute keeps the block's input and what matmuls and attention made of it.
     """
-    m = model.resolved()
+    m, c, local = model.resolved(), how.c, n / tp
     D, q, kv = m.d_model, m.n_heads * m.d_head, m.n_kv_heads * m.d_head
-    c, local = BF16 if bf16 else FP32, n / tp
+    stream, after = how.residual * local * D, m.norm_place == "after"
+
+    # Attention: q, k, v and its output, and for each head and token the log of the softmax's sum, in FP32.
+    attention = (c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads) / tp
+    hidden = c * n * m.d_ff / tp
 
     if selective:
-        # The stream, and o_proj's output; down_proj's is an input of a norm where that comes after it.
-        kept = FP32 * local * D + c * local * D * (2 if m.norm_place == "after" else 1)
-        # q, k, v and attention's output, with the log of the softmax's sum; gate and up.
-        kept += (c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads) / tp
-        return kept + (2 if m.gated else 1) * c * n * m.d_ff / tp
+        # The outputs of o_proj and down_proj. The compiler drops that of down_proj, which only a norm reads.
+        outputs = 1 if how.compiled and not after else 2
+        return stream + outputs * c * local * D + attention + (2 if m.gated else 1) * hidden
 
-    # The inputs of norms, in FP32: the stream (the same in a parallel block), or sub-layers' outputs.
     norms = norms_of_a_block(m)
-    kept = (1 if m.parallel_residual else norms) * FP32 * local * D + norms * kept_by_norm(m, local, D, cuda)
-    # The inputs of matmuls: one for q, k and v, and one for gate and up.
-    kept += 2 * c * n * D
-    # The inputs of the norms of queries and keys.
-    if m.qk_norm:
-        kept += FP32 * n * (q + kv) + kept_by_norm(m, n, q, cuda) + kept_by_norm(m, n, kv, cuda)
-    # Attention: q, k, v and its output, and for each head and token the log of the softmax's sum, in FP32.
-    kept += (c * n * (2 * q + 2 * kv) + FP32 * n * m.n_heads) / tp
-    # Queries, keys and values before they are clipped.
-    kept += c * n * (q + 2 * kv) / tp * bool(m.clip_qkv)
-    # Feed-forward: gate, act(gate), up and their product; without a gate up and act(up).
-    kept += (4 if m.gated else 2) * c * n * m.d_ff / tp
+    kept = attention + 2 * c * n * D  # the inputs of matmuls: one for q, k and v, and one for gate and up
+    if how.compiled:
+        # The block's input, and o_proj's output, which is added to it; or the two outputs that norms read.
+        kept += 2 * c * local * D if after else stream + c * local * D * (not m.parallel_residual)
+        kept += (1 if m.parallel_residual else norms) * kept_by_norm(m, local, D, True)
+        if m.qk_norm:
+            kept += c * n * (q + kv) + kept_by_norm(m, n, q, True) + kept_by_norm(m, n, kv, True)
+        # Whether a query, key or value was clipped: a byte each.
+        kept += n * (q + 2 * kv) / tp * bool(m.clip_qkv)
+        # Gate, up and their product; without a gate up and act(up).
+        kept += (3 if m.gated else 2) * hidden
+    else:
+        # The inputs of norms, in FP32: the stream (the same in a parallel block), or sub-layers' outputs.
+        inputs = norms * FP32 * local * D if after or not m.parallel_residual else FP32 * local * D
+        kept += inputs + norms * kept_by_norm(m, local, D, how.cuda)
+        # The inputs of the norms of queries and keys.
+        if m.qk_norm:
+            kept += FP32 * n * (q + kv)
+            kept += kept_by_norm(m, n, q, how.cuda) + kept_by_norm(m, n, kv, how.cuda)
+        # Queries, keys and values before they are clipped.
+        kept += c * n * (q + 2 * kv) / tp * bool(m.clip_qkv)
+        # Gate, act(gate), up and their product; without a gate up and act(up).
+        kept += (4 if m.gated else 2) * hidden
     # A mask that PyTorch's attention casts is copied in each block. ALiBi in FP32 needs no cast.
-    if bf16 or m.positions != "alibi":
-        kept += c * mask_numbers(m, n, cuda)
+    if how.bf16 or m.positions != "alibi":
+        kept += c * mask_numbers(m, n, how.cuda)
     return kept
 
 
@@ -95,33 +123,35 @@ def kept_by_norm(m: Model, n: float, width: int, cuda: bool) -> float:
     return FP32 * n * (kind.kept_per_token + on_cpu)
 
 
-def kept_outside_layers(model: Model, n: int, bf16: bool, cuda: bool, tp: int) -> float:
+def kept_outside_layers(model: Model, n: int, how: How, tp: int) -> float:
     """Bytes kept for backward outside of blocks: by the final norm, and the positions that blocks read."""
     m = model.resolved()
     positions = {
         # Cosine and sine.
         "rope": FP32 * (n if m.document_mask else m.seq_len) * int(m.d_head * m.rope_fraction),
-        "alibi": 0 if bf16 else FP32 * mask_numbers(m, n, cuda),
+        "alibi": 0 if how.bf16 else FP32 * mask_numbers(m, n, how.cuda),
         "learned": 0,
         "none": 0,
     }
-    kept = FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, cuda)
+    kept = FP32 * n / tp * m.d_model + kept_by_norm(m, n / tp, m.d_model, how.cuda)
     return kept + choose("model.positions", m.positions, positions)
 
 
-def loss_bytes(m: Model, n: float, bf16: bool, cuda: bool) -> tuple[float, float]:
+def loss_bytes(m: Model, n: float, how: How) -> tuple[float, float]:
     """Bytes that loss.py holds while it computes slice by slice, and when backward scales its gradients."""
-    c, table = BF16 if bf16 else FP32, m.vocab_size * m.d_model
-    # Logits of one slice, at most LOGITS_BYTES; with BF16, also one matmul's output and the next one's input.
-    slice_rows = min(n, max(1, (LOGITS_BYTES_CUDA if cuda else LOGITS_BYTES) // (FP32 * m.vocab_size)))
-    logits = slice_rows * m.vocab_size * (FP32 + 2 * BF16 * bf16)
+    c, table = how.c, m.vocab_size * m.d_model
+    # Logits of one slice; in eager BF16 also in FP32. All slices have the same size.
+    most = max(1, (LOGITS_BYTES_CUDA if how.cuda else LOGITS_BYTES) // (FP32 * m.vocab_size))
+    slice_rows = math.ceil(n / math.ceil(n / most))
+    logits = slice_rows * m.vocab_size * (c + FP32 * (how.bf16 and not how.compiled))
     # Gradients of the head's input, and of the head.
     gradients = c * n * m.d_model + FP32 * table
-    # With BF16: casts of both factors; and a slice's gradient of the head, which a CPU casts to FP32.
-    casts = bf16 * BF16 * (n * m.d_model + table)
-    head_gradient = bf16 * table * (BF16 if cuda else BF16 + FP32)
-    # Backward has both gradients before and after scaling, and the head's once more in its own type.
-    return gradients + logits + casts + head_gradient, 2 * gradients + c * bf16 * table
+    # With BF16: casts of both factors; and on a CPU a slice's gradient of the head, also cast to FP32.
+    casts = how.bf16 * BF16 * (n * m.d_model + table)
+    head_gradient = how.bf16 * table * (0 if how.cuda else BF16 + FP32)
+    # Backward has both gradients before and after scaling, and with BF16 that of the input also in FP32.
+    scaling = 2 * gradients + FP32 * n * m.d_model * how.bf16
+    return gradients + logits + casts + head_gradient, scaling
 
 
 # ---- the moments of a step --------------------------------------------------------------------------------
@@ -145,10 +175,9 @@ class Sizes:
     shard: int  # processes that FSDP2 shards over
     reshard: bool  # whether FSDP2 frees a block's weights after its forward and gathers them again
     tp: int
-    cuda: bool
-    bf16: bool
-    c: int  # bytes of a number in matmuls
+    how: How
 
+    selective: bool  # recompute
     n_layers: int
     block: float  # parameters of a block after tensor parallel, before FSDP
     outside: int  # parameters outside of blocks
@@ -175,11 +204,12 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
     s, m = sizes(cfg, gpus, cuda), cfg.model.resolved()
 
     # Forward ends with the loss, backward begins with its gradient. All activations are there.
-    computing, scaling = loss_bytes(m, cfg.train.micro_batch_size * m.seq_len / s.tp, s.bf16, cuda)
+    n = cfg.train.micro_batch_size * m.seq_len / s.tp
+    computing, scaling = loss_bytes(m, n, s.how)
     gathered, begin = copies_after_forward(s)
     kept = sum(s.kept) + s.outer
     moments = {
-        "the loss is computed": Moment(s.early_gradients, gathered, kept, computing, s.stream),
+        "the loss is computed": Moment(s.early_gradients, gathered, kept, computing, FP32 * n * m.d_model),
         "backward begins": Moment(s.early_gradients, begin, kept, scaling),
     }
 
@@ -193,7 +223,8 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
     optimizer = optimizer_numbers(cfg) * P / sum(parameters(m).values())
     worst = max(moments, key=lambda name: sum(moments[name]))
     always = {"weights": FP32 * P / s.shard, "optimizer": FP32 * optimizer / s.shard}
-    return {**always, **moments[worst]._asdict(), "at": worst}
+    found = moments[worst]._asdict()
+    return {**always, **found, "working": found["working"] + WORKSPACES * cuda, "at": worst}
 
 
 def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
@@ -202,8 +233,10 @@ def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
     assert micro, "chosen comes before sizes"
     replicate, shard, tp = consistency.mesh_shape(cfg.parallel, gpus)
     sharded = gpus > 1 and (cfg.parallel.strategy == "fsdp" or tp > 1)  # as parallel.start
-    bf16 = precision(cfg, cuda) == "bf16"
-    c, n = BF16 if bf16 else FP32, micro * m.seq_len
+    compiled = choose("train.compile", cfg.train.compile, {"auto": cuda, "on": True, "off": False})
+    residual = choose("train.residual", cfg.train.residual, {"fp32": FP32, "bf16": BF16})
+    how = How(cuda, compiled, precision(cfg, cuda) == "bf16", residual)
+    c, n = how.c, micro * m.seq_len
     block, outside = parts_of_a_process(m, tp)
 
     # Gradients exist during the whole step where they are summed over micro-batches, or are DDP's buckets.
@@ -214,26 +247,25 @@ def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
     # The feed-forward layer's backward needs the most working memory. It holds the gradients of the stream
     # (in FP32, and as its matmul reads it), of the outputs of gate and up, and of the matrix that leads back
     # to the stream (under autocast in both types).
-    stream = FP32 * (n / tp) * m.d_model
+    stream = how.residual * (n / tp) * m.d_model
     busy = stream + c * n * m.d_model + (2 if m.gated else 1) * c * n * m.d_ff / tp
-    busy += (c if sharded else FP32 + c * bf16) * m.d_model * m.d_ff / tp
+    busy += (c if sharded else FP32 + c * how.bf16) * m.d_model * m.d_ff / tp
 
     # A block that is recomputed keeps only its input.
     every, selective = cfg.train.activation_checkpointing, False
     if isinstance(every, str):
         every, selective = choose("train.activation_checkpointing", every, {"selective": (0, True)})
     recomputed = [every > 0 and i % every == 0 for i in range(m.n_layers)]
-    layer = kept_by_layer(m, n, bf16, cuda, tp)
-    not_recomputed = kept_by_layer(m, n, bf16, cuda, tp, selective)
+    layer = kept_by_layer(m, n, how, tp)
+    not_recomputed = kept_by_layer(m, n, how, tp, selective)
 
     return Sizes(
         sharded=sharded,
         shard=shard,
         reshard=cfg.parallel.reshard,
         tp=tp,
-        cuda=cuda,
-        bf16=bf16,
-        c=c,
+        how=how,
+        selective=selective,
         n_layers=m.n_layers,
         block=block,
         outside=outside,
@@ -244,7 +276,7 @@ def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
         recomputed=recomputed,
         kept=[stream if again else not_recomputed for again in recomputed],
         layer=layer,
-        outer=kept_outside_layers(m, n, bf16, cuda, tp),
+        outer=kept_outside_layers(m, n, how, tp),
         stream=stream,
         busy=busy,
     )
@@ -268,13 +300,14 @@ def copies_after_forward(s: Sizes) -> tuple[float, float]:
     if s.sharded:
         # FSDP2 has the weights outside of blocks gathered. It has those of all blocks too; or with reshard
         # only the buffer of its last all-gather, which it frees after the next one has begun.
-        buffer, blocks = gather_buffer(s), s.c * s.n_layers * s.block
-        gathered = s.c * s.outside + buffer + blocks * (not s.reshard)
-        return gathered, s.c * s.outside + (buffer if s.reshard else blocks)
-    # Autocast keeps its casts of all matrices until forward ends; backward needs those of the blocks that it
-    # does not recompute.
-    n_kept = s.n_layers - sum(s.recomputed)
-    return s.c * s.n_layers * s.block * s.bf16, s.c * s.block * s.bf16 * n_kept
+        buffer, blocks = gather_buffer(s), s.how.c * s.n_layers * s.block
+        gathered = s.how.c * s.outside + buffer + blocks * (not s.reshard)
+        return gathered, s.how.c * s.outside + (buffer if s.reshard else blocks)
+    # Backward needs the casts of the blocks that it does not recompute. Autocast keeps those of all matrices
+    # until forward ends; compiled code those that backward needs.
+    block = s.how.c * s.block * s.how.bf16
+    begin = block * s.recomputed.count(False) * (not s.selective)
+    return begin if s.how.compiled else block * s.n_layers, begin
 
 
 def backward_order(s: Sizes) -> Iterator[tuple[int, str, float]]:
@@ -295,9 +328,9 @@ def moments_of_whole_weights(s: Sizes) -> dict[str, Moment]:
     for i, name, left in backward_order(s):
         # Gradients of the head and of the blocks after this one, if they were not there from the start.
         gradients = s.early_gradients or FP32 * (s.table + (s.n_layers - 1 - i) * s.block)
-        # Autocast's casts of the blocks up to this one that are not recomputed, and of this one.
-        n_casts = s.recomputed[: i + 1].count(False) + s.recomputed[i]
-        casts = s.c * s.block * s.bf16 * n_casts
+        # The casts of the blocks before this one that are not recomputed, and of this one.
+        n_casts = s.recomputed[:i].count(False) * (not s.selective) + 1
+        casts = s.how.c * s.block * s.how.bf16 * n_casts
         moments[f"{name} goes backward"] = Moment(gradients, casts, left + s.layer, working=s.busy)
     # Last come the gradient of the embedding's output, and one of its matrix if it is added to another.
     added = FP32 * s.table * (bool(s.early_gradients) or s.tied)
@@ -307,7 +340,7 @@ def moments_of_whole_weights(s: Sizes) -> dict[str, Moment]:
 
 def gather_buffer(s: Sizes) -> float:
     """Bytes of the buffer into which FSDP all-gathers the weights of one block."""
-    return s.c * s.block * (s.shard > 1)
+    return s.how.c * s.block * (s.shard > 1)
 
 
 def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
@@ -318,8 +351,8 @@ def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
     a block are freed when the next block's are done. Weights outside of blocks stay gathered during the step.
     On a CPU, gloo keeps its own copy of what it gathers, and FSDP2 a copy of gradients to divide them.
     """
-    c, buffer = s.c, gather_buffer(s)
-    gloo = s.shard > 1 and not s.cuda
+    c, buffer = s.how.c, gather_buffer(s)
+    gloo = s.shard > 1 and not s.how.cuda
     outside = c * s.outside
     moments = {"forward begins": Moment(s.early_gradients, outside * (1 + (s.shard > 1) + gloo))}
 

@@ -47,7 +47,7 @@ import parallel
 import preflight
 import run_folder
 import steps
-from config import Config
+from config import Config, choose
 from configurator import say
 from dataset import Dataset
 from initial import initial_weights
@@ -292,7 +292,7 @@ def build(cfg: Config, world: World, eot: int | None) -> tuple[nn.Module, list[t
     with torch.device("meta"):
         model = Transformer(cfg.model, eot)
     model.loss.z_loss = cfg.optim.z_loss
-    model.stream_dtype = parallel.DTYPES[cfg.train.residual]
+    model.stream_dtype = choose("train.residual", cfg.train.residual, parallel.DTYPES)
     optim.shrink_embedding_gradient(model, cfg.optim.embedding_gradient)
     spread = world.spread(model, cfg)  # before the optimizers: sharding replaces the parameters
     return spread, optim.optimizers(model, cfg.optim, cfg.model.mup_scale)
