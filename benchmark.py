@@ -1,6 +1,7 @@
 """Measures speed and memory of a config here: real steps on random tokens, beside plan.py's figures.
 
     python benchmark.py 124m --steps 30
+    python benchmark.py 124m --steps 30 --profile                # on a GPU: also where the time goes
     python benchmark.py 7b --steps 10 --train.batch_size=8 --train.micro_batch_size=4 --json 7b.json
     torchrun --nproc_per_node=8 -- benchmark.py 7b --steps 30
 
@@ -12,11 +13,12 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     import config
     import configurator
 
-    known = {"--steps": "N", "--json": "FILE", "--anyway": ""}
+    known = {"--steps": "N", "--json": "FILE", "--profile": "", "--anyway": ""}
     CONFIG, FLAGS = config.from_command_line(__doc__, flags=known)
     configurator.quiet_imports()
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +39,18 @@ from train import build, forward_backward, next_token_loss
 WARM_UP = 3  # steps that are not counted: compilation, allocation, first touches
 
 
-def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
+# What a kernel of a GPU is, by the first of these words that its name has (NVIDIA's and AMD's matmuls).
+KERNELS = {
+    "attention": ("flash", "sdpa", "fmha", "flex", "cudnn"),
+    "matmuls": ("nvjet", "gemm", "cutlass", "splitK", "Cijk"),
+    "loss, element by element": ("softmax",),
+    "norms, activations, sums, rotary positions": ("triton",),
+    "optimizer and gradient norm": ("multi_tensor",),
+    "copies and the rest": ("",),
+}
+
+
+def benchmark(cfg: Config, n_steps: int, file: str, profile: bool = False) -> dict:
     """Makes n_steps steps, prints one table and returns its figures."""
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
@@ -55,32 +68,53 @@ def benchmark(cfg: Config, n_steps: int, file: str) -> dict:
 
         # Make the steps as train.py does.
         clocks, joules = [], 0.0
-        for step in range(WARM_UP + n_steps):
+
+        def one_step() -> None:
+            nonlocal joules
             clock = metrics.Clock()
             rows = torch.randint(cfg.model.vocab_size, (n_rows, T + 1), generator=generator).to(world.device)
             clock.done("data")
             sums = forward_backward(model, rows, n_tokens, next_token_loss, world, cfg)
             grad_norm, _, spent = world.sum(optim.grad_norm(model), sums["loss"], meter.joules())
             clock.done("forward_backward")
-            limit = optim.clip_limit(step, cfg.optim)
+            limit = optim.clip_limit(len(clocks), cfg.optim)
             optim.update(model, optimizers, cfg.optim.lr, grad_norm / world.size, limit)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             clock.done("optimizer")
-            if step >= WARM_UP:
-                clocks.append(clock)
-                joules += spent
+            clocks.append(clock)
+            joules += spent * (len(clocks) > WARM_UP)
+
+        with hardware.garbage_waits():
+            for _ in range(WARM_UP + n_steps):
+                one_step()
+        clocks = clocks[WARM_UP:]
 
         # Compute the figures, and show and write them.
         seconds = statistics.median(clock.total for clock in clocks)
         figures = {part: statistics.median(c.seconds[part] for c in clocks) for part in clocks[0].seconds}
         figures |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds, "processes": world.size}
         figures |= meter.columns(n_tokens / seconds, joules)
+        if profile and world.device.type == "cuda":
+            figures["kernels"] = kernels(one_step)
         about = hardware.about_run(world)
         world.once(show, cfg, figures, about, n_steps, world.device.type == "cuda")
         if file:
             world.once(files.write_json, Path(file), {**figures, **about, "config": config.to_dict(cfg)})
     return figures
+
+
+def kernels(one_step: Callable) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step by kind of kernel, and by the kernels that take the most; from two steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(2):
+            one_step()
+    found = {event.key: event.self_device_time_total / 2000 for event in trace.key_averages()}
+    kinds = dict.fromkeys(KERNELS, 0.0)
+    for name, ms in found.items():
+        kinds[next(kind for kind, words in KERNELS.items() if any(word in name for word in words))] += ms
+    longest = sorted(found, key=found.get, reverse=True)[:20]
+    return {"kinds": kinds, "longest": {name: found[name] for name in longest}}
 
 
 def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> None:
@@ -109,14 +143,20 @@ def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> N
         rows.append(("watts, first GPU", f"{figures['gpu_watts']:.0f}", ""))
         rows.append(("kWh a billion tokens", f"{figures['kwh'] / tokens * 1e9:.3f}", ""))
 
+    if "kernels" in figures:
+        whole = sum(figures["kernels"]["kinds"].values())
+        rows.append(("kernels, ms", f"{whole:.1f}", ""))
+        for kind, ms in figures["kernels"]["kinds"].items():
+            rows.append((f"  {kind}", f"{ms:.1f}", f"{ms / whole:.0%} of the kernels"))
+
     # The title, and the rows in columns.
     where = f"{processes} x {about['device']}, {about['precision']}, torch {torch.__version__}"
     what = f"{n_steps} steps of {cfg.train.batch_size} x {cfg.model.seq_len} tokens, medians"
     lines = [f"{cfg.name} on {where}; {what}"]
     again = memory.about_recompute(cfg.train.activation_checkpointing)
     lines.append(f"  micro-batches of {cfg.train.micro_batch_size}, {again}")
-    lines.append(f"  {'':<28}{'measured':>16}{'plan.py':>20}")
-    lines += [f"  {name:<28}{measured:>16}{plan:>20}".rstrip() for name, measured, plan in rows]
+    lines.append(f"  {'':<46}{'measured':>14}{'plan.py':>22}")
+    lines += [f"  {name:<46}{measured:>14}{plan:>22}".rstrip() for name, measured, plan in rows]
     if "mfu" in figures:
         lines.append(f"  {cost.about_measured(measured)}")
     if not cuda:
@@ -129,7 +169,7 @@ def main(cfg: Config, flags: dict[str, str]) -> None:
     if "--steps" not in flags:
         raise ConfigError("say how many steps: --steps 30")
     preflight.check_memory(cfg, anyway="--anyway" in flags)
-    benchmark(cfg, int(flags["--steps"]), flags.get("--json", ""))
+    benchmark(cfg, int(flags["--steps"]), flags.get("--json", ""), profile="--profile" in flags)
 
 
 if __name__ == "__main__":

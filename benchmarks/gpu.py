@@ -1,15 +1,17 @@
 """Runs everything that only a GPU can show, in one command, and writes one file.
 
-    python benchmarks/gpu.py                                   # half an hour, one GPU
+    python benchmarks/gpu.py                                   # a quarter of an hour, one GPU
     python benchmarks/gpu.py --only steps attention            # some parts; the file keeps the others
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --cpu-smoke     # each part in miniature on a CPU
 
-steps            benchmark.py: 124m, 1b, and 7b with activation checkpointing
-others           bench_train.py: a step beside transformers, litgpt and a plain loop, also with --compile
-save             bench_save.py, without and with --sync
-precision        loss curves of a small model in BF16, in FP32, and in FP32 from another seed
+others           bench_train.py: a step beside transformers, litgpt and a plain loop, at four shapes
+steps            benchmark.py: 124m, 7b and 1b as the plan sizes them, and where their time goes
+tests            pytest -m gpu, and the tests that train, with --device cuda
+backends         PyTorch's attention kernels at the shapes of three configs
 attention        gradients with compiled flex attention, against those of a dense mask on the CPU
 deterministic    a training with train.deterministic in each of two processes: are the weights the same bits?
+save             bench_save.py, without and with --sync
+precision        loss curves of a small model in BF16, in FP32, and in FP32 from another seed
 
 Each part is a process of its own. One that fails is recorded as failed, and the others continue. Writes
 benchmarks/gpu-<device>-<date>.json after every part. Exit code 1 where a part failed, 2 without a GPU.
@@ -17,6 +19,7 @@ benchmarks/gpu-<device>-<date>.json after every part. Exit code 1 where a part f
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -25,6 +28,7 @@ import importlib.util
 import json
 import multiprocessing
 import platform
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -73,30 +77,102 @@ def alone(action, *arguments):
 
 
 def steps(smoke: bool) -> dict:
-    """Real steps of three configs. A step has one to four micro-batches; hundreds would show no more."""
-    configs = {"124m": ["--train.batch_size=128"], "1b": ["--train.batch_size=32"]}
-    configs["7b"] = ["--train.batch_size=10", "--train.activation_checkpointing=1"]
+    """Real steps of three configs, beside the plan, and where their time goes.
+
+    Micro-batch and recompute are the plan's choice for this GPU.
+    """
+    configs = {"124m": ["--train.batch_size=512"], "7b": ["--train.batch_size=16"]}
+    configs["1b"] = ["--train.batch_size=64"]
     if not smoke and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
         # FP32 weights, gradients and two moments of 6.74e9 parameters are 100 GiB; with half the layers, 52.
         configs["7b"].append("--model.n_layers=16")
 
-    n_steps, found = 1 if smoke else 30, {}
+    found = {}
     for name, settings in configs.items():
-        try:
-            settings += SMOKE["steps"].split() * smoke
-            figures = script("benchmark.py", name, "--steps", n_steps, *settings)
-            found[name] = {"settings": settings, **figures}
-        except RuntimeError as error:  # such as a lack of memory: the others still answer
-            found[name] = {"error": str(error)}
-            print(f"  {error}")
+        settings += ["--train.micro_batch_size=0", "--train.activation_checkpointing=auto"]
+        settings += SMOKE["steps"].split() * smoke
+        found[name] = tried("benchmark.py", name, "--profile", "--steps", 1 if smoke else 6, *settings)
     return judged(found, {name: "error" not in figures for name, figures in found.items()})
 
 
+def tried(*command: object) -> dict:
+    """What `script` returns, or the error, so that a lack of memory leaves the others their answer."""
+    try:
+        return {"command": " ".join(map(str, command)), **script(*command)}
+    except RuntimeError as error:
+        print(f"  {error}")
+        return {"error": str(error)}
+
+
+# Three sizes and nanoGPT's own model; of 7B four layers, because the sides' weights are there together.
+SHAPES = {
+    "124m": [],
+    "gpt2": ["--model", "gpt2"],
+    "1b": ["--model", "1b", "--rows", 4],
+    "7b": ["--model", "7b", "--layers", 4, "--rows", 2],
+}
+
+
 def others(smoke: bool) -> dict:
-    """A step of ours beside a step of others."""
-    command = ["benchmarks/bench_train.py", *(SMOKE["others"] if smoke else "--steps 30").split()]
-    fewer = ["--sides", "plain"] if smoke else []  # compiling them takes minutes on a CPU
-    return {"eager": script(*command), "compiled": script(*command, "--compile", *fewer)}
+    """A compiled step of ours beside compiled steps of others."""
+    command, shapes = ("benchmarks/bench_train.py", "--compile", "--steps", 12), SHAPES
+    if smoke:  # compiling them takes minutes on a CPU
+        command, shapes = ("benchmarks/bench_train.py", *SMOKE["others"].split()), {"small": []}
+    found = {name: tried(*command, *settings) for name, settings in shapes.items()}
+    return judged(found, {name: "error" not in figures for name, figures in found.items()})
+
+
+def tests(smoke: bool) -> dict:
+    """The tests that need a GPU, and those of other files that train, on it."""
+    marked = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    on_it = [sys.executable, "-m", "pytest", "-q", "-n", "6", "--device", "cpu" if smoke else "cuda"]
+    files = [f"tests/test_{name}.py" for name in ("incidents", "train", "checkpoint")]
+    found = {"marked": marked, "on the device": on_it + (files[:1] if smoke else files)}
+    for name, command in found.items():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found[name] = {
+            "command": " ".join(command[1:]),
+            "output": done.stdout[-3000:],
+            "code": done.returncode,
+        }
+        print(done.stdout[-1500:], flush=True)
+    return judged(found, {name: run["code"] in (0, 5) for name, run in found.items()})
+
+
+def backends(smoke: bool) -> dict:
+    """Forward and backward of PyTorch's attention kernels, at the shapes of three configs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = {"auto": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    kinds["efficient"] = SDPBackend.EFFICIENT_ATTENTION
+    shapes = {"124m": (32, 12, 12, 1024, 64), "1b": (4, 32, 8, 2048, 64), "7b": (2, 32, 32, 2048, 128)}
+    device, dtype = ("cpu", torch.float32) if smoke else ("cuda", torch.bfloat16)
+    report = {}
+    for name, (B, H, K, T, Dh) in shapes.items():
+        B, T = (1, 32) if smoke else (B, T)
+        for kind, backend in kinds.items():
+            q, k, v = (
+                torch.randn(B, T, n, Dh, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+                for n in (H, K, K)
+            )
+
+            seconds = []
+            try:
+                with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                    for _ in range(13):
+                        start = time.perf_counter()
+                        y = nn.functional.scaled_dot_product_attention(
+                            q, k, v, is_causal=True, enable_gqa=K < H
+                        )
+                        y.backward(y)
+                        if not smoke:
+                            torch.cuda.synchronize()
+                        seconds.append(time.perf_counter() - start)
+            except RuntimeError:  # this kernel does not compute this shape
+                continue
+            report[f"{name}, {kind}"] = milliseconds = 1000 * statistics.median(seconds[3:])
+            print(f"  {name}, {kind}: {milliseconds:.2f} ms")
+    return report
 
 
 def save(smoke: bool) -> dict:
@@ -243,7 +319,8 @@ def trained_hash(smoke: bool, kind: dict) -> str:
 
 # ---- all of it --------------------------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (steps, others, save, precision, attention, deterministic)}
+ORDER = (others, steps, tests, backends, attention, deterministic, save, precision)  # the important first
+PARTS = {part.__name__: part for part in ORDER}
 
 
 def about(smoke: bool) -> dict:

@@ -26,7 +26,7 @@ config = Config(
     tokenizer=Tokenizer(path={tokenizer!r}, vocab_size=300),
     data=Data(sources=(Source("prose", paths=({text!r},)),), n_chunks=5, validation_fraction=0.2, workers=1),
     optim=Optim(lr=1e-2, warmup_steps=4),
-    train=Train(batch_size=6, micro_batch_size=3, log_every=5, device="cpu"),
+    train=Train(batch_size=6, micro_batch_size=3, log_every=5, {device}),
     eval=Eval(prompt_tokens=8, continuation_tokens=8),
     dataset={dataset!r},
 )
@@ -36,8 +36,18 @@ config = Config(
 LONGEST = ("test_train_together", "test_train", "test_parallel", "test_incidents", "test_plan")
 
 
+def pytest_addoption(parser):
+    help = "where the tests train that share the tiny config below"
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help=help)
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers, each with whole files, end at about the same time."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
@@ -55,7 +65,7 @@ def config_names() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory) -> Path:
+def recipe(tmp_path_factory, pytestconfig) -> Path:
     """A config file with its tokenizer and dataset built: some 290 rows, 48 steps of 6 rows, 5 chunks."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "text").mkdir()
@@ -64,7 +74,9 @@ def recipe(tmp_path_factory) -> Path:
         (folder / "text" / f"{n}.txt").write_text(" ".join(lines))
     path = folder / "tiny.py"
     names = {name: str(folder / name) for name in ("tokenizer", "text", "dataset")}
-    path.write_text(CONFIG.format(**names))
+    device = pytestconfig.getoption("--device")
+    device = f"device={device!r}" + ", deterministic=True" * (device == "cuda")
+    path.write_text(CONFIG.format(**names, device=device))
     subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", path], check=True, capture_output=True)
     data.build(config.load(str(path)))
     return path

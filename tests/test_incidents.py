@@ -41,7 +41,7 @@ class Faults:
 
         def forward_backward(model, rows, *arguments):
             sums = plain(model, rows, *arguments)
-            self.batch = [self.position[row.numpy().tobytes()] for row in rows]
+            self.batch = [self.position[row.cpu().numpy().tobytes()] for row in rows]
             factor = max((bad[p] for p in self.batch if p in bad), default=1.0, key=abs)
             if factor != 1.0 and self.times > 0:
                 self.times -= 1

@@ -157,3 +157,32 @@ def test_z_loss_in_bf16_is_off_by_what_bf16_explains():
         # operands, logits and their gradient are rounded to 8 bits: logits are some 10 in size, so that each
         # probability is off by up to 10 x 2^-8 of itself
         assert (a - b).norm() < 10 * 2.0**-8 * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("slice_bytes", [2**31, 2**24])  # one slice, and eight
+def test_on_a_gpu_the_compiled_loss_is_as_near_to_float64_as_bf16_allows(z_loss, slice_bytes, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES_CUDA", slice_bytes)
+    generator = torch.Generator("cuda").manual_seed(0)
+    make = {"device": "cuda", "generator": generator}
+    h = torch.randn(3000, 256, **make).requires_grad_()
+    head = (torch.randn(5003, 256, **make) / 16).requires_grad_()
+    targets = torch.randint(5003, (3000,), **make)
+    targets[::7] = IGNORE
+    compiled = torch.compile(loss.differentiate)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = loss.vocabulary_loss(h, head, targets, z_loss, compiled)
+        with torch.no_grad():
+            alone = loss.vocabulary_loss(h, head, targets, z_loss, compiled)
+    found = torch.autograd.grad(ours, (h, head))
+    assert ours == alone
+
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in (h, head)]
+    z = exact[0] @ exact[1].T
+    whole = F.cross_entropy(z, targets, reduction="sum", ignore_index=IGNORE)
+    penalty = z_loss * (torch.logsumexp(z, 1)[targets != IGNORE] ** 2).sum()
+    expected = torch.autograd.grad(whole + penalty, exact)
+    assert ours.item() == pytest.approx(whole.item(), rel=1e-5)  # logits are rounded to BF16
+    for a, b, tolerance in zip(found, expected, (5e-3, 1e-3)):
+        assert ((a.double() - b).norm() / b.norm()).item() < tolerance

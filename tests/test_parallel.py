@@ -143,6 +143,7 @@ def exact(model: str, *optim_settings) -> dict[str, Tensor]:
     optimizers = optim.optimizers(student, cfg.optim, cfg.model.mup_scale)
     seen, single = {}, Tensor.float
     Tensor.float = Tensor.double  # what model.py keeps in FP32 whatever the precision
+    student.stream_dtype = torch.float64
     try:
         for batch in batches():
             logits = student(batch[:, :-1]).flatten(0, 1)
@@ -200,6 +201,7 @@ HSDP = {"parallel.strategy": "fsdp", "parallel.shard": 2}  # of four: two copies
 TP2, TP4 = {"parallel.tp": 2}, {"parallel.tp": 4}
 TP2_FSDP = TP2 | FSDP  # of four: two shards, of whose matrices each has half
 BF16, MUON, COMPILE = {"train.precision": "bf16"}, {"optim.optimizer": "muon"}, {"train.compile": "on"}
+SELECTIVE = {"train.activation_checkpointing": "selective"}
 EVERY, FIRST = {"train.activation_checkpointing": 1}, {"train.activation_checkpointing": 2}  # of two blocks
 SHAPED = {"optim.z_loss": 1e-2, "optim.embedding_gradient": 0.1}
 
@@ -221,6 +223,9 @@ VARIANTS = {
     "fsdp, bf16": (2, "llama", FSDP | BF16 | rows(3)),
     "fsdp, documents": (2, "documents", FSDP | SHAPED),
     "fsdp, compiled": (2, "llama", FSDP | COMPILE | FIRST),
+    "ddp, selective": (2, "pythia", DDP | SELECTIVE | rows(3)),
+    "fsdp, selective, compiled": (2, "olmo2", FSDP | COMPILE | SELECTIVE),
+    "tp, selective": (2, "documents", TP2 | SELECTIVE),
     "tp": (2, "llama", TP2),
     "tp, documents": (2, "documents", TP2 | FIRST),
     "tp, bf16": (2, "pythia", TP2 | BF16),

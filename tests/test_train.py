@@ -1,6 +1,7 @@
 """train.py and parallel.py: numbers by hand, interruptions that leave no trace, processes that agree."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -26,8 +27,9 @@ import optim
 import parallel
 import run_folder
 import train
-from config import ConfigError
+from config import Config, ConfigError, Model, Train
 from dataset import Dataset
+from initial import initial_weights
 from manifest import differences
 from model import Transformer
 
@@ -677,3 +679,51 @@ def test_annealing_says_so_where_the_learning_rate_jumps(recipe, whole, tmp_path
     assert "annealing begins at a learning rate" not in capsys.readouterr().out
     train.train(load(recipe, tmp_path / "other", *asked, "--optim.schedule_steps=20"))
     assert f"{whole.resolve()} had" in capsys.readouterr().out
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{}, {"document_mask": True}, {"norm_place": "after", "qk_norm": True}])
+@pytest.mark.parametrize("recompute", [0, 1, 2, "selective"])
+def test_on_a_gpu_compiled_gradients_in_bf16_are_those_of_the_cpu_in_fp32(recompute, kind):
+    torch._dynamo.reset()
+    model = dict(vocab_size=300, seq_len=192, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=320)
+    rows = torch.randint(300, (4, 193), generator=torch.Generator().manual_seed(0))
+    rows[:, ::40] = 7  # ends of documents
+    found = {}
+    for device in ("cpu", "cuda"):
+        settings = dict(batch_size=4, micro_batch_size=2, device=device)
+        settings |= {"activation_checkpointing": recompute} if device == "cuda" else {}
+        cfg = Config(model=Model(**model, **kind), train=Train(**settings)).resolved()
+        world = parallel.start(cfg.train, cfg.parallel)
+        net, _ = train.build(cfg, world, eot=7)
+        world.fill(net, initial_weights(net, 3))
+        sums = train.forward_backward(net, rows.to(world.device), 4 * 192, train.next_token_loss, world, cfg)
+        found[device] = sums["loss"].item(), [p.grad.cpu() for p in net.parameters()]
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-3)
+    for ours, exact in zip(found["cuda"][1], found["cpu"][1], strict=True):
+        assert ((ours - exact).norm() / exact.norm()).item() < 0.05
+
+
+def test_a_step_makes_no_garbage_that_only_a_collection_finds():
+    model = Model(vocab_size=61, seq_len=64, d_model=24, n_layers=2, n_heads=3, d_ff=34)
+    cfg = Config(model=model, train=Train(batch_size=4, micro_batch_size=2, device="cpu")).resolved()
+    world = parallel.alone()
+    net, optimizers = train.build(cfg, world, eot=None)
+    world.fill(net, initial_weights(net, 1))
+
+    def step():
+        rows = torch.randint(61, (4, 65))
+        sums = train.forward_backward(net, rows, 4 * 64, train.next_token_loss, world, cfg)
+        grad_norm, _ = world.sum(optim.grad_norm(net), sums["loss"])
+        optim.update(net, optimizers, 1e-3, grad_norm, 1.0)
+
+    step()
+    with hardware.garbage_waits():
+        assert not gc.isenabled()
+        for _ in range(5):
+            step()
+        assert gc.collect() == 0
+    assert gc.isenabled() and gc.get_freeze_count() == 0
