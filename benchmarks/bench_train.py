@@ -303,7 +303,7 @@ def compare(m, args) -> dict:
     for name in args.sides:
         try:
             results[name] = [pipes[name].recv()]
-        except EOFError:
+        except (EOFError, ConnectionError):
             print(f"{name} failed; its message is above", flush=True)
             if name == "nano360":
                 raise
