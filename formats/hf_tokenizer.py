@@ -72,14 +72,17 @@ def tables_of(settings: dict, name: str) -> ByteLevelBPE:
     ranks = ranks_of(model, added.keys(), name)
     if not ranks:
         raise ConfigError(f"{name} is damaged: its vocabulary has no token for a byte")
+    ids = {unspelled(text): vocab[text] for text in ranks}
     token_bytes = [b""] * (max(vocab.values()) + 1)
     for text, id in vocab.items():
-        token_bytes[id] = unspelled(text) if text in ranks else text.encode()
+        token_bytes[id] = text.encode()
+    for token, id in ids.items():
+        token_bytes[id] = token
 
     return ByteLevelBPE(
         pattern=pattern,
         nfc=nfc,
-        ids={unspelled(text): vocab[text] for text in ranks},
+        ids=ids,
         token_bytes=token_bytes,
         added=added,
         special=frozenset(token["content"] for token in tokens if token["special"]),
@@ -184,10 +187,12 @@ def ranks_of(model: dict, added: Iterable[str], name: str) -> dict[str, int]:
 
     # Check the two cases of the docstring, token by token.
     for token, ways in pairs.items():
-        cuts = range(1, len(token)) if whole else ()
-        if len(set(ways)) == sum(token[:i] in ranks and token[i:] in ranks for i in cuts):
+        cuts = range(1, len(token))
+        if whole and len(set(ways)) == sum(token[:i] in ranks and token[i:] in ranks for i in cuts):
             continue
-        if max(ranks[part] for part in ways[0]) > ranks[token] or crossed(*ways[0], ranks, pairs):
+        left, right = ways[0]
+        late = ranks[token] < ranks[left] or ranks[token] < ranks[right]
+        if late or crossed(left, right, ranks, pairs):
             raise ConfigError(f"{name}: its merges do not make {token!r}, which tiktoken cannot run")
     return ranks
 
