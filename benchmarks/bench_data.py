@@ -1,6 +1,6 @@
 """Measures how fast `data.py` makes chunks of JSON lines, beside bare tiktoken and nanoGPT's way.
 
-    python benchmarks/bench_data.py                                 # 100 MB of the Python files installed here
+    python benchmarks/bench_data.py                                # 100 MB of the Python files installed here
     python benchmarks/bench_data.py --files corpus/*.jsonl.gz --tokenizer tokenizers/mine --workers 2
 
 The sides:
@@ -182,8 +182,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             )
     if len(set(tokens.values())) > 1:
         raise ConfigError(
-            f"the sides do not give the same number of tokens: {tokens}. Compare with a tokenizer that has no "
-            "added tokens and no normalizer, such as one trained by tokenizer.py"
+            f"the sides give different numbers of tokens: {tokens}; use a tokenizer without added tokens and "
+            "normalizer, such as one trained by tokenizer.py"
         )
 
     # The table.
