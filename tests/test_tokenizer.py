@@ -285,6 +285,31 @@ def test_the_slow_way_gives_the_ids_of_the_fast_way(trained, monkeypatch):
     assert [trained.encode(text) for text in texts] == fast
 
 
+LOOKS_AHEAD = [
+    *bpe.SPLITS.values(),
+    r"(a|b)+|'\p{L}|.|\s+(?!\S)|\s+",  # an own pattern
+    r"(x|\s+(?!a))|(?s:.)",  # the look-ahead is in parentheses
+    r"[|\s+(?!a]+|[^|]",  # there is none: this is a set of characters
+    r".\|\s+(?!a)|.|\s",  # the bar is a character
+]
+
+
+@pytest.mark.parametrize("pattern", LOOKS_AHEAD)
+def test_a_pattern_with_a_group_cuts_text_as_before(pattern):
+    draw = random.Random(3)
+    letters = [*"abxZ's'd09\t\n\r\x85\xa0\u3000.!|(?é中🙂", " ", "  ", "'ll", "\r\n", "|  a", "   x"]
+    texts = ["".join(draw.choices(letters, k=80)) for _ in range(400)] + HARD + code(3)
+    before, after = regex.compile(pattern), regex.compile(bpe.group_plain(pattern))
+    ids = {bytes([byte]): byte for byte in range(256)} | {b"  ": 256, b"ab": 257, b" a": 258, b"\r\n": 259}
+    fast, plain = (
+        tiktoken.Encoding("x", pat_str=p, mergeable_ranks=ids, special_tokens={})
+        for p in (after.pattern, pattern)
+    )
+    for text in texts:
+        assert [m[0] for m in after.finditer(text)] == [m[0] for m in before.finditer(text)]
+        assert fast.encode_ordinary(text) == plain.encode_ordinary(text)
+
+
 def test_a_batch_is_its_texts(trained, pieced):
     for one in (trained, pieced):
         for threads in (1, 3):
