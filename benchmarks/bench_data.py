@@ -8,6 +8,8 @@ The sides:
                      its time includes starting its worker processes
     bare tiktoken    `encode_ordinary_batch` with as many threads as the build has workers, on strings that
                      are in memory already
+    in processes     `encode_ordinary` in as many processes, which do not wait for one another as the threads
+                     do; each on strings that it has in memory, and the time is that of the slowest
     datasets         as nanoGPT prepares its data: `load_dataset`, `map` in as many processes, and one file of
                      all tokens, neither shuffled nor hashed. Left out unless `pip install datasets` was done
 
@@ -19,7 +21,9 @@ then medians, and data.py's speed as a multiple of each other side's: the median
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -105,6 +109,28 @@ def run_tiktoken(arguments: argparse.Namespace, corpus: Path, folder: str) -> tu
     return seconds, sum(map(len, ids)) + len(ids)  # the others add an end of text to each document
 
 
+def run_processes(arguments: argparse.Namespace, corpus: Path, folder: str) -> tuple[float, int]:
+    spawn, n = multiprocessing.get_context("spawn"), arguments.workers
+    ready, results = spawn.Barrier(n), spawn.Queue()
+    for share in range(n):
+        spawn.Process(
+            target=encode_share, args=(arguments.tokenizer, corpus, share, n, ready, results)
+        ).start()
+    seconds, tokens = zip(*(results.get() for _ in range(n)))
+    return max(seconds), sum(tokens)
+
+
+def encode_share(folder: str, corpus: Path, share: int, n: int, ready, results) -> None:
+    """The work of one of n processes of `run_processes`: every n-th document."""
+    encoding = bare_tiktoken(folder)
+    with open(corpus, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in itertools.islice(file, share, None, n)]
+    ready.wait()
+    start = time.perf_counter()
+    n_tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts)
+    results.put((time.perf_counter() - start, n_tokens))
+
+
 def run_datasets(arguments: argparse.Namespace, corpus: Path, folder: str) -> tuple[float, int]:
     import datasets
 
@@ -130,7 +156,12 @@ def run_datasets(arguments: argparse.Namespace, corpus: Path, folder: str) -> tu
     return time.perf_counter() - start, n_tokens
 
 
-SIDES: dict[str, Callable] = {"data.py": run_build, "bare tiktoken": run_tiktoken, "datasets": run_datasets}
+SIDES: dict[str, Callable] = {
+    "data.py": run_build,
+    "bare tiktoken": run_tiktoken,
+    "in processes": run_processes,
+    "datasets": run_datasets,
+}
 
 
 # ---- the comparison ---------------------------------------------------------------------------------------
