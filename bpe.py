@@ -315,7 +315,7 @@ def group_plain(pattern: str) -> str:
     r"""The same pattern, its alternatives before a look-ahead in a group: a|b|\s+(?!\S) -> (?:a|b)|\s+(?!\S)
 
     tiktoken's engine tries alternatives one at a time where the pattern has a look-ahead. It matches a group
-    without one in a single pass, so a text takes a quarter less time.
+    without one in a single pass, so a text takes a fifth (gpt2) to a quarter (gpt4) less time.
     """
     plain, bar, rest = pattern.partition(r"|\s+(?!")
     with contextlib.suppress(regex.error):
