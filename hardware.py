@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import cost
-from config import Config, ConfigError, did_you_mean
+from config import Config, ConfigError, did_you_mean, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +167,24 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def use_attention(kind: str) -> None:
+    """auto: PyTorch's choice among its kernels. FA3, FA4: FlashAttention 3 or 4, where it is installed."""
+    from torch.backends import cuda
+    from torch.nn import attention
+
+    if kind == "auto":
+        return
+    if kind not in ("FA3", "FA4"):
+        raise unknown("train.attention", kind)
+    try:
+        attention.activate_flash_attention_impl(kind)
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"train.attention={kind}: PyTorch cannot use it: {error}; auto needs nothing"
+        ) from error
+    cuda.enable_cudnn_sdp(False)  # PyTorch would prefer cuDNN's kernels
+
+
 @contextlib.contextmanager
 def garbage_waits():
     """Around a training loop: Python looks for reference cycles only where gc.collect() is called.
@@ -185,6 +203,25 @@ def garbage_waits():
 
 
 # ---- what this machine is ---------------------------------------------------------------------------------
+
+
+def device(choice: str) -> "torch.device":
+    """auto, cpu or cuda -> this process's device. Raises ConfigError where CUDA is asked for and absent."""
+    import torch
+
+    if choice not in ("auto", "cpu", "cuda"):
+        raise unknown("train.device", choice)
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but PyTorch sees no CUDA device here; use cpu or auto")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}; "
+            "start at most one process a GPU (torchrun --nproc_per_node)"
+        )
+    return torch.device("cuda", local)
 
 
 def processor() -> str:

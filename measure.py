@@ -137,7 +137,7 @@ def dataset_of(run: Path | str, cfg: Config, checkpoints: list[Checkpoint], veri
 def device_of(cfg: Config) -> torch.device:
     """The device of this process: a run made on a CPU stays there; any other takes a GPU if there is one."""
     table = {"auto": "auto", "cpu": "cpu", "cuda": "auto"}
-    device = parallel.device(config.choose("train.device", cfg.train.device, table))
+    device = hardware.device(config.choose("train.device", cfg.train.device, table))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return device

@@ -135,20 +135,6 @@ def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[tor
     ]
 
 
-def shrink_embedding_gradient(model: nn.Module, factor: float) -> None:
-    """From now on multiplies the embedding's gradient by `factor` (GLM-130B, 2.2: 0.1 against spikes).
-
-    Only the gradient through the embedding: a head that is tied to it still gives its whole part.
-    """
-
-    def shrink(module, arguments, out):
-        if out.requires_grad:
-            out.register_hook(lambda gradient: gradient * factor)
-
-    if factor != 1:
-        model.embed_tokens.register_forward_hook(shrink)
-
-
 # ---- from the gradient to the update ----------------------------------------------------------------------
 
 

@@ -20,8 +20,6 @@ by PyTorch's own DDP, FSDP2 and tensor parallel; model.py knows nothing of it.
 
 import contextlib
 import datetime
-import functools
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,35 +29,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import hardware
+import recompute
 import rendezvous
 import sharding
-from config import Config, ConfigError, Parallel, Train, choose, unknown
+from config import Config, ConfigError, Parallel, Train, choose
 from consistency import mesh_shape
 from sharding import put
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---- who and where ----------------------------------------------------------------------------------------
-
-
-def device(choice: str) -> torch.device:
-    """auto, cpu or cuda -> this process's device. Raises ConfigError where CUDA is asked for and absent."""
-    if choice not in ("auto", "cpu", "cuda"):
-        raise unknown("train.device", choice)
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda, but PyTorch sees no CUDA device here; use cpu or auto")
-    if choice == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise ConfigError(
-            f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}; "
-            "start at most one process a GPU (torchrun --nproc_per_node)"
-        )
-    return torch.device("cuda", local)
 
 
 def precision(choice: str, device: torch.device) -> torch.dtype:
@@ -84,22 +65,6 @@ def autocast(device: torch.device, dtype: torch.dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-# Selective recompute keeps the outputs of matmuls and of attention; all else is cheap to compute again.
-ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-KEPT = ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION))
-
-
-def recomputed(forward: Callable, selective: bool) -> Callable:
-    """A block's forward that keeps its input only, or also KEPT's outputs; backward computes the rest."""
-    if not selective:
-        return functools.partial(checkpoint, forward, use_reentrant=False)
-    # PyTorch 2.13 logs advice about in-place operations, of which a block has none.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    kept = [getattr(torch.ops.aten, name).default for name in KEPT] + [torch.ops.higher_order.flex_attention]
-    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
-    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 # ---- all processes, seen from one of them -----------------------------------------------------------------
@@ -148,23 +113,20 @@ class World:
         # Tensor parallel first: FSDP then shards what is left of each matrix.
         if self.tp_size > 1:
             sharding.split_matrices(model, self.mesh["tp"])
-            # PyTorch 2.13 logs a warning: norms over two mesh dimensions may differ in the last bit. The mean
-            # that train.py takes is the same everywhere. This can go with the warning.
-            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
         # Each block's forward is wrapped, not the module: hooks stay outside, names in a state dict stay as
-        # they are, and all blocks, being the same code, share one compilation. Selective recompute is inside
-        # what is compiled, because the compiler has to see which operations to keep.
+        # they are, and all blocks, being the same code, share one compilation. recompute.py says which
+        # recompute is compiled.
         table = {"auto": self.device.type == "cuda", "on": True, "off": False}
         compiles = choose("train.compile", cfg.train.compile, table)
-        recompute = cfg.train.activation_checkpointing
+        every = cfg.train.activation_checkpointing
         for i, block in enumerate(model.layers):
-            if recompute == "selective":
-                block.forward = recomputed(block.forward, selective=True)
+            if every == "selective":
+                block.forward = recompute.recomputed(block.forward, selective=True)
             if compiles:
                 block.forward = torch.compile(block.forward)
-            if recompute not in (0, "selective") and i % recompute == 0:
-                block.forward = recomputed(block.forward, selective=False)
+            if every not in (0, "selective") and i % every == 0:
+                block.forward = recompute.recomputed(block.forward, selective=False)
         if compiles:
             model.loss.differentiate = torch.compile(model.loss.differentiate)
 
@@ -279,7 +241,7 @@ def alone() -> World:
 
 def start(train: Train, settings: Parallel) -> World:
     """Joins the process group. Raises ConfigError first if the device does not exist."""
-    here, n = device(train.device), rendezvous.world_size()
+    here, n = hardware.device(train.device), rendezvous.world_size()
     dtype, shape = precision(train.precision, here), mesh_shape(settings, n)
 
     # Set up this process: device and arithmetic.
@@ -289,6 +251,7 @@ def start(train: Train, settings: Parallel) -> World:
         torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, for a pass over memory
     if here.type == "cuda":
         torch.cuda.set_device(here)
+        hardware.use_attention(train.attention)
         if dtype == torch.bfloat16:  # the few matmuls outside autocast may then be TF32; fp32 means FP32
             torch.set_float32_matmul_precision("high")
     else:

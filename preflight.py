@@ -74,7 +74,7 @@ def room(device: torch.device) -> float:
 
 def choose(cfg: Config) -> Config:
     """The same config with the micro-batch and recompute that the plan chooses for this machine, if asked."""
-    device = parallel.device(cfg.train.device)
+    device = hardware.device(cfg.train.device)
     return memory.chosen(cfg, rendezvous.world_size(), device.type, room(device))
 
 
@@ -84,7 +84,7 @@ def check_memory(cfg: Config, anyway: bool) -> None:
     Raises ConfigError with the smallest change that would fit; with `anyway` only prints it.
     """
     asked, cfg = cfg, choose(cfg)
-    processes, device = rendezvous.world_size(), parallel.device(cfg.train.device)
+    processes, device = rendezvous.world_size(), hardware.device(cfg.train.device)
     cost.accumulation(cfg, processes)  # they must divide
     try:
         memory.check(cfg, processes, device.type, room(device))

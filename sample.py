@@ -31,8 +31,8 @@ from torch import Tensor
 import checkpoint
 import configurator
 import files
+import hardware
 import integrity
-import parallel
 import run_folder
 import tokenizer as tokenizers
 from config import ConfigError
@@ -212,7 +212,7 @@ def sample(args: argparse.Namespace) -> None:
         raise ConfigError("--seed and --top_k fit into 64 bits, and --temperature is a finite number")
 
     # Load the model, and encode the prompt.
-    device = parallel.device("auto")
+    device = hardware.device("auto")
     model = checkpoint.load_model(folder, device, args.verify)
     tokenizer = tokenizers.load(folder)
     # A shell passes bytes that are not UTF-8 as surrogates, which no tokenizer can encode.

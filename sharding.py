@@ -17,6 +17,7 @@ on each process, so tied embeddings need nothing special.
 """
 
 import functools
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,10 @@ def shard_weights(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, reshar
 
 def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     """Splits a model over a mesh of one dimension, in place; the model runs as before."""
+    # PyTorch 2.13 logs a warning: norms over two mesh dimensions may differ in the last bit. The mean that
+    # train.py takes is the same everywhere. This can go with the warning.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
     # Imported here because it takes more than a second, and only tensor parallel needs it.
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
     from torch.distributed.tensor.parallel import (

@@ -293,7 +293,7 @@ def build(cfg: Config, world: World, eot: int | None) -> tuple[nn.Module, list[t
         model = Transformer(cfg.model, eot)
     model.loss.z_loss = cfg.optim.z_loss
     model.stream_dtype = choose("train.residual", cfg.train.residual, parallel.DTYPES)
-    optim.shrink_embedding_gradient(model, cfg.optim.embedding_gradient)
+    incidents.shrink_embedding_gradient(model, cfg.optim.embedding_gradient)
     spread = world.spread(model, cfg)  # before the optimizers: sharding replaces the parameters
     return spread, optim.optimizers(model, cfg.optim, cfg.model.mup_scale)
 

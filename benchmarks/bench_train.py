@@ -233,7 +233,7 @@ def step_of_another(name: str, cfg, args):
     from model import Transformer
 
     # Device and precision, as parallel.start chooses them for ours.
-    device = parallel.device(args.device)
+    device = hardware.device(args.device)
     dtype = parallel.precision("auto", device)
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")

@@ -101,7 +101,7 @@ def test_every_start_asks_the_plan_and_anyway_tries_all_the_same(recipe, tmp_pat
 
 
 def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
+    monkeypatch.setattr(hardware, "device", lambda choice: torch.device("cuda", 0))
     about = types.SimpleNamespace(total_memory=hardware.GPUS["rtx-4090"].memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
     preflight.check_memory(config.load("demo"), anyway=False)
@@ -118,7 +118,7 @@ def test_on_a_gpu_the_memory_of_the_device_at_hand_counts(monkeypatch, capsys):
 
 def test_a_run_chooses_what_the_plan_chooses(monkeypatch, capsys):
     asked = ["--train.micro_batch_size=0", "--train.activation_checkpointing=auto"]
-    monkeypatch.setattr(parallel, "device", lambda choice: torch.device("cuda", 0))
+    monkeypatch.setattr(hardware, "device", lambda choice: torch.device("cuda", 0))
     about = types.SimpleNamespace(total_memory=hardware.GPUS["h200"].memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
     for name in ("124m", "7b"):

@@ -22,6 +22,7 @@ from torch import Tensor
 import config
 import consistency
 import cost
+import hardware
 import incidents
 import measure
 import memory
@@ -116,7 +117,7 @@ def devices(key: str, choice: str, get) -> tuple:
     for there in (True, False):
         get("monkeypatch").setattr(torch.cuda, "is_available", lambda there=there: there)
         try:
-            found.append(parallel.device(choice).type)
+            found.append(hardware.device(choice).type)
         except ConfigError:
             found.append("refused")
     return tuple(found)
@@ -139,6 +140,15 @@ def residuals(key: str, choice: str, get) -> tuple:
     seen = []
     net.layers[1].register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0].dtype))
     return net(TOKENS[:, :-1], TOKENS[:, 1:]).item(), *seen
+
+
+def attentions(key: str, choice: str, get) -> tuple:
+    """Which implementation is asked for, and whether cuDNN's kernels, which would come first, stay."""
+    asked, monkeypatch = [], get("monkeypatch")
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    hardware.use_attention(with_choice(key, choice).attention)
+    return tuple(asked)
 
 
 def compiled(key: str, choice: str, get) -> tuple:
@@ -210,6 +220,7 @@ SETTINGS = {
     "train.device": (devices, False),
     "train.precision": (precisions, True),
     "train.residual": (residuals, True),
+    "train.attention": (attentions, False),
     "train.compile": (compiled, True),
     "train.activation_checkpointing": (recomputed, True),
     "train.on_incident": (after_an_incident, False),

@@ -288,7 +288,8 @@ IN_THE_WEIGHTS = """
 MAY_CHANGE_ON_RESUME = """
     tokenizer.path tokenizer.kind tokenizer.vocab_size tokenizer.split tokenizer.eot tokenizer.special_tokens
     data.workers data.max_bad_fraction data.expected_tokens
-    train.micro_batch_size train.steps train.device train.compile train.activation_checkpointing
+    train.micro_batch_size train.steps train.device train.attention train.compile
+    train.activation_checkpointing
     train.deterministic train.log_every train.checkpoint_chunks train.checkpoint_every
     train.checkpoint_powers_of_two train.keep_others train.save_async train.verify train.spike_z
     train.spike_window train.on_incident train.rollback_steps train.rollback_skip train.max_incidents

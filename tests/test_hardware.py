@@ -113,3 +113,10 @@ def test_a_run_says_code_versions_machine_and_processes_in_this_order():
     }
     assert about["device"] == hardware.processor() and about["device"].endswith(f", {os.cpu_count()} cores")
     assert (about["processes"], about["precision"]) == (1, "float32")
+
+
+def test_flash_attention_that_is_not_installed_is_an_error_that_says_so():
+    for kind in ("FA3", "FA4"):
+        with pytest.raises(ConfigError, match=f"train.attention={kind}: PyTorch cannot use it: .*auto needs"):
+            hardware.use_attention(kind)
+    hardware.use_attention("auto")

@@ -348,7 +348,7 @@ def gradients_of(share: float, tied: bool) -> dict[str, torch.Tensor]:
     net.init_weights(5)
     if not tied:
         net.lm_head.weight.data.copy_(net.embed_tokens.weight.data)
-    optim.shrink_embedding_gradient(net, share)
+    incidents.shrink_embedding_gradient(net, share)
     tokens = torch.randint(SMALL["vocab_size"], (3, 8), generator=torch.Generator().manual_seed(6))
     net(tokens[:, :-1], tokens[:, 1:]).backward()
     return {name: p.grad for name, p in net.named_parameters()}
@@ -373,7 +373,7 @@ def test_a_shrunk_gradient_changes_no_loss_and_asks_for_no_gradient_where_none_i
     net, plain = Transformer(Model(**SMALL)), Transformer(Model(**SMALL))
     net.init_weights(5)
     plain.init_weights(5)
-    optim.shrink_embedding_gradient(net, 0.1)
+    incidents.shrink_embedding_gradient(net, 0.1)
     tokens = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(net(tokens), plain(tokens))

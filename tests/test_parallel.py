@@ -139,7 +139,7 @@ def exact(model: str, *optim_settings) -> dict[str, Tensor]:
     with torch.no_grad():
         for p, value in zip(student.parameters(), start):
             p.copy_(value)
-    optim.shrink_embedding_gradient(student, cfg.optim.embedding_gradient)
+    incidents.shrink_embedding_gradient(student, cfg.optim.embedding_gradient)
     optimizers = optim.optimizers(student, cfg.optim, cfg.model.mup_scale)
     seen, single = {}, Tensor.float
     Tensor.float = Tensor.double  # what model.py keeps in FP32 whatever the precision

@@ -22,6 +22,7 @@ import memory
 import optim
 import parallel
 import plan
+import recompute
 import run_folder
 import train
 from config import Config, ConfigError, Model, Optim, Parallel, Train
@@ -134,7 +135,7 @@ def kept_by_autograd(model: Model, rows: int, bf16: bool, **settings) -> int:
     net = Transformer(model, eot=0)
     for block in net.layers:
         if settings.get("selective"):
-            block.forward = parallel.recomputed(block.forward, selective=True)
+            block.forward = recompute.recomputed(block.forward, selective=True)
         if settings.get("compiled"):  # with the compiler's choice of what to keep, but no generated code
             block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}

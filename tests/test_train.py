@@ -235,8 +235,8 @@ def test_cuda_that_is_not_there_is_an_error_before_any_process_group():
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     with pytest.raises(ConfigError, match="no CUDA device"):
-        parallel.device("cuda")
-    assert parallel.device("auto") == torch.device("cpu")
+        hardware.device("cuda")
+    assert hardware.device("auto") == torch.device("cpu")
     assert parallel.precision("auto", torch.device("cpu")) == torch.float32
 
 
