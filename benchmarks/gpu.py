@@ -1,11 +1,11 @@
 """Runs everything that only a GPU can show, in one command, and writes one file.
 
     python benchmarks/gpu.py                                   # a quarter of an hour, one GPU
-    python benchmarks/gpu.py --only steps attention            # some parts; the file keeps the others
+    python benchmarks/gpu.py --only steps-1b attention          # some parts; the file keeps the others
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --cpu-smoke     # each part in miniature on a CPU
 
-others           bench_train.py: a step beside transformers, litgpt and a plain loop, at four shapes
-steps            benchmark.py: 124m, 7b and 1b as the plan sizes them, and where their time goes
+others-124m ...  bench_train.py: a step beside transformers, litgpt and a plain loop, at four shapes
+steps-124m ...   benchmark.py: 124m, 7b and 1b as the plan sizes them, and where their time goes
 tests            pytest -m gpu, and the tests that train, with --device cuda
 backends         PyTorch's attention kernels at the shapes of three configs
 attention        gradients with compiled flex attention, against those of a dense mask on the CPU
@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -76,32 +77,22 @@ def alone(action, *arguments):
         return pool.submit(action, *arguments).result()
 
 
-def steps(smoke: bool) -> dict:
-    """Real steps of three configs, beside the plan, and where their time goes.
+# Batches: of 7B as many rows as two or four micro-batches hold.
+BATCHES = {"124m": 512, "7b": 16, "1b": 64}
+
+
+def steps(smoke: bool, name: str) -> dict:
+    """Real steps of a config, beside the plan, and where their time goes.
 
     Micro-batch and recompute are the plan's choice for this GPU.
     """
-    configs = {"124m": ["--train.batch_size=512"], "7b": ["--train.batch_size=16"]}
-    configs["1b"] = ["--train.batch_size=64"]
-    if not smoke and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
+    settings = [f"--train.batch_size={BATCHES[name]}"]
+    settings += ["--train.micro_batch_size=0", "--train.activation_checkpointing=auto"]
+    if not smoke and name == "7b" and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
         # FP32 weights, gradients and two moments of 6.74e9 parameters are 100 GiB; with half the layers, 52.
-        configs["7b"].append("--model.n_layers=16")
-
-    found = {}
-    for name, settings in configs.items():
-        settings += ["--train.micro_batch_size=0", "--train.activation_checkpointing=auto"]
-        settings += SMOKE["steps"].split() * smoke
-        found[name] = tried("benchmark.py", name, "--profile", "--steps", 1 if smoke else 6, *settings)
-    return judged(found, {name: "error" not in figures for name, figures in found.items()})
-
-
-def tried(*command: object) -> dict:
-    """What `script` returns, or the error, so that a lack of memory leaves the others their answer."""
-    try:
-        return {"command": " ".join(map(str, command)), **script(*command)}
-    except RuntimeError as error:
-        print(f"  {error}")
-        return {"error": str(error)}
+        settings.append("--model.n_layers=16")
+    settings += SMOKE["steps"].split() * smoke
+    return script("benchmark.py", name, "--profile", "--steps", 1 if smoke else 6, *settings)
 
 
 # Three sizes and nanoGPT's own model; of 7B four layers, because the sides' weights are there together.
@@ -113,13 +104,11 @@ SHAPES = {
 }
 
 
-def others(smoke: bool) -> dict:
+def others(smoke: bool, name: str) -> dict:
     """A compiled step of ours beside compiled steps of others."""
-    command, shapes = ("benchmarks/bench_train.py", "--compile", "--steps", 12), SHAPES
     if smoke:  # compiling them takes minutes on a CPU
-        command, shapes = ("benchmarks/bench_train.py", *SMOKE["others"].split()), {"small": []}
-    found = {name: tried(*command, *settings) for name, settings in shapes.items()}
-    return judged(found, {name: "error" not in figures for name, figures in found.items()})
+        return script("benchmarks/bench_train.py", *SMOKE["others"].split())
+    return script("benchmarks/bench_train.py", "--compile", "--steps", 12, *SHAPES[name])
 
 
 def tests(smoke: bool) -> dict:
@@ -319,8 +308,11 @@ def trained_hash(smoke: bool, kind: dict) -> str:
 
 # ---- all of it --------------------------------------------------------------------------------------------
 
-ORDER = (others, steps, tests, backends, attention, deterministic, save, precision)  # the important first
-PARTS = {part.__name__: part for part in ORDER}
+PARTS = {  # the important first
+    **{f"others-{name}": functools.partial(others, name=name) for name in SHAPES},
+    **{f"steps-{name}": functools.partial(steps, name=name) for name in BATCHES},
+}
+PARTS |= {part.__name__: part for part in (tests, backends, attention, deterministic, save, precision)}
 
 
 def about(smoke: bool) -> dict:
