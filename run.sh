@@ -94,10 +94,7 @@ pipeline() {  # pipeline CONFIG N_GPUS [OVERRIDE...]
   fi
   echo "== eval";      stage "$here/eval.py" "$run"
   echo "== samples"
-  local prompt
-  for prompt in "def" "The" "class"; do
-    stage "$here/sample.py" "$run" --prompt "$prompt" --tokens 80 --temperature 0.8 --seed 1 --save
-  done
+  stage "$here/sample.py" "$run" --prompt def --prompt The --prompt class --tokens 80 --seed 1 --save
   echo "== report";    stage "$here/report.py" "$run"
   # Where the config says what it expects of the result, a worse result is an error.
   if grep -q "^eval.expect_bits_per_byte = {.*:" <<< "$settings"; then

@@ -3,6 +3,7 @@
     python sample.py runs/demo --prompt "def "                     # newest checkpoint, text as it comes
     python sample.py runs/demo --checkpoint 605 --temperature 0    # greedy, from the start of a document
     python sample.py path/to/checkpoint --prompt "Once" --save     # also adds it to the run's samples.jsonl
+    python sample.py runs/demo --prompt "def" --prompt "The"       # one text after another
 
 The prompt runs through the model once and leaves keys and values in the cache. After that, each step reads
 one token per sequence. Reads a run folder, a checkpoint folder, or any Hugging Face folder that checkpoint.py
@@ -23,6 +24,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +201,7 @@ def text_of(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Prints text as it is drawn; with --save, also appends it to the run's samples.jsonl."""
+    """Checks the arguments, loads the model, and writes a text for each prompt."""
     # Find the checkpoint, and check the arguments.
     folder = integrity.model_folder(args.folder, args.checkpoint, args.verify)
     if args.save and folder.resolve().parent.name != "checkpoints":
@@ -211,13 +213,21 @@ def sample(args: argparse.Namespace) -> None:
     if not -(2**63) < args.seed < 2**63 or args.top_k >= 2**63 or args.temperature == float("inf"):
         raise ConfigError("--seed and --top_k fit into 64 bits, and --temperature is a finite number")
 
-    # Load the model, and encode the prompt.
+    # Load the model; then one text after another, each from the same seed, as if it were alone.
     device = hardware.device("auto")
     model = checkpoint.load_model(folder, device, args.verify)
     tokenizer = tokenizers.load(folder)
-    # A shell passes bytes that are not UTF-8 as surrogates, which no tokenizer can encode.
-    prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
+    for prompt in args.prompt or [""]:
+        # A shell passes bytes that are not UTF-8 as surrogates, which no tokenizer can encode.
+        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        write(model, tokenizer, prompt, folder, args)
+
+
+def write(model: Transformer, tokenizer, prompt: str, folder: Path, args: argparse.Namespace) -> None:
+    """Prints a prompt and the text that is drawn after it; with --save, appends them to samples.jsonl."""
     # Models trained here have no BOS: for them a document begins after the end-of-text of the one before.
+    device = model.embed_tokens.weight.device
     start = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
     begins = {"auto": tokenizer.adds_bos, "on": True, "off": False}[args.bos]
     ids = [start] * begins + tokenizer.encode(prompt) or [tokenizer.eot]
@@ -230,7 +240,6 @@ def sample(args: argparse.Namespace) -> None:
     tokens = stream(model, torch.tensor([ids], device=device), n, *how, generator)
     tokens = (token.item() for token in tokens)
     first = list(itertools.islice(tokens, 1))  # stream refuses a mistake here, before anything is printed
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
     text = prompt
     print(prompt, end="", flush=True)
     try:
@@ -254,7 +263,10 @@ def main() -> None:
     parser = configurator.parser(__doc__)
     parser.add_argument("folder", metavar="RUN|CHECKPOINT")
     parser.add_argument(
-        "--prompt", default="", help="empty: the start of a document; special tokens in it are text"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="can be given several times; empty: the start of a document; special tokens in it are text",
     )
     parser.add_argument(
         "--bos", choices=("auto", "on", "off"), default="auto",

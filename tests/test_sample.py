@@ -204,6 +204,13 @@ def test_the_command_prints_prompt_and_text_and_saves_them_where_asked(run):
     assert again.stdout == done.stdout
 
 
+def test_several_prompts_give_the_texts_that_each_gives_alone(run, monkeypatch, capsys):
+    how = (run, "--tokens", 5, "--seed", 3)
+    alone = [main(monkeypatch, capsys, *how, "--prompt", prompt)[1] for prompt in ("x = 1", "a")]
+    together = main(monkeypatch, capsys, *how, "--prompt", "x = 1", "--prompt", "a")
+    assert together[:2] == (0, "".join(alone)) and alone[0].startswith("x = 1") and alone[1].startswith("a")
+
+
 def main(monkeypatch, capsys, *arguments):
     """The command, without the seconds in which a new process imports torch: (exit code, output, errors)."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
