@@ -38,6 +38,7 @@ import integrity
 import run_folder
 import tokenizer as tokenizers
 from config import ConfigError
+from linear import linear
 from masks import Cache
 from model import Transformer
 
@@ -123,7 +124,7 @@ def stream(
         token = choose(logits, temperature, top_k, top_p, generator)  # (B)
         yield token
         if i < n - 1:
-            logits = F.linear(model.hidden(token[:, None], cache)[:, -1], model.head).float()
+            logits = linear(model.hidden(token[:, None], cache)[:, -1], model.head).float()
 
 
 def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | None) -> Tensor:
@@ -139,7 +140,7 @@ def prefill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Tensor | 
         length = None if lengths is None else lengths[some]
         h = model.hidden(tokens[some], part, length)  # (b, P, D)
         last = h[:, -1] if length is None else h[torch.arange(len(h), device=h.device), length - 1]
-        logits.append(F.linear(last, model.head).float())
+        logits.append(linear(last, model.head).float())
         parts.append(part)
     cache.advance(P, lengths)
     if model.cfg.document_mask:
