@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Optim, choose, unknown
+from muon import Muon
 
 # ---- schedules --------------------------------------------------------------------------------------------
 
@@ -119,8 +120,8 @@ def adamw(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> torch.optim.A
 def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[torch.optim.Optimizer]:
     """The optimizers of a config: AdamW; or Muon for the matrices inside the layers and AdamW for the rest.
 
-    Muon (Jordan 2024) makes each update of a matrix orthogonal. Its updates are scaled to AdamW's usual size
-    (Liu et al. 2025, section 2.2: 0.2 sqrt(max(rows, columns))), so that AdamW's learning rate and decay fit.
+    Muon makes each update of a matrix orthogonal. Its updates are scaled to AdamW's usual size, so that
+    AdamW's learning rate and decay fit.
     """
     if cfg.optimizer == "adamw":
         return [adamw(model, cfg, mup_scale)]
@@ -130,7 +131,7 @@ def optimizers(model: nn.Module, cfg: Optim, mup_scale: float = 1.0) -> list[tor
     inner = [group for group in groups if group["for_muon"]]
     rest = [group for group in groups if not group["for_muon"]]
     return [
-        torch.optim.Muon(inner, lr=cfg.lr, momentum=cfg.muon_momentum, adjust_lr_fn="match_rms_adamw"),
+        Muon(inner, cfg.lr, cfg.muon_momentum),
         torch.optim.AdamW(rest, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True),
     ]
 

@@ -276,8 +276,8 @@ def test_muon_moves_the_matrices_inside_layers_as_its_paper_says():
             optimizer.step()
     for n, p in inside.items():
         moved, by_hand = p.detach().double().numpy() - first[n], expected[n] - first[n]
-        # PyTorch iterates in BF16: five steps, each of which rounds three matmuls to 8 bits
-        assert np.linalg.norm(moved - by_hand) < 5 * 3 * 2.0**-8 * np.linalg.norm(by_hand), n
+        # On a CPU the iterations are FP32; five of them amplify its roundings some ten times.
+        assert np.linalg.norm(moved - by_hand) < 1e-5 * np.linalg.norm(by_hand), n
 
 
 def test_beside_muon_everything_else_is_moved_by_adamw_bit_for_bit():
