@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     special = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or hasattr(weight, "to_local")
     if not AVAILABLE or not plain or not large or special:
         return F.linear(x, weight, bias)
-    return OneDNN.apply(x, weight, bias)
+    return OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
