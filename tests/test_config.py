@@ -56,7 +56,7 @@ def test_an_override_is_spelled_like_the_setting_and_typed():
 
 
 def test_overrides_are_applied_together_before_a_section_is_checked():
-    # d_model=100 alone does not divide by the demo's 6 heads, and neither does n_heads=5 by its 2 kv heads
+    # n_heads=5 alone does not divide the demo's d_model of 128, and is not divided by its 2 kv heads
     cfg = config.load("demo", ["--model.d_model=100", "--model.n_heads=5", "--model.n_kv_heads=5"])
     assert cfg.model.d_head == 20
 
@@ -109,7 +109,7 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--optim.lr", "not an override"),
         ("--optim.warmup_tokens=9", "optim.schedule_tokens, too"),
         ("--optim.schedule_tokens=1e6", "counts tokens and optim.warmup_steps=40 counts steps"),
-        ("--optim.muon_momentum=0.9", "would have no effect: it needs optim.optimizer=muon"),
+        ("--optim.decay_fraction=0.2", "would have no effect: it needs optim.schedule=constant"),
         ("--optim.decay_fraction=0.2", "it needs optim.schedule=constant"),
         ("--optim.grad_clip_start_steps=5", "it needs optim.grad_clip_start_factor"),
         ("--train.rollback_steps=5", "it needs train.on_incident=rollback"),
