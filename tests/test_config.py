@@ -109,7 +109,10 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
         ("--optim.lr", "not an override"),
         ("--optim.warmup_tokens=9", "optim.schedule_tokens, too"),
         ("--optim.schedule_tokens=1e6", "counts tokens and optim.warmup_steps=40 counts steps"),
-        ("--optim.decay_fraction=0.2", "would have no effect: it needs optim.schedule=constant"),
+        (
+            "--optim.muon_momentum=0.9 --optim.optimizer=adamw",
+            "would have no effect: it needs optim.optimizer=muon",
+        ),
         ("--optim.decay_fraction=0.2", "it needs optim.schedule=constant"),
         ("--optim.grad_clip_start_steps=5", "it needs optim.grad_clip_start_factor"),
         ("--train.rollback_steps=5", "it needs train.on_incident=rollback"),
@@ -120,7 +123,7 @@ def test_overrides_are_applied_together_before_a_section_is_checked():
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_no_traceback(override, expected):
-    result = run("demo", override)
+    result = run("demo", *override.split())
     assert result.returncode == 2 and result.stdout == ""
     assert expected in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
