@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import linear
+
 ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 KEPT = ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION))
 
@@ -33,5 +35,7 @@ def recomputed(forward: Callable, selective: bool) -> Callable:
     # PyTorch 2.13 logs advice about in-place operations, of which a block has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     kept = [getattr(torch.ops.aten, name).default for name in KEPT] + [torch.ops.higher_order.flex_attention]
+    if linear.AVAILABLE:
+        kept.append(torch.ops.mkldnn._linear_pointwise.default)
     contexts = functools.partial(create_selective_checkpoint_contexts, kept)
     return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
