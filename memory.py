@@ -7,10 +7,10 @@
 A step is followed from its forward pass to its update. At each moment the tensors are added up that this
 code (model.py, loss.py, parallel.py, optim.py) and PyTorch's engines hold then; the largest sum counts.
 
-The sums are derived from the code, not fitted to measurements. On a CPU they are within a few per cent of the
-profiler (benchmarks/bench_memory.py). One GPU, an H200, was measured on 2026-11-26 with one process, and used
-less than planned: 103.1 GiB instead of 104.7 for 7B with recompute, 39.9 instead of 44.5 for 1B, and 23.5
-instead of 27.1 for 124M. FSDP, HSDP and tensor parallel have not been measured on GPUs. Imports no torch.
+The sums are derived from the code, and of compiled blocks from what PyTorch's partitioner keeps. On a CPU
+they are within a few per cent of the profiler (benchmarks/bench_memory.py), on an H200 with one process
+within 1 % of the allocator's peak (2026-11-26; tests/test_plan.py has the table). FSDP, HSDP and tensor
+parallel have not been measured on GPUs. Imports no torch.
 
 Letters: n tokens of a micro-batch; T seq_len, D d_model, L n_layers, F d_ff, V vocabulary; q, kv: the widths
 of all queries and of all keys, H Dh and K Dh; c bytes of a number in matmuls.
@@ -81,8 +81,12 @@ def kept_by_layer(model: Model, n: int, how: How, tp: int = 1, selective: bool =
     kept = attention + 2 * c * n * D  # the inputs of matmuls: one for q, k and v, and one for gate and up
     if how.compiled:
         # The block's input, and o_proj's output, which is added to it; or the two outputs that norms read.
-        kept += 2 * c * local * D if after else stream + c * local * D * (not m.parallel_residual)
-        kept += (1 if m.parallel_residual else norms) * kept_by_norm(m, local, D, True)
+        inputs = 2 * c * local * D if after else stream + c * local * D * (not m.parallel_residual)
+        inputs += (1 if m.parallel_residual else norms) * kept_by_norm(m, local, D, True)
+        if not after and not how.bf16 and not m.norm_kind.n_parameters(D):
+            # The output of a norm without weight, which a matmul keeps, is all that its backward needs.
+            inputs = (1 if m.parallel_residual else norms) * FP32 * local
+        kept += inputs
         if m.qk_norm:
             kept += c * n * (q + kv) + kept_by_norm(m, n, q, True) + kept_by_norm(m, n, kv, True)
         # Whether a query, key or value was clipped: a byte each.
@@ -140,18 +144,19 @@ def kept_outside_layers(model: Model, n: int, how: How, tp: int) -> float:
 def loss_bytes(m: Model, n: float, how: How) -> tuple[float, float]:
     """Bytes that loss.py holds while it computes slice by slice, and when backward scales its gradients."""
     c, table = how.c, m.vocab_size * m.d_model
-    # Logits of one slice; in eager BF16 also in FP32. All slices have the same size.
+    # Logits of one slice. All slices have the same size.
     most = max(1, (LOGITS_BYTES_CUDA if how.cuda else LOGITS_BYTES) // (FP32 * m.vocab_size))
     slice_rows = math.ceil(n / math.ceil(n / most))
-    logits = slice_rows * m.vocab_size * (c + FP32 * (how.bf16 and not how.compiled))
+    logits = slice_rows * m.vocab_size
     # Gradients of the head's input, and of the head.
     gradients = c * n * m.d_model + FP32 * table
-    # With BF16: casts of both factors; and on a CPU a slice's gradient of the head, also cast to FP32.
+    # With BF16: casts of both factors; and in eager code the logits in FP32, or after them, on a CPU, a
+    # slice's gradient of the head, also cast to FP32.
     casts = how.bf16 * BF16 * (n * m.d_model + table)
-    head_gradient = how.bf16 * table * (0 if how.cuda else BF16 + FP32)
+    in_fp32 = how.bf16 * max(FP32 * logits * (not how.compiled), table * (0 if how.cuda else BF16 + FP32))
     # Backward has both gradients before and after scaling, and with BF16 that of the input also in FP32.
     scaling = 2 * gradients + FP32 * n * m.d_model * how.bf16
-    return gradients + logits + casts + head_gradient, scaling
+    return gradients + c * logits + casts + in_fp32, scaling
 
 
 # ---- the moments of a step --------------------------------------------------------------------------------
@@ -491,8 +496,9 @@ def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[s
     """The flags that make a plan fit which does not fit, [] where none do.
 
     It uses as few GPUs as possible (twice, four times ... as many, up to MOST_GPUS), and on them as few
-    changes as possible, tried in this order: a smaller micro-batch, activation checkpointing of every block,
-    FSDP over all GPUs. Where no number of GPUs helps, it tries tensor parallel over 2, 4 or 8 GPUs of a node.
+    changes as possible, tried in this order: a smaller micro-batch, selective recompute, recompute of every
+    block, FSDP over all GPUs. Where no number of GPUs helps, it tries tensor parallel over 2, 4 or 8 GPUs of
+    a node.
     """
     micro, every, now = cfg.train.micro_batch_size, cfg.train.activation_checkpointing, cfg.parallel
     strategies = [(now.strategy, now.shard)]
@@ -504,7 +510,8 @@ def smallest_change(cfg: Config, gpus: int, gpu: str, have: float = 0) -> list[s
         return (strategy != strategies[0]) + (recompute != every) + (rows != micro)
 
     # List what can change on a given number of GPUs, the fewest changes first.
-    options = itertools.product(dict.fromkeys(strategies), dict.fromkeys([every, 1]), range(micro, 0, -1))
+    recomputes = dict.fromkeys([every, "selective", 1])
+    options = itertools.product(dict.fromkeys(strategies), recomputes, range(micro, 0, -1))
     options = sorted(options, key=n_changes)
     counts = [gpus]
     while gpu != "cpu" and 2 * counts[-1] <= MOST_GPUS:

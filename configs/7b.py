@@ -7,7 +7,9 @@
 Figures: the LLM360 paper's Tables 2 and 3, and, where they differ, the released training code. The source
 paths are where this config looks for the text; put yours there, or change them.
 
-Measured on one NVIDIA H200 (2026-11-26, torch 2.11; MFU by 6N + attention). More than one was not measured.
+Micro-batches and recompute are as published. --train.micro_batch_size=0 --train.activation_checkpointing=auto
+lets the plan choose what fits your GPUs: five rows and nothing recomputed on eight of 80 GB. Measured on one
+NVIDIA H200 (2026-11-26, torch 2.11, an earlier loss; MFU by 6N + attention). More than one was not measured.
 
     python benchmark.py 7b --steps N    # micro-batches of 10, every block recomputed: 10,460 tokens/s, 46.2 %
     python benchmark.py 7b --steps N --train.micro_batch_size=2 --train.activation_checkpointing=0
@@ -36,7 +38,7 @@ config = Config(
     ),
     optim=Optim(lr=3e-4, final_lr_fraction=0.1, schedule="cosine", warmup_steps=2000, decay="all"),
     # 224 GPUs x 10 sequences x 2048 tokens = 4.59 M tokens a step. Every block is recomputed in the backward
-    # pass, as published: ten sequences would leave 104 GiB of activations. Eight GPUs of 80 GB are enough.
+    # pass, as published: ten sequences would leave 85 GiB of activations. Eight GPUs of 80 GB are enough.
     # The seed is that of Amber's first process, 11111 + 0; here it keys the weights, not the order.
     train=Train(batch_size=2240, micro_batch_size=10, activation_checkpointing=1, seed=11111),
     parallel=Parallel(strategy="fsdp"),

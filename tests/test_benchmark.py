@@ -126,12 +126,12 @@ def test_a_run_chooses_what_the_plan_chooses(monkeypatch, capsys):
         made = memory.chosen(config.load(name, asked), 1, "h200")
         assert capsys.readouterr().out == f"chosen   {memory.about_choice(made, 1, 'h200')}\n"
         assert preflight.choose(config.load(name, asked)) == made
-    preflight.check_memory(config.load("124m"), anyway=False)  # nothing is to be chosen
+    preflight.check_memory(config.load("demo"), anyway=False)  # nothing is to be chosen
     assert capsys.readouterr().out == ""
 
 
 def test_processes_that_chose_differently_are_refused():
-    cfg = config.load("124m")
+    cfg = config.load("124m", ["--train.micro_batch_size=64", "--train.activation_checkpointing=0"])
     same, other = (64, "0"), (8, "selective")
     world = types.SimpleNamespace(collect=lambda mine: [mine, same])
     preflight.check_agreement(cfg, world)

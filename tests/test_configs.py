@@ -76,7 +76,8 @@ def test_a_config_loads_under_its_name_and_survives_json(name):
     assert cfg.name == name and cfg.run == f"runs/{name}"
     assert cfg.dataset == ("datasets/pythia" if name.startswith("pythia") else f"datasets/{name}")
     assert configurator.from_dict(config.Config, config.to_dict(cfg)) == cfg == cfg.resolved()
-    assert consistency.accumulation_steps(cfg.train.batch_size, cfg.train.micro_batch_size, 1) >= 1
+    micro = memory.chosen(cfg, 1, "h200").train.micro_batch_size
+    assert consistency.accumulation_steps(cfg.train.batch_size, micro, 1) >= 1
     assert cfg.model.vocab_size >= cfg.tokenizer.vocab_size
 
 
@@ -241,7 +242,7 @@ def test_a_config_is_sharded_where_a_gpu_of_80_gb_has_no_room_for_the_whole():
     whole = {name for name in NAMES if config.load(name).parallel.strategy == "ddp"} - {"demo"}
     assert {"124m", "1b"} < whole
     for name in set(NAMES) - {"demo"}:
-        cfg = config.load(name)
+        cfg = memory.chosen(config.load(name), 8, "a100-80gb")
         ddp = memory.variant(cfg, "ddp", cfg.train.activation_checkpointing)
         assert memory.fits(ddp, 8, "a100-80gb") == (name in whole), name
     for gpus in (8, 224):  # a node, and Amber's own number

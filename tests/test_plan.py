@@ -299,7 +299,7 @@ def test_fsdp_divides_what_stands_and_checkpointing_keeps_one_stream_a_block():
     whole, shard = (memory.peak(amber(strategy=s), 8, cuda=True) for s in ("ddp", "fsdp"))
     for kind, numbers in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
         assert (whole[kind], shard[kind]) == (4 * P * numbers, 4 * P * numbers / 8)
-    assert whole["activations"] == shard["activations"] > 100 * 2**30
+    assert whole["activations"] == shard["activations"] > 85 * 2**30
     n, layer = 20_480, memory.kept_by_layer(AMBER, 20_480, ON_CUDA)
     # per token: the block's input 4 D; o_proj's output 2 D; two cast inputs 2 x 2 D; q, k, v, output 4 x 2 D;
     # log-sum 4 H; gate, up, product 3 x 2 F; a root mean square of each norm 2 x 4
@@ -547,7 +547,7 @@ def test_a_choice_fits_and_divides_the_batch_and_one_step_more_does_not(gpu, gpu
 def test_what_fits_with_no_choice_is_refused_as_before():
     made = memory.chosen(auto(), 1, "h100-80gb")
     assert pair(made) == (1, 1)
-    with pytest.raises(ConfigError, match=r"115.0 GiB where 75.1 are usable; it would with --gpus=2"):
+    with pytest.raises(ConfigError, match=r"102.5 GiB where 75.1 are usable; it would with --gpus=2"):
         memory.check(made, 1, "h100-80gb")
     with pytest.raises(ConfigError, match=r"does not divide by train\.micro_batch_size=1 x 9 processes"):
         memory.chosen(auto(), 9, "h200")
