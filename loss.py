@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from linear import linear
+
 IGNORE = -100  # a target with this value is not predicted (PyTorch's own convention)
 
 # Maximum size of the logits held at one time, counted in FP32: 32 MiB on a CPU, about its cache. On a GPU
@@ -96,7 +98,7 @@ class VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, head, targets, z_loss: float, dtype: torch.dtype, differentiate: Callable) -> Tensor:
-        # Slices of equal size, and memory for the results and for the logits of one slice.
+        # Slices of equal size, and memory for the results.
         with_gradient, (N, V) = any(ctx.needs_input_grad), (len(h), len(head))
         ctx.dtypes = h.dtype, head.dtype
         h, head = h.to(dtype), head.to(dtype)
@@ -106,24 +108,22 @@ class VocabularyLoss(torch.autograd.Function):
         total = torch.zeros((), device=h.device, dtype=torch.float32)
         d_h = torch.empty_like(h) if with_gradient else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
-        room = torch.empty(min(rows, N), V, device=h.device, dtype=dtype)
 
         for start in range(0, N, rows):
             x, target = h[start : start + rows], targets[start : start + rows, None]  # (n, D), (n, 1)
-            z = torch.mm(x, head.T, out=room[: len(x)])  # (n, V) logits
+            z = linear(x, head)  # (n, V) logits
             keep = target != IGNORE
             target = target.masked_fill(~keep, 0)  # a valid index for gather and scatter
             loss, at_target = differentiate(z, z.gather(1, target), keep, z_loss, with_gradient)
             total += loss
             if with_gradient:
                 z.scatter_(1, target, at_target.to(dtype))  # now z is the whole gradient
-                torch.mm(z, head, out=d_h[start : start + rows])
-                if dtype == torch.float32:
-                    d_head.addmm_(z.T, x)
-                elif h.device.type == "cuda":
+                d_h[start : start + rows] = linear(z, head.T)
+                if h.device.type == "cuda":
                     torch.addmm(d_head, z.T, x, out_dtype=torch.float32, out=d_head)
                 else:
-                    d_head += z.T @ x  # BF16 matmul, FP32 sum over slices
+                    d_head += linear(z.T, x.T)
+            del z  # before the next one is made
 
         if with_gradient:
             ctx.save_for_backward(d_h, d_head)

@@ -150,13 +150,14 @@ def loss_bytes(m: Model, n: float, how: How) -> tuple[float, float]:
     logits = slice_rows * m.vocab_size
     # Gradients of the head's input, and of the head.
     gradients = c * n * m.d_model + FP32 * table
-    # With BF16: casts of both factors; and in eager code the logits in FP32, or after them, on a CPU, a
-    # slice's gradient of the head, also cast to FP32.
+    # With BF16: casts of both factors; in eager code the logits in FP32. After them, on a CPU, a slice's
+    # gradient of the head: with BF16 also cast to FP32, with FP32 beside oneDNN's copy of the logits.
     casts = how.bf16 * BF16 * (n * m.d_model + table)
-    in_fp32 = how.bf16 * max(FP32 * logits * (not how.compiled), table * (0 if how.cuda else BF16 + FP32))
+    in_fp32 = FP32 * logits * (how.bf16 and not how.compiled)
+    of_head = 0 if how.cuda else FP32 * table + (BF16 * table if how.bf16 else FP32 * logits)
     # Backward has both gradients before and after scaling, and with BF16 that of the input also in FP32.
     scaling = 2 * gradients + FP32 * n * m.d_model * how.bf16
-    return gradients + c * logits + casts + in_fp32, scaling
+    return gradients + c * logits + casts + max(in_fp32, of_head), scaling
 
 
 # ---- the moments of a step --------------------------------------------------------------------------------
@@ -255,6 +256,9 @@ def sizes(cfg: Config, gpus: int, cuda: bool) -> Sizes:
     stream = how.residual * (n / tp) * m.d_model
     busy = stream + c * n * m.d_model + (2 if m.gated else 1) * c * n * m.d_ff / tp
     busy += (c if sharded else FP32 + c * how.bf16) * m.d_model * m.d_ff / tp
+
+    if not cuda and not how.bf16:  # oneDNN's copy of a matmul's input, which it reads transposed
+        busy += c * n * m.d_model
 
     # A block that is recomputed keeps only its input.
     every, selective = cfg.train.activation_checkpointing, False
