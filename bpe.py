@@ -42,12 +42,18 @@ SPLITS = {
 ASCII_SPLITS = {
     SPLITS["gpt2"]: r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\t-\r a-zA-Z0-9]+"
     r"|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+",
-    SPLITS["gpt4"]: r"'(?i:[sdmt]|ll|ve|re)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}"
-    r"| ?[^\t-\r a-zA-Z0-9]+[\r\n]*|[\t-\r ]*[\r\n]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+",
+    SPLITS["gpt4"]: r"'(?i:[sdmt]|ll|ve|re)|[^\r\na-zA-Z0-9]?[a-zA-Z]+"
+    r"| +(?= [^\t-\r ])"  # also found by the last line, but slowly; indentation is frequent in code
+    r"|[0-9]{1,3}| ?[^\t-\r a-zA-Z0-9]+[\r\n]*"
+    r"|[\t-\r ]*[\r\n]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+",
 }
 # Both patterns always cut here: before a line end that follows a letter or digit. The two parts on their own
 # give the same pieces as the whole text.
 SAFE_CUT = re.compile(r"(?<=[a-zA-Z0-9])(?=\n)")
+# They also cut before a space that follows an ASCII letter, digit or sign. So a text can be split into parts
+# that end there: the longest that are ASCII, and between them the shortest that are not.
+PART_END = r"(?:(?<=[!-~])(?= )|\Z)"
+PARTS = re.compile(rf"[\x00-\x7f]+{PART_END}|.+?{PART_END}", re.DOTALL)
 # SentencePiece's pieces: a word and the spaces before it, except for the first space or line end.
 WORDS = r"[ \t\r\n]( *[^ \t\r\n]*)"
 
@@ -104,24 +110,29 @@ def batches(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
 
 
 def count_batch(texts: list[str], pattern: str) -> Counter:
-    """Pieces and their counts. Raises ConfigError where a pattern of the user's skips a part of a text."""
+    """Pieces and their counts."""
     counts = Counter()
     for text in texts:
-        if pattern == WORDS:
-            counts.update(re.findall(WORDS, "\n" + text))
-        elif pattern in ASCII_SPLITS:
-            # Most parts of a text are ASCII, and take the faster pattern.
-            for part in [text] if text.isascii() else SAFE_CUT.split(text):
-                ascii_only = part.isascii()
-                find = re.compile(ASCII_SPLITS[pattern]) if ascii_only else regex.compile(pattern)
-                counts.update(find.findall(part))
-        else:
-            # A pattern of the user's: check that it matches every character.
-            pieces = [match[0] for match in regex.finditer(pattern, text)]
-            if sum(map(len, pieces)) != len(text):
-                raise ConfigError(skips(pattern, text))
+        for pieces in split(text, pattern):
             counts.update(pieces)
     return counts
+
+
+def split(text: str, pattern: str) -> Iterator[list[str]]:
+    """The pieces of each part of a text. Raises ConfigError where a pattern of the user's skips some."""
+    if pattern == WORDS:
+        yield re.findall(WORDS, "\n" + text)
+    elif pattern in ASCII_SPLITS:
+        # Most parts of a text are ASCII, and take the faster pattern.
+        for part in [text] if text.isascii() else PARTS.findall(text):
+            find = re.compile(ASCII_SPLITS[pattern]) if part.isascii() else regex.compile(pattern)
+            yield find.findall(part)
+    else:
+        # A pattern of the user's: check that it matches every character.
+        pieces = [match[0] for match in regex.finditer(pattern, text)]
+        if sum(map(len, pieces)) != len(text):
+            raise ConfigError(skips(pattern, text))
+        yield pieces
 
 
 def skips(pattern: str, text: str) -> str:

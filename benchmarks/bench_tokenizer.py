@@ -1,16 +1,19 @@
-"""Times our BPE trainer against that of the `tokenizers` library on the same documents and split pattern.
+"""Times our BPE trainer against `tokenizers` and `rustbpe` on the same documents and split pattern.
 
     python benchmarks/bench_tokenizer.py                          # 100 MB of the Python files installed here
     python benchmarks/bench_tokenizer.py --files corpus/*.jsonl.gz --vocab_size 32000 --rounds 3
     python benchmarks/bench_tokenizer.py --encode --megabytes 20  # encoding, against bare tiktoken
 
-Each run is a process of its own. It reads the documents first; that is not timed. The two take turns. Prints
-a line per run, then the medians, their ratio, the highest memory of a run (with its worker processes) and
-whether the merges are the same. Exit code 1 where they are not. Needs `pip install tokenizers`.
+Each run is a process of its own. It reads the documents first; that is not timed. The trainers take turns.
+Prints a line per run, with the CPU seconds of all its processes and threads; then the medians, our share of
+the others' time, the highest memory of a run (with its worker processes), whether the merges are those of
+`tokenizers`, and how many tokens rustbpe has in common with us (it breaks ties in another way). Then our
+time by part. Exit code 1 where the merges are not the same. Needs `pip install tokenizers`, and shows rustbpe
+where it is installed.
 """
 
 import argparse
-import hashlib
+import importlib.util
 import json
 import os
 import resource
@@ -23,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import bpe
 import config
 import configurator
 import tokenizer
@@ -71,28 +75,49 @@ def train_library(texts: list[str], arguments: argparse.Namespace) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
+def train_rustbpe(texts: list[str], arguments: argparse.Namespace) -> list[str]:
+    """The merged tokens of rustbpe, spelled as in a tokenizer.json. It does not tell its merges."""
+    import rustbpe
+
+    trained = rustbpe.Tokenizer()
+    # It has no special token: one entry less is as many merges.
+    trained.train_from_iterator(iter(texts), arguments.vocab_size - 1, pattern=SPLITS[arguments.split])
+    spelled = hf_tokenizer.SPELLED
+    return ["".join(spelled[byte] for byte in token) for token, _ in trained.get_mergeable_ranks()[256:]]
+
+
+TRAINERS = {"ours": train_ours, "tokenizers": train_library, "rustbpe": train_rustbpe}
+
+
 def one_run(arguments: argparse.Namespace) -> None:
     """The work of one process: trains once and prints the result as JSON."""
     texts = corpus(arguments.files, arguments.megabytes)
-    started = time.perf_counter()
-    merges = {"ours": train_ours, "library": train_library}[arguments.run](texts, arguments)
-    seconds = time.perf_counter() - started
+    started, cpu = time.perf_counter(), cpu_seconds()
+    merges = TRAINERS[arguments.run](texts, arguments)
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
 
     # Memory in KiB, on Linux: the process, and for ours its workers, all as large as the largest.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if arguments.run == "ours":
         memory += arguments.workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(json.dumps({
-        "seconds": seconds, "memory": memory * 1024, "merges": len(merges),
-        "sha256": hashlib.sha256("\n".join(merges).encode()).hexdigest(),
+        "seconds": seconds, "cpu": cpu, "memory": memory * 1024, "merges": merges,
         "documents": len(texts), "bytes": sum(len(text.encode()) for text in texts),
     }))  # fmt: skip
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process with its threads, and of its worker processes that have ended."""
+    return sum(os.times()[:4])
+
+
 def compare_trainers(arguments: argparse.Namespace) -> int:
-    """Runs both in turn and prints the result. Returns the exit code."""
+    """Runs the trainers in turn and prints the result. Returns the exit code."""
     # Each run is this file again, with --run.
-    runs = {"ours": [], "library": []}
+    runs = {name: [] for name in TRAINERS}
+    if not importlib.util.find_spec("rustbpe"):
+        del runs["rustbpe"]
+        print("rustbpe is not installed, and is left out: pip install rustbpe")
     for _ in range(arguments.rounds):
         for name, results in runs.items():
             environment = {**os.environ, "RAYON_NUM_THREADS": str(arguments.workers)}
@@ -102,22 +127,60 @@ def compare_trainers(arguments: argparse.Namespace) -> int:
                 return done.returncode
             results.append(json.loads(done.stdout.splitlines()[-1]))
             one = results[-1]
-            figures = f"{one['seconds']:7.1f} s  {one['memory'] / 1e9:5.2f} GB  {one['merges']:,} merges"
-            print(f"{name:8} {figures}", flush=True)
+            figures = f"{one['seconds']:7.2f} s  {one['cpu']:7.2f} CPU s  {one['memory'] / 1e9:5.2f} GB"
+            print(f"{name:10} {figures}  {len(one['merges']):,} merges", flush=True)
 
-    # Medians of the seconds, the most memory, and whether all merges are the same.
+    # Medians of the seconds, and the most memory.
+    one = runs["ours"][0]
     median = {name: statistics.median(one["seconds"] for one in results) for name, results in runs.items()}
-    memory = {name: max(one["memory"] for one in results) / 1e9 for name, results in runs.items()}
-    one, hashes = runs["ours"][0], {run["sha256"] for results in runs.values() for run in results}
-    same = "the same" if len(hashes) == 1 else "NOT THE SAME"
     print(
         f"\n{one['bytes'] / 1e6:.1f} MB in {one['documents']:,} documents, {arguments.vocab_size:,} entries, "
-        f"{arguments.split}, {arguments.workers} processes or threads, medians of {arguments.rounds}:\n"
-        f"ours {median['ours']:.1f} s, {memory['ours']:.2f} GB; library {median['library']:.1f} s, "
-        f"{memory['library']:.2f} GB (with the documents, which are in memory)\n"
-        f"ours takes {median['ours'] / median['library']:.2f} of the library's time; merges are {same}"
+        f"{arguments.split}, {arguments.workers} processes (ours) or threads (others); "
+        f"medians of {arguments.rounds}; memory with the documents:"
     )
-    return len(hashes) != 1
+    for name, results in runs.items():
+        memory = max(one["memory"] for one in results) / 1e9
+        share = f"ours takes {median['ours'] / median[name]:.2f} of it" if name != "ours" else ""
+        print(f"{name:10} {median[name]:7.2f} s  {memory:5.2f} GB  {share}")
+
+    # Whether all runs learned the same.
+    same = all(run["merges"] == one["merges"] for run in runs["ours"] + runs["tokenizers"])
+    print(f"merges of ours and tokenizers are {'the same' if same else 'NOT THE SAME'}")
+    if "rustbpe" in runs:
+        tokens = {merge.replace(" ", "") for merge in one["merges"]}
+        common = len(tokens & set(runs["rustbpe"][0]["merges"]))
+        print(f"rustbpe has {common:,} of our {len(tokens):,} merged tokens")
+    print_parts(arguments)
+    return not same
+
+
+def print_parts(arguments: argparse.Namespace) -> None:
+    """Prints our time by part.
+
+    Splitting is timed alone in this process, and divided by the number of workers. Counting is the rest of
+    count_pieces: counting in the workers, starting them, handing over the texts, adding up their counts.
+    """
+    pattern, n_merges = SPLITS[arguments.split], arguments.vocab_size - 257
+    seconds = {}
+
+    def timed(part: str, function, *inputs):
+        started = time.perf_counter()
+        result = function(*inputs)
+        seconds[part] = time.perf_counter() - started
+        return result
+
+    def split_all(texts: list[str]) -> None:
+        for text in texts:
+            for _ in bpe.split(text, pattern):
+                pass
+
+    texts = timed("reading (not in the figures above)", corpus, arguments.files, arguments.megabytes)
+    timed("splitting", split_all, texts)
+    seconds["splitting"] /= arguments.workers
+    counts = timed("counting", bpe.count_pieces, texts, pattern, arguments.workers)
+    seconds["counting"] -= seconds["splitting"]
+    timed("merging", bpe.learn_merges, counts, n_merges, 1)
+    print("ours by part, once: " + ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items()))
 
 
 def compare_encoders(arguments: argparse.Namespace) -> int:
@@ -160,7 +223,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encode", action="store_true", help="time encoding, not training")
-    parser.add_argument("--run", choices=("ours", "library"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=TRAINERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
         if arguments.run:
