@@ -13,6 +13,7 @@ smaller right id. So neither the order of documents nor the number of processes 
 those of the trainer in the `tokenizers` library.
 """
 
+import bisect
 import contextlib
 import heapq
 import multiprocessing
@@ -23,6 +24,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import regex
@@ -168,100 +170,144 @@ def learn_merges(counts: dict[str, int], n_merges: int, first: int = 0) -> list[
     A pair counts wherever two tokens are neighbours ("aaa" has "aa" twice); runs merge from left to right.
     learn_merges({"abab": 2, "b": 1}, 2) -> [(64, 65), (256, 256)]
 
-    Data: all pieces lie one after the other in arrays, with a slot for each byte. A slot has its token, the
-    slots of its neighbours and the count of its piece. A merge puts the new token into the left slot and
-    empties the right one.
+    Data: the bytes of all pieces lie one after the other in slots, with an empty slot after each piece.
+    `begins` has at each slot the token that begins there, `ends` the token that ends there, or -1. A merge
+    writes the new token at its two ends, and empties the beginning of the right one.
 
     Search: when a token is made, every pair with it appears at once; afterwards its count can only fall. So
-    a pair's slots and count are noted once, in a heap. The pair on top is counted again at its slots, and
-    merged if it is still the best. Most pairs are never merged: those with a count below `floor` are not
-    noted. When no noted pair is left, all pairs that still exist are counted again with a lower floor.
+    a pair's slots and count are noted once, in a heap. The pairs on top are counted again at their slots,
+    and merged if they are still the best. Most pairs are never merged: those with a count below `floor` are
+    not noted. When no noted pair is left, all pairs that still exist are counted again with a lower floor.
+
+    Speed: a call of numpy takes as long for one slot as for a hundred, so pairs are merged in batches,
+    often of a dozen. While no token is the left one of a pair and the right one of another, a merge does not
+    change the other's count. A new pair may be more frequent than a pair of the batch: that one must wait.
     """
-    # Ids and slots must fit together into one integer of 63 bits; see note().
-    pieces = [piece.encode() for piece in counts]
-    lengths = np.array([len(piece) for piece in pieces], np.int64)
-    n = int(lengths.sum())
-    id_bits, slot_bits = (first + 256 + n_merges).bit_length(), (n + 1).bit_length()
-    if 2 * id_bits + slot_bits > 63:
-        raise ConfigError(f"{n_merges} merges of {n} bytes of different pieces are too many; use fewer")
-
-    # Lay out the arrays of slots. The last slot, -1, has no token and is the neighbour of every piece's end.
-    ids = np.zeros(256, np.int32)
+    # Lay out the slots. The byte 0xFF is in no UTF-8 text: it stands for the empty slot.
+    text = np.frombuffer(b"\xff".join([*map(str.encode, counts), b""]), np.uint8)
+    lengths = np.diff(np.flatnonzero(text == 0xFF), prepend=-1)
+    weight = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), lengths)  # the piece's count
+    ids = np.empty(256, np.int32)
     ids[BYTES] = np.arange(first, first + 256)
-    token = np.append(ids[np.frombuffer(b"".join(pieces), np.uint8)], np.int32(-1))
-    weight = np.append(np.repeat(np.fromiter(counts.values(), np.int64, len(pieces)), lengths), 0)
-    after = np.arange(1, n + 2, dtype=np.int32)
-    before = np.arange(-1, n, dtype=np.int32)
-    ends = np.cumsum(lengths)
-    after[ends - 1] = after[-1] = before[ends - lengths] = -1
+    ids[0xFF] = -1
+    begins = ids[text]
+    ends = begins.copy()
+    n_bytes = np.ones(first + 256 + n_merges, np.int32)  # of each token
 
-    merges, heap, noted, floor = [], [], {}, 0
+    # Ids and slots must fit together into one integer of 63 bits; see group().
+    id_bits, slot_bits = len(n_bytes).bit_length(), len(text).bit_length()
+    if 2 * id_bits + slot_bits > 63:
+        raise ConfigError(
+            f"{n_merges} merges of {len(text)} bytes of different pieces are too many; use fewer"
+        )
+    low_id, low_slot = (1 << id_bits) - 1, (1 << slot_bits) - 1
 
-    def note(left: np.ndarray, right: np.ndarray, slots: np.ndarray, floor: int) -> int:
-        """Notes every pair (left, right) that occurs `floor` times or more, with its left token's slots.
+    def group(left: np.ndarray, right: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Sorts pairs of tokens. Returns the different pairs, their counts, starts and stops, and slots.
 
-        With floor=0, the floor is a sixteenth of the highest count. Returns the floor.
+        `slots` are those of the left tokens: pair i has slots[starts[i] : stops[i]], in rising order. There
+        is no pair where one of the tokens is -1.
         """
         # Pack pair and slot into one integer: numpy sorts integers five times faster than it finds an order.
-        packed = np.sort((left.astype(np.int64) << id_bits | right) << slot_bits | slots)
-        pairs, slots = packed >> slot_bits, (packed & (1 << slot_bits) - 1).astype(np.int32)
-        starts = np.flatnonzero(np.concatenate(([True], pairs[1:] != pairs[:-1])))
-        sums = np.add.reduceat(weight[slots], starts)
+        packed = left.astype(np.int64)
+        for bits, values in ((id_bits, right), (slot_bits, slots)):
+            packed <<= bits
+            packed |= values
+        packed.sort()
+        packed = packed[np.searchsorted(packed, 0) :]  # with a -1 in it, it is negative
+        slots = (packed & low_slot).astype(np.int32)
+        packed >>= slot_bits
+        starts = np.append(0, np.flatnonzero(packed[1:] != packed[:-1]) + 1)[: len(packed)]
+        stops = np.append(starts, len(slots))[1:]
+        return packed[starts], np.add.reduceat(weight[slots], starts), starts, stops, slots
 
-        floor = floor or max(1, int(sums.max()) // 16)
-        often = np.flatnonzero(sums >= floor)
-        ends = np.append(starts, len(slots))[often + 1]
-        columns = pairs[starts[often]], sums[often], starts[often], ends
-        for pair, count, start, end in zip(*(column.tolist() for column in columns)):
-            noted[pair] = slots[start:end]
-            heapq.heappush(heap, (-count, pair))
-        return floor
+    def note(keep: np.ndarray, pairs, found, starts, stops, slots) -> None:
+        """Notes those of group()'s pairs that `keep` selects."""
+        pairs, minus, starts, stops = (part[keep].tolist() for part in (pairs, -found, starts, stops))
+        noted.update(zip(pairs, zip(repeat(slots), starts, stops)))
+        for item in zip(minus, pairs):
+            heapq.heappush(heap, item)
 
+    merges, heap, noted, floor = [], [], {}, 0
     bar = tqdm(total=n_merges, unit=" merges", leave=False, disable=None)
     while len(merges) < n_merges:
-        # Count all pairs, at the start and when no noted pair is left.
+        # Count all pairs, at the start and when no noted pair is left. Of many rare ones, note the best.
         if not heap:
-            slots = np.flatnonzero((token >= 0) & (token[after] >= 0))
-            if floor == 1 or not len(slots):
+            slots = np.flatnonzero(begins >= 0)
+            left = begins[slots]
+            pairs, found, *where = group(left, begins[slots + n_bytes[left]], slots)
+            if floor == 1 or not len(pairs):
                 break
-            floor = note(token[slots], token[after[slots]], slots, 0)
+            floor = max(1, int(found.max()) // 64, int(np.sort(found)[-2 * (n_merges - len(merges)) :][0]))
+            note(found >= floor, pairs, found, *where)
 
-        # Count the pair on top again. Where it is no longer the best, put it back.
-        _, pair = heapq.heappop(heap)
-        a, b = pair >> id_bits, pair & (1 << id_bits) - 1
-        left = noted.pop(pair)
-        left = left[(token[left] == a) & (token[after[left]] == b)]
-        count = int(weight[left].sum())
-        if count < floor:
-            continue
-        if heap and (-count, pair) > heap[0]:
-            noted[pair] = left
-            heapq.heappush(heap, (-count, pair))
-            continue
+        # Take pairs from the top of the heap, as long as none changes the count of another.
+        top, lefts, rights = [], set(), set()
+        while heap and len(merges) + len(top) < n_merges:
+            a, b = divmod(heap[0][1], 1 << id_bits)
+            if a in rights or b in lefts:
+                break
+            top.append(heapq.heappop(heap)[1])
+            lefts.add(a)
+            rights.add(b)
 
-        # Merge it. In a run ("aaaa") only every other slot begins a merge.
-        if a == b:
+        # Count them again at their slots, and rank them.
+        parts = [slots[start:stop] for slots, start, stop in map(noted.get, top)]
+        sizes = np.array([len(part) for part in parts])
+        pairs, slots = np.array(top), np.concatenate(parts)
+        a, b = (pairs >> id_bits).astype(np.int32), (pairs & low_id).astype(np.int32)
+        second = slots + np.repeat(n_bytes[a], sizes)
+        there = (begins[slots] == np.repeat(a, sizes)) & (begins[second] == np.repeat(b, sizes))
+        found = np.add.reduceat(weight[slots] * there, np.cumsum(sizes) - sizes)
+        ranked = sorted(zip((-found).tolist(), top, range(len(top))))
+        while ranked and -ranked[-1][0] < floor:
+            del noted[ranked.pop()[1]]
+
+        # Those that still come before the rest of the heap are the batch. Number them, and find their slots.
+        n_batch = bisect.bisect(ranked, heap[0]) if heap else len(ranked)
+        base = first + 256 + len(merges)
+        order = np.array([i for _, _, i in ranked[:n_batch]], np.int64)
+        n_bytes[base : base + n_batch] = n_bytes[a[order]] + n_bytes[b[order]]
+        made = np.full(len(top), -1, np.int32)
+        made[order] = np.arange(base, base + n_batch)
+        new = np.repeat(made, sizes)
+        there &= new >= 0
+        left, right, new = slots[there], second[there], new[there]
+        follows = right[:-1] == left[1:]
+        if follows.any():  # in a run ("aaaa") only every other slot begins a merge
             i = np.arange(len(left))
-            follows = np.concatenate(([False], after[left[:-1]] == left[1:]))
-            left = left[(i - np.maximum.accumulate(np.where(follows, 0, i))) % 2 == 0]
-        new = first + 256 + len(merges)
-        merges.append((a, b))
-        bar.update()
-        right = after[left]
-        rest = after[right]
-        token[left], token[right] = new, -1
-        after[left], before[rest] = rest, left
+            starts = np.maximum.accumulate(np.where(np.append(False, follows), 0, i))
+            even = (i - starts) % 2 == 0
+            left, right, new = left[even], right[even], new[even]
 
-        # Note the pairs that this made: (x, new) and (new, y). Where x is new as well, the pair is already
-        # noted as the (new, y) of the slot before.
-        prior = before[left]
-        x, y = token[prior], token[rest]
-        has_x, has_y = (x >= 0) & (x != new), y >= 0
-        x, y = x[has_x], y[has_y]
-        slots = np.concatenate((prior[has_x], left[has_y]))
-        if len(slots):
-            x_new, new_y = np.full(len(x), new, np.int32), np.full(len(y), new, np.int32)
-            note(np.concatenate((x, new_y)), np.concatenate((x_new, y)), slots, floor)
+        # Find the pairs (x, new) and (new, y) that each merge of the batch makes, as if it were the only one.
+        x, y = ends[left - 1], begins[left + n_bytes[new]]
+        sides = (x, new), (new, y), (left - n_bytes[x], left)
+        pairs, found, *where = group(*map(np.concatenate, sides))
+        maker = np.maximum(pairs >> id_bits, pairs & low_id) - base
+
+        # Where such a pair comes before a pair of the batch, the batch ends earlier.
+        if n_batch > 1:
+            often = found >= -ranked[n_batch - 1][0]
+            for count, pair, i in zip(*(part[often].tolist() for part in (found, pairs, maker))):
+                if i + 1 < n_batch:
+                    n_batch = bisect.bisect(ranked, (-count, pair), i + 1, n_batch)
+        for minus, pair, _ in ranked[n_batch:]:
+            heapq.heappush(heap, (minus, pair))
+
+        # Merge, and note the new pairs: those found above, and (new, new) where two merges are neighbours.
+        now = new < base + n_batch
+        left, right, new = left[now], right[now], new[now]
+        stop = left + n_bytes[new]
+        begins[left], begins[right], ends[stop - 1] = new, -1, new
+        for _, pair, _ in ranked[:n_batch]:
+            merges.append(divmod(pair, 1 << id_bits))
+            del noted[pair]
+        bar.update(n_batch)
+        note((found >= floor) & (maker < n_batch), pairs, found, *where)
+        y = begins[stop]
+        pairs, found, *where = group(new, np.where(y >= base, y, -1), left)
+        note(found >= floor, pairs, found, *where)
     bar.close()
     return merges
 
