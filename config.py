@@ -267,10 +267,8 @@ class Train:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN)  # auto: CUDA if there is one (ROCm too)
     # bf16: autocast, with weights in FP32; auto: bf16 on CUDA
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", LEARNED)
-    # the residual stream; bf16 saves memory and time, and loses digits in every layer's sum
-    residual: Literal["fp32", "bf16"] = setting("fp32", LEARNED)
-    # attention's kernels on CUDA: PyTorch's choice; or FlashAttention 3 or 4, where that is installed
-    attention: Literal["auto", "FA3", "FA4"] = setting("auto", RUN)
+    residual: Literal["fp32", "bf16"] = setting("fp32", LEARNED)  # the residual stream, also under autocast
+    attention: Literal["auto", "FA3", "FA4"] = setting("auto", RUN)  # auto: PyTorch's choice of its kernels
     compile: Literal["auto", "on", "off"] = setting("auto", RUN)  # torch.compile of each block; auto: on CUDA
     # to save memory, recompute in the backward pass: every N-th block (0: none; 1: every block); selective:
     # in every block all but matmuls and attention; auto: the plan chooses the least that fits

@@ -157,8 +157,7 @@ MEASURED = (
 )
 # Words of the names of GPUs, both of hardware.GPUS and PyTorch's. Assumed: a MI300X is as a MI250, and a RTX
 # 4090, which has an A100's ratio of peak to memory speed, as an A100. All others are as Hopper.
-GENERATIONS = {"h100": "hopper", "h200": "hopper", "a100": "ampere", "4090": "ampere", "instinct": "cdna"}
-GENERATIONS |= {"mi250x": "cdna", "mi300x": "cdna"}
+GENERATIONS = {"a100": "ampere", "4090": "ampere", "instinct": "cdna", "mi250x": "cdna", "mi300x": "cdna"}
 
 
 def slowdown(tokens: int, recompute: int | str, n_layers: int) -> float:
@@ -178,8 +177,8 @@ def planned_mfu(cfg: Config, gpu: str) -> tuple[float, list[Measured]]:
     """(MFU by 6N + attention, the measured steps that it is derived from) of a config on a GPU, by its name.
 
     The measured MFU of the next smaller and the next larger model is multiplied by `slowdown`, interpolated
-    linearly in the logarithm of the parameters, and divided by the slowdown of this config. Beyond the
-    smallest and the largest it is theirs. Neither seq_len nor the number of GPUs counts.
+    linearly in the logarithm of the parameters, and divided by the slowdown of this config. A model smaller
+    or larger than all of these is planned as the nearest. Neither seq_len nor the number of GPUs counts.
     """
     m, train = cfg.model.resolved(), cfg.train
     generation = next((g for word, g in GENERATIONS.items() if word in gpu.lower()), "hopper")
@@ -189,6 +188,7 @@ def planned_mfu(cfg: Config, gpu: str) -> tuple[float, list[Measured]]:
     smaller = [row for row in rows if row.parameters <= size][-1]
     larger = next(row for row in rows if row.parameters >= size)
 
+    # 1: in MEASURED recompute is none or all
     low, high = (row.mfu * slowdown(row.tokens, row.recompute, 1) for row in (smaller, larger))
     way = math.log(larger.parameters / smaller.parameters)
     mfu = low + (high - low) * (math.log(size / smaller.parameters) / way if way else 0)

@@ -21,7 +21,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N) -> (..., N): F.linear, up to the order of additions."""
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     large = x.shape.numel() >= LEAST_ROWS * x.shape[-1]
-    special = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or hasattr(weight, "to_local")
+    special = (
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or hasattr(weight, "to_local")
+    )  # DTensor
     if not AVAILABLE or not plain or not large or special:
         return F.linear(x, weight, bias)
     return OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)

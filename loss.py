@@ -1,4 +1,4 @@
-"""The loss over a large vocabulary, computed a slice of tokens at a time: logits are never in memory whole.
+"""The loss over a large vocabulary, a slice of tokens at a time: at most LOGITS_BYTES of logits in memory.
 
     loss = vocabulary_loss(h, head, targets)     # model.py calls it with the hidden states of its last layer
 
@@ -24,7 +24,7 @@ LOGITS_BYTES_CUDA = 2**31
 
 
 class Loss(nn.Module):
-    """`vocabulary_loss` as a module, so that parallel.py can say which process has which tokens."""
+    """`vocabulary_loss` as a module, so that sharding.py can say which process has which tokens."""
 
     def __init__(self):
         super().__init__()
@@ -37,32 +37,32 @@ class Loss(nn.Module):
         return vocabulary_loss(h, head, targets, self.z_loss, self.differentiate)
 
 
-def differentiate(z: Tensor, chosen: Tensor, keep: Tensor, z_loss: float, with_gradient: bool):
-    """Logits z (n, V), the targets' logits `chosen` and `keep`, False where a target is masked, both (n, 1)
-    -> the sum of the losses, and the gradients of the targets' logits (n, 1).
+def differentiate(z: Tensor, z_target: Tensor, keep: Tensor, z_loss: float, with_gradient: bool):
+    """-> the sum of the losses, and the gradient at the targets (n, 1), which the caller writes into z.
 
-    With gradient, z becomes its own gradient in place, but for the targets' entries. FP32 inside. Compiled
-    for a GPU this is one kernel; as it stands, every line is one, and a pass over memory.
+    z (n, V): logits. z_target (n, 1): those of the targets. keep (n, 1): False where a target is masked. With
+    gradient, z becomes its own gradient in place, but for the targets' entries: indexing would split what is
+    one kernel when compiled for a GPU. As it stands, every operation is a kernel. FP32 inside.
     """
     # The loss. The largest logit is subtracted first, so that exp cannot overflow.
     x = z.float()  # z itself, if it is FP32
-    peak = x.amax(1, keepdim=True)
-    chosen = chosen.float() - peak
-    x.sub_(peak).exp_()  # from here on x holds exp(logit - peak)
+    largest = x.amax(1, keepdim=True)
+    z_target = z_target.float() - largest
+    x.sub_(largest).exp_()  # from here on x holds exp(logit - largest)
     partition = x.sum(1, keepdim=True)
-    log = partition.log()
-    total = ((log - chosen) * keep).sum()
+    log_sum = partition.log()
+    total = ((log_sum - z_target) * keep).sum()
     if not with_gradient:
         return total, None
 
     # The gradient of the logits, softmax - onehot, replaces them; a masked target's is zero. d/dz of
-    # z_loss x log^2 is 2 z_loss log x softmax, where log is the whole denominator's.
-    factor = keep * (1 + 2 * z_loss * (log + peak)) if z_loss else keep
+    # z_loss x log^2 is 2 z_loss log x softmax, where log is the whole logarithm, log_sum + largest.
+    factor = keep * (1 + 2 * z_loss * (log_sum + largest)) if z_loss else keep
     factor = factor / partition
     x.mul_(factor)
     if x is not z:
         z.copy_(x)
-    return total, chosen.exp() * factor - keep.float()
+    return total, z_target.exp() * factor - keep.float()
 
 
 def vocabulary_loss(
@@ -92,13 +92,12 @@ class VocabularyLoss(torch.autograd.Function):
     For a token with logits z: loss = logsumexp(z) - z_target, and d loss / d z = softmax(z) - onehot(target).
     The gradient needs only z. So forward turns each slice of logits into its gradient in place, multiplies
     that into d h and d head, and reuses the memory. Whole logits of 3,072 tokens x 50,257 entries would be
-    618 MB, and their gradient as much again. The three matmuls are those of the loss without slices; backward
-    only scales the result of forward.
+    618 MB, and their gradient as much again. Backward only scales the result of forward.
     """
 
     @staticmethod
     def forward(ctx, h, head, targets, z_loss: float, dtype: torch.dtype, differentiate: Callable) -> Tensor:
-        # Slices of equal size, and memory for the results.
+        # Slices of equal size, but for the last; and memory for the results.
         with_gradient, (N, V) = any(ctx.needs_input_grad), (len(h), len(head))
         ctx.dtypes = h.dtype, head.dtype
         h, head = h.to(dtype), head.to(dtype)
@@ -119,7 +118,9 @@ class VocabularyLoss(torch.autograd.Function):
             if with_gradient:
                 z.scatter_(1, target, at_target.to(dtype))  # now z is the whole gradient
                 d_h[start : start + rows] = linear(z, head.T)
-                if h.device.type == "cuda":
+                if (
+                    h.device.type == "cuda"
+                ):  # sums in FP32 in the matmul; a CPU rounds each slice's part first
                     torch.addmm(d_head, z.T, x, out_dtype=torch.float32, out=d_head)
                 else:
                     d_head += linear(z.T, x.T)
@@ -133,5 +134,6 @@ class VocabularyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         (d_h, d_head), (h_dtype, head_dtype) = ctx.saved_tensors, ctx.dtypes
-        d_h, d_head = (d_h * scale.to(d_h.dtype)).to(h_dtype), (d_head * scale).to(head_dtype)
+        # h is FP32. In BF16 the factor itself would be rounded, for all tokens alike.
+        d_h, d_head = d_h.to(h_dtype, copy=True).mul_(scale), (d_head * scale).to(head_dtype)
         return d_h, d_head, None, None, None, None

@@ -73,7 +73,8 @@ def kept_by_layer(model: Model, n: int, how: How, tp: int = 1, selective: bool =
     hidden = c * n * m.d_ff / tp
 
     if selective:
-        # The outputs of o_proj and down_proj. The compiler drops that of down_proj, which only a norm reads.
+        # The outputs of o_proj and down_proj. The compiler drops that of down_proj, unless a norm reads it:
+        # its sum with the stream needs nothing for backward.
         outputs = 1 if how.compiled and not after else 2
         return stream + outputs * c * local * D + attention + (2 if m.gated else 1) * hidden
 
@@ -84,7 +85,8 @@ def kept_by_layer(model: Model, n: int, how: How, tp: int = 1, selective: bool =
         inputs = 2 * c * local * D if after else stream + c * local * D * (not m.parallel_residual)
         inputs += (1 if m.parallel_residual else norms) * kept_by_norm(m, local, D, True)
         if not after and not how.bf16 and not m.norm_kind.n_parameters(D):
-            # The output of a norm without weight, which a matmul keeps, is all that its backward needs.
+            # The output of a norm without weight, which a matmul keeps, is all that its backward needs:
+            # instead of the stream it keeps a number for each token.
             inputs = (1 if m.parallel_residual else norms) * FP32 * local
         kept += inputs
         if m.qk_norm:
@@ -144,7 +146,7 @@ def kept_outside_layers(model: Model, n: int, how: How, tp: int) -> float:
 def loss_bytes(m: Model, n: float, how: How) -> tuple[float, float]:
     """Bytes that loss.py holds while it computes slice by slice, and when backward scales its gradients."""
     c, table = how.c, m.vocab_size * m.d_model
-    # Logits of one slice. All slices have the same size.
+    # Logits of one slice. All slices have the same size, but for the last.
     most = max(1, (LOGITS_BYTES_CUDA if how.cuda else LOGITS_BYTES) // (FP32 * m.vocab_size))
     slice_rows = math.ceil(n / math.ceil(n / most))
     logits = slice_rows * m.vocab_size
@@ -155,8 +157,8 @@ def loss_bytes(m: Model, n: float, how: How) -> tuple[float, float]:
     casts = how.bf16 * BF16 * (n * m.d_model + table)
     in_fp32 = FP32 * logits * (how.bf16 and not how.compiled)
     of_head = 0 if how.cuda else FP32 * table + (BF16 * table if how.bf16 else FP32 * logits)
-    # Backward has both gradients before and after scaling, and with BF16 that of the input also in FP32.
-    scaling = 2 * gradients + FP32 * n * m.d_model * how.bf16
+    # Backward has both gradients before and after scaling, which is done in FP32.
+    scaling = gradients + FP32 * (table + n * m.d_model)
     return gradients + c * logits + casts + max(in_fp32, of_head), scaling
 
 
@@ -192,7 +194,7 @@ class Sizes:
 
     gradients: float  # all of them
     early_gradients: float  # those that exist during the whole step: all, or none
-    recomputed: list[bool]  # for each block; selective recompute leaves its matmuls, and so their weights
+    recomputed: list[bool]  # for each block: all of it; selective recompute counts as no
     kept: list[float]  # for each block: the activations that it keeps after its forward
     layer: float  # activations of a block that is not recomputed, or during its recompute
     outer: float  # activations outside of blocks
@@ -215,13 +217,15 @@ def peak(cfg: Config, gpus: int, cuda: bool) -> dict[str, float | str]:
     gathered, begin = copies_after_forward(s)
     kept = sum(s.kept) + s.outer
     moments = {
-        "the loss is computed": Moment(s.early_gradients, gathered, kept, computing, FP32 * n * m.d_model),
+        "the loss is computed": Moment(
+            s.early_gradients, gathered, kept, computing, working=FP32 * n * m.d_model
+        ),
         "backward begins": Moment(s.early_gradients, begin, kept, scaling),
     }
 
     # Backward, block by block, and the update.
     moments.update(moments_with_fsdp(s) if s.sharded else moments_of_whole_weights(s))
-    muon = muon_bytes(m) if cfg.optim.optimizer == "muon" else 0
+    muon = muon_bytes(m, cuda) if cfg.optim.optimizer == "muon" else 0
     moments["the weights are updated"] = Moment(s.gradients, working=muon)
 
     # Weights and moments of the optimizer are there all the time. Tensor parallel splits both alike.
@@ -393,10 +397,13 @@ def moments_with_fsdp(s: Sizes) -> dict[str, Moment]:
     return moments
 
 
-def muon_bytes(m: Model) -> float:
-    """Bytes while one matrix is made orthogonal: its update in FP32; two iterates and two squares in BF16."""
+def muon_bytes(m: Model, cuda: bool) -> float:
+    """Bytes while one matrix is made orthogonal: its update in FP32, two iterates and two squares, which are
+    BF16 on a GPU.
+    """
+    c = BF16 if cuda else FP32
     small, large = sorted((m.d_model, max(m.d_ff, m.n_heads * m.d_head)))
-    return (FP32 + 2 * BF16) * small * large + 2 * BF16 * small**2
+    return (FP32 + 2 * c) * small * large + 2 * c * small**2
 
 
 # ---- what fits --------------------------------------------------------------------------------------------
@@ -422,9 +429,10 @@ def chosen(cfg: Config, gpus: int, gpu: str, have: float = 0) -> Config:
     train.micro_batch_size=0 becomes the largest micro-batch that divides a process's share of the batch and
     fits; train.activation_checkpointing="auto" the first of RECOMPUTES that fits. Where both are to be chosen
     they compete for the same memory, and the pair that makes the fastest step by cost.slowdown wins. Some
-    thousand tokens already fill a GPU, and recompute costs more than small micro-batches do: measured at 7B
-    on one H200, micro-batches of 2 x 2048 tokens with nothing recomputed reach 54.5 % MFU, of 4 with every
-    second block 50.8 %, of 10 with every block 46.2 %.
+    thousand tokens already fill a GPU, and recompute of whole blocks costs more than small micro-batches do:
+    measured at 7B on one H200, micro-batches of 2 x 2048 tokens with nothing recomputed reach 54.5 % MFU, of
+    4 with every second block 50.8 %, of 10 with every block 46.2 %. Selective recompute costs less: with
+    three of 7B's layers, 4 rows with it were 1.06 times as fast as 2 with nothing recomputed.
 
     Where nothing fits, the pair that needs the least memory, which `check` then refuses. Raises ConfigError
     where the batch does not divide over the processes. gpu, have: as in `check`.

@@ -7,9 +7,9 @@ rank, no optimizer and no file. Modules have the names that published checkpoint
 formats/families.py has the names of other families. masks.py says which tokens a token sees, initial.py how
 weights begin.
 
-Norms, rotary embedding and loss are FP32 in every precision, and so is the residual stream, unless
-train.residual=bf16: lines of this file and of loss.py cast to it. Under BF16 autocast the matmuls are BF16,
-also the one that gives the logits.
+Norms, rotary embedding and loss are FP32 in every precision: `.float()` in this file and in loss.py does
+that. So is the residual stream, unless train.residual=bf16. Under BF16 autocast the matmuls are BF16, also
+the one that gives the logits.
 
 Shapes: B sequences, T tokens, S tokens in the row so far (keys), D d_model, H query heads, K key/value heads,
 Dh d_head, R rotary dimensions of a head, F d_ff, V vocabulary.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from config import ConfigError, Model, choose
 from initial import Embedding, Linear, init_std, initial_weights
+from linear import linear
 from loss import Loss
 from masks import Cache, alibi_slopes, flex, positions_and_mask
 
@@ -204,11 +205,11 @@ class Block(nn.Module):
         if self.after:
             h = h + self.post_attention_layernorm(self.self_attn(h, rope, mask, cache)).type_as(h)
             return h + self.post_feedforward_layernorm(self.mlp(h)).type_as(h)
-        attended = self.self_attn(self.input_layernorm(h), rope, mask, cache)
+        attended = self.self_attn(self.input_layernorm(h), rope, mask, cache).type_as(h)
         if self.parallel:
-            return h + attended + self.mlp(self.post_attention_layernorm(h))
+            return h + attended + self.mlp(self.post_attention_layernorm(h)).type_as(h)
         h = h + attended
-        return h + self.mlp(self.post_attention_layernorm(h))
+        return h + self.mlp(self.post_attention_layernorm(h)).type_as(h)
 
 
 class Transformer(nn.Module):
@@ -235,12 +236,12 @@ class Transformer(nn.Module):
         """tokens (B, T) -> FP32 logits (B, T, V); with targets (B, T) -> the sum of their losses, a scalar.
 
         The loss is a sum, in nats, so that the caller, who knows the global batch, divides: a mean of means
-        is wrong wherever micro-batches differ in size. With targets, the whole logits are never in memory
+        is wrong wherever micro-batches differ in size. With targets, logits are made a slice at a time
         (loss.py). With a cache, tokens are those after the tokens in it, and the cache grows by T.
         """
         h = self.hidden(tokens, cache)
         if targets is None:
-            return F.linear(h, self.head).float()
+            return linear(h, self.head).float()
         return self.loss(h, self.head, targets)
 
     @property
@@ -258,8 +259,7 @@ class Transformer(nn.Module):
         positions, mask = positions_and_mask(cfg, self.eot, tokens, cache, lengths)
         rope = rotary_angles(positions, cfg) if cfg.positions == "rope" else None
 
-        # Embedding. The residual stream h is FP32 in every precision, unless train.residual says otherwise:
-        # each layer adds to it.
+        # Embedding, and the residual stream h, to which each layer adds.
         h = self.embed_tokens(tokens).float()  # (B, T, D)
         if cfg.embedding_multiplier != 1:
             h = h * cfg.embedding_multiplier

@@ -1,6 +1,6 @@
 """One process or many: rank, device, precision; and the actions that all processes take together.
 
-Ranks are known here, and in checkpoint.py, which deals files out to processes. All other files say
+Ranks are known here, and in checkpoint.py, which deals files out to processes. Most other files say
 `world.sum(...)` or `world.once(...)` and are the same program on a laptop and on many nodes. torchrun starts
 the processes and sets RANK, LOCAL_RANK and WORLD_SIZE:
 
@@ -37,8 +37,6 @@ import sharding
 from config import Config, ConfigError, Parallel, Train, choose
 from consistency import mesh_shape
 from sharding import put
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---- who and where ----------------------------------------------------------------------------------------
 
@@ -119,13 +117,14 @@ class World:
         # recompute is compiled.
         table = {"auto": self.device.type == "cuda", "on": True, "off": False}
         compiles = choose("train.compile", cfg.train.compile, table)
-        every = cfg.train.activation_checkpointing
+        again = cfg.train.activation_checkpointing
+        assert again != "auto", "preflight.choose comes before spread"
         for i, block in enumerate(model.layers):
-            if every == "selective":
+            if again == "selective":
                 block.forward = recompute.recomputed(block.forward, selective=True)
             if compiles:
                 block.forward = torch.compile(block.forward)
-            if every not in (0, "selective") and i % every == 0:
+            if isinstance(again, int) and again and i % again == 0:
                 block.forward = recompute.recomputed(block.forward, selective=False)
         if compiles:
             model.loss.differentiate = torch.compile(model.loss.differentiate)
@@ -252,8 +251,8 @@ def start(train: Train, settings: Parallel) -> World:
     if here.type == "cuda":
         torch.cuda.set_device(here)
         hardware.use_attention(train.attention)
-        if dtype == torch.bfloat16:  # the few matmuls outside autocast may then be TF32; fp32 means FP32
-            torch.set_float32_matmul_precision("high")
+        # In BF16 the few matmuls outside autocast may be TF32; fp32 means FP32.
+        torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
     else:
         hardware.keep_freed_memory()
 

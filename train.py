@@ -160,7 +160,7 @@ def train(
     """Trains cfg.run from where it is to the end of the data, or to train.steps.
 
     Returns 0, or the number of the signal that made it save and end early. Raises incidents.Stopped where an
-    incident ends the run.
+    incident ends the run. Reference cycles that loss_fn leaves are collected only when a checkpoint is saved.
     """
     cfg = preflight.choose(cfg)  # the micro-batch and the recompute, where the plan is to choose them
     start = preflight.check(cfg)  # every mistake that can be known before a GPU or a file is touched
@@ -236,7 +236,7 @@ def train(
 def save(run: Run, state: State, plan: Steps) -> None:
     """Begins to save the state of the step just finished; train.save_async=false waits for it."""
     complete_save(run, plan)  # of the previous checkpoint
-    gc.collect()  # here, because it would delay a step: see hardware.garbage_waits
+    gc.collect()  # here, where the save delays training anyway: see hardware.garbage_waits
     run.saving.begin(state)
     if not run.cfg.train.save_async:
         complete_save(run, plan)
@@ -292,7 +292,8 @@ def build(cfg: Config, world: World, eot: int | None) -> tuple[nn.Module, list[t
     with torch.device("meta"):
         model = Transformer(cfg.model, eot)
     model.loss.z_loss = cfg.optim.z_loss
-    model.stream_dtype = choose("train.residual", cfg.train.residual, parallel.DTYPES)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    model.stream_dtype = choose("train.residual", cfg.train.residual, dtypes)
     incidents.shrink_embedding_gradient(model, cfg.optim.embedding_gradient)
     spread = world.spread(model, cfg)  # before the optimizers: sharding replaces the parameters
     return spread, optim.optimizers(model, cfg.optim, cfg.model.mup_scale)

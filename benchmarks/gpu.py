@@ -1,4 +1,4 @@
-"""Runs everything that only a GPU can show, in one command, and writes one file.
+"""Runs what only a GPU can show, in one command, and writes one file.
 
     python benchmarks/gpu.py                                   # a quarter of an hour, one GPU
     python benchmarks/gpu.py --only steps-1b attention          # some parts; the file keeps the others
@@ -125,7 +125,7 @@ def tests(smoke: bool) -> dict:
             "code": done.returncode,
         }
         print(done.stdout[-1500:], flush=True)
-    return judged(found, {name: run["code"] in (0, 5) for name, run in found.items()})
+    return judged(found, {name: run["code"] in ((0, 5) if smoke else (0,)) for name, run in found.items()})
 
 
 def backends(smoke: bool) -> dict:
@@ -184,7 +184,6 @@ class Built(NamedTuple):
 
 def build(smoke: bool, model: dict, settings: dict, seed: int = 0) -> Built:
     """A model with its first weights, on the GPU, or on the CPU for a smoke test."""
-    torch.set_float32_matmul_precision("highest")  # parallel.start loosens it for BF16
     settings = {"device": "cpu" if smoke else "cuda", "compile": "off" if smoke else "on", **settings}
     settings = Train(batch_size=32, micro_batch_size=32, **settings)
     cfg = Config(model=Model(**model), train=settings).resolved()

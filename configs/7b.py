@@ -11,8 +11,9 @@ Micro-batches and recompute are as published. --train.micro_batch_size=0 --train
 lets the plan choose what fits your GPUs: five rows and nothing recomputed on eight of 80 GB. Measured on one
 NVIDIA H200 (2026-11-26, torch 2.11, an earlier loss; MFU by 6N + attention). More than one was not measured.
 
-    python benchmark.py 7b --steps N    # micro-batches of 10, every block recomputed: 10,460 tokens/s, 46.2 %
-    python benchmark.py 7b --steps N --train.micro_batch_size=2 --train.activation_checkpointing=0
+    python benchmark.py 7b --steps N --train.batch_size=10   # every block recomputed: 10,460 tokens/s, 46.2 %
+    python benchmark.py 7b --steps N --train.batch_size=8 --train.micro_batch_size=2 \\
+        --train.activation_checkpointing=0
                                         # nothing recomputed: 12,340 tokens/s, 54.5 %
 """
 
