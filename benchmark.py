@@ -55,6 +55,8 @@ def benchmark(cfg: Config, n_steps: int, file: str, profile: bool = False) -> di
     """Makes n_steps steps, prints one table and returns its figures."""
     if file and not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json={file}: there is no folder {Path(file).parent}")
+    if file and Path(file).is_dir():
+        raise ConfigError(f"--json={file} is a folder; name a file")
     cfg = preflight.choose(cfg)
     with parallel.start(cfg.train, cfg.parallel) as world:
         preflight.check_agreement(cfg, world)
@@ -98,6 +100,8 @@ def benchmark(cfg: Config, n_steps: int, file: str, profile: bool = False) -> di
         figures |= meter.columns(n_tokens / seconds, joules)
         if profile and world.device.type == "cuda":
             figures["kernels"] = kernels(one_step)
+        elif profile:
+            world.once(configurator.say, "note     --profile: only a GPU's kernels are counted")
         about = hardware.about_run(world)
         world.once(show, cfg, figures, about, n_steps, world.device.type == "cuda")
         if file:

@@ -84,6 +84,8 @@ def by_name(name: str) -> tuple[int | None, str]:
     gpu, known = SHORT.get(short, short), (*GPUS, "cpu")
     if gpu not in known:
         raise ConfigError(f"--gpu={name}{did_you_mean(gpu, known)}")
+    if count and not int(count):
+        raise ConfigError(f"--gpu={name}: at least one GPU")
     return int(count) if count else None, gpu
 
 
@@ -167,12 +169,14 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def use_attention(kind: str) -> None:
+def use_attention(kind: str, device: "torch.device") -> None:
     """auto: PyTorch's choice among its kernels. FA3, FA4: FlashAttention 3 or 4, where it is installed."""
     if kind == "auto":
         return
     if kind not in ("FA3", "FA4"):
         raise unknown("train.attention", kind)
+    if device.type != "cuda":
+        raise ConfigError(f"train.attention={kind} needs a CUDA device; use auto")
     import torch
     from torch.nn import attention
 

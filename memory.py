@@ -466,13 +466,16 @@ def with_choice(cfg: Config, micro: int, recompute: int | str) -> Config:
 
 
 def about_choice(cfg: Config, gpus: int, gpu: str, have: float = 0) -> str:
-    """What was chosen and how it fits: "micro-batches of 2 rows, nothing recomputed: 125.1 GiB of ..."."""
+    """What was chosen, and whether it fits: "micro-batches of 2 rows, nothing recomputed: 125.1 GiB; ..."."""
     need, room = total(peak(cfg, gpus, gpu != "cpu")), have or hardware.usable(gpu, gpus)
     share = hardware.USABLE_ON_CPU if gpu == "cpu" else hardware.USABLE
     micro = cfg.train.micro_batch_size
     what = f"micro-batches of {micro} row{'s' * (micro > 1)}"
     what += f", {about_recompute(cfg.train.activation_checkpointing)}"
-    return f"{what}: {need / GIB:,.2f} GiB of the {room / GIB:,.2f} usable, {share:.0%} of the memory"
+    room_is = f"usable are {room / GIB:,.2f}, which is {share:.0%} of the memory"
+    return f"{what}: {need / GIB:,.2f} GiB; {room_is}" + "; this is the least that can be chosen" * (
+        need > room
+    )
 
 
 def about_recompute(kind: int | str) -> str:

@@ -242,6 +242,7 @@ def start(train: Train, settings: Parallel) -> World:
     """Joins the process group. Raises ConfigError first if the device does not exist."""
     here, n = hardware.device(train.device), rendezvous.world_size()
     dtype, shape = precision(train.precision, here), mesh_shape(settings, n)
+    hardware.use_attention(train.attention, here)
 
     # Set up this process: device and arithmetic.
     if train.deterministic:
@@ -250,7 +251,6 @@ def start(train: Train, settings: Parallel) -> World:
         torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, for a pass over memory
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        hardware.use_attention(train.attention)
         # In BF16 the few matmuls outside autocast may be TF32; fp32 means FP32.
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
     else:

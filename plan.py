@@ -6,9 +6,8 @@
     python plan.py demo --train.micro_batch_size=4                                 # settings as everywhere
     python plan.py 7b --train.micro_batch_size=0 --train.activation_checkpointing=auto      # both are chosen
 
-Memory is derived from the code (memory.py). It was measured on one GPU so far, an H200: the plan said 104.7
-GiB for 7B where 103.1 were measured, 44.5 and 39.9 for 1B, 27.1 and 23.5 for 124M. Several GPUs are not
-measured.
+Memory is derived from the code (memory.py). On one GPU, an H200, it was within 1 % of nine measured peaks
+(benchmarks/README.md). Several GPUs are not measured.
 
 Reads the config and, where the dataset is built, its manifest; writes nothing; imports no torch. A plan that
 does not fit into memory is refused (exit code 2) with the smallest change that would fit.

@@ -261,7 +261,7 @@ def write(model: Transformer, tokenizer, prompt: str, folder: Path, args: argpar
 
 @configurator.script
 def main() -> None:
-    parser = configurator.parser(__doc__)
+    parser = configurator.parser(__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="RUN|CHECKPOINT")
     parser.add_argument(
         "--prompt",

@@ -364,7 +364,11 @@ def compare(m, args) -> dict:
 
 def shape_of(args) -> tuple[dict, int]:
     """The settings of the model, and the rows of a batch."""
-    given = {name: getattr(args, name) for name in NAMES if getattr(args, name)}
+    given = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
+    if min([args.steps, *given.values()]) < 1:
+        raise config.ConfigError("--steps, and the sizes of model and batch, are at least 1")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise config.ConfigError(f"--json={args.json}: there is no folder {Path(args.json).parent}")
     names = dict(zip(NAMES, ("n_layers", "d_model", "n_heads", "d_ff", "seq_len"), strict=False))
     defaults = dict(zip(NAMES, SIZES[args.device], strict=True))
     if args.model == "gpt2":
@@ -404,8 +408,11 @@ def main() -> None:
         if torch.cuda.is_available():
             args.device_name = torch.cuda.get_device_name(0)
         args.device = "cuda" if args.device == "cuda" or args.device_name else "cpu"
-    shape, rows = shape_of(args)
-    args.rows = rows
+    try:
+        shape, args.rows = shape_of(args)
+        Model(**shape).resolved()
+    except config.ConfigError as error:
+        configurator.fail(error)
     sizes = args.vocab_size or ([shape["vocab_size"]] if args.model else VOCABULARIES[args.device])
     there = [name for name in known if name in ("nano360", "plain") or importlib.util.find_spec(name)]
     if shape.get("norm") == "layernorm":  # GPT-2: the others' classes here are LLaMA's

@@ -147,7 +147,7 @@ def attentions(key: str, choice: str, get) -> tuple:
     asked, monkeypatch = [], get("monkeypatch")
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
-    hardware.use_attention(with_choice(key, choice).attention)
+    hardware.use_attention(with_choice(key, choice).attention, torch.device("cuda"))
     return tuple(asked)
 
 

@@ -118,5 +118,7 @@ def test_a_run_says_code_versions_machine_and_processes_in_this_order():
 def test_flash_attention_that_is_not_installed_is_an_error_that_says_so():
     for kind in ("FA3", "FA4"):
         with pytest.raises(ConfigError, match=f"train.attention={kind}: PyTorch cannot use it: .*auto needs"):
-            hardware.use_attention(kind)
-    hardware.use_attention("auto")
+            hardware.use_attention(kind, torch.device("cuda"))
+        with pytest.raises(ConfigError, match=f"train.attention={kind} needs a CUDA device"):
+            hardware.use_attention(kind, torch.device("cpu"))
+    hardware.use_attention("auto", torch.device("cpu"))

@@ -350,7 +350,7 @@ def test_however_a_run_is_spread_it_learns_what_one_process_learns(ask, name):
     n, model, settings = VARIANTS[name]
     apart = compare(ask(n, name), model, settings)
     if "train.precision" in settings:  # and it was BF16, not FP32 under its name
-        assert apart["norm"] > 2.0**-8 / 16
+        assert apart["norm"] > 2.0**-8 / 64  # FP32's is 2^-18 or less
 
 
 @pytest.mark.slow
