@@ -473,9 +473,8 @@ def about_choice(cfg: Config, gpus: int, gpu: str, have: float = 0) -> str:
     what = f"micro-batches of {micro} row{'s' * (micro > 1)}"
     what += f", {about_recompute(cfg.train.activation_checkpointing)}"
     room_is = f"usable are {room / GIB:,.2f}, which is {share:.0%} of the memory"
-    return f"{what}: {need / GIB:,.2f} GiB; {room_is}" + "; this is the least that can be chosen" * (
-        need > room
-    )
+    least = "; this is the least that can be chosen" * (need > room)
+    return f"{what}: {need / GIB:,.2f} GiB; {room_is}{least}"
 
 
 def about_recompute(kind: int | str) -> str:
