@@ -568,7 +568,7 @@ def test_the_plan_says_what_it_chose(capsys):
     said = said[: said.index(".\n")].removeprefix("Chosen: ")
     assert said == memory.about_choice(made, 1, "h200")
     assert said.startswith(f"micro-batches of {made.train.micro_batch_size} rows, ")
-    assert said.endswith(" GiB of the 132.71 usable, 95% of the memory")
+    assert said.endswith(" GiB; usable are 132.71, which is 95% of the memory")
     assert "> " in shown and number(shown, "gradient accumulation") == 2240 / made.train.micro_batch_size
     assert all(len(line) <= 110 for line in shown.splitlines())
     plan.main(["7b", "--gpu=h200"])
