@@ -173,7 +173,7 @@ def show(cfg: Config, figures: dict, about: dict, n_steps: int, cuda: bool) -> N
 def main(cfg: Config, flags: dict[str, str]) -> None:
     if "--steps" not in flags:
         raise ConfigError("say how many steps: --steps 30")
-    preflight.check_memory(cfg, anyway="--anyway" in flags)
+    cfg = preflight.check_memory(cfg, anyway="--anyway" in flags)
     benchmark(cfg, int(flags["--steps"]), flags.get("--json", ""), profile="--profile" in flags)
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sharding import is_sharded
+
 AVAILABLE = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 LEAST_ROWS = 32  # below, MKL is as fast: oneDNN's start of a matmul takes about 10 microseconds
 
@@ -21,9 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N) -> (..., N): F.linear, up to the order of additions."""
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     large = x.shape.numel() >= LEAST_ROWS * x.shape[-1]
-    special = (
-        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or hasattr(weight, "to_local")
-    )  # DTensor
+    special = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_sharded(weight)
     if not AVAILABLE or not plain or not large or special:
         return F.linear(x, weight, bias)
     return OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)

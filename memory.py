@@ -440,21 +440,21 @@ def chosen(cfg: Config, gpus: int, gpu: str, have: float = 0) -> Config:
     train = cfg.train
     if train.micro_batch_size and train.activation_checkpointing != "auto":
         return cfg
-    recomputes, sizes = [train.activation_checkpointing], [train.micro_batch_size]
+    recomputes, micros = [train.activation_checkpointing], [train.micro_batch_size]
     if recomputes == ["auto"]:
         recomputes = RECOMPUTES
-    if sizes == [0]:
+    if micros == [0]:
         rows = accumulation(with_choice(cfg, 1, 0), gpus)  # of a process in a step
-        sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+        micros = [n for n in range(1, rows + 1) if rows % n == 0]
 
-    options = [with_choice(cfg, micro, recompute) for recompute in recomputes for micro in sizes]
+    options = [with_choice(cfg, micro, recompute) for recompute in recomputes for micro in micros]
     fitting = [option for option in options if fits(option, gpus, gpu, have)]
 
     def seconds(option: Config) -> float:
         tokens = option.train.micro_batch_size * option.model.seq_len
         return cost.slowdown(tokens, option.train.activation_checkpointing, option.model.n_layers)
 
-    return min(fitting, key=seconds, default=with_choice(cfg, sizes[0], recomputes[-1]))
+    return min(fitting, key=seconds, default=with_choice(cfg, micros[0], recomputes[-1]))
 
 
 def with_choice(cfg: Config, micro: int, recompute: int | str) -> Config:

@@ -78,16 +78,18 @@ def choose(cfg: Config) -> Config:
     return memory.chosen(cfg, rendezvous.world_size(), device.type, room(device))
 
 
-def check_memory(cfg: Config, anyway: bool) -> None:
-    """Asks the plan whether this machine has the memory for a run, before any is used. Says what it chose.
+def check_memory(cfg: Config, anyway: bool) -> Config:
+    """Asks the plan whether this machine has the memory for a run, before any is used.
 
-    Raises ConfigError with the smallest change that would fit; with `anyway` only prints it.
+    Returns the config with what the plan chose, where it was to choose, and prints that. Raises ConfigError
+    with the smallest change that would fit; with `anyway` only prints it.
     """
     asked, cfg = cfg, choose(cfg)
     processes, device = rendezvous.world_size(), hardware.device(cfg.train.device)
+    have = room(device)
     cost.accumulation(cfg, processes)  # they must divide
     try:
-        memory.check(cfg, processes, device.type, room(device))
+        memory.check(cfg, processes, device.type, have)
     except ConfigError as error:
         said = re.sub(r"(with|) --gpus=(\d+)", lambda m: f"{m[1] or ' on'} {m[2]} GPUs", str(error))
         if not anyway:
@@ -95,7 +97,8 @@ def check_memory(cfg: Config, anyway: bool) -> None:
         if rendezvous.rank() == 0:
             say(f"note     --anyway: {said}")
     if cfg != asked and rendezvous.rank() == 0:
-        say(f"chosen   {memory.about_choice(cfg, processes, device.type, room(device))}")
+        say(f"chosen   {memory.about_choice(cfg, processes, device.type, have)}")
+    return cfg
 
 
 def check_agreement(cfg: Config, world: "parallel.World") -> None:

@@ -325,7 +325,7 @@ def build_run(
 @configurator.script
 def main(cfg: Config, flags: dict[str, str]) -> None:
     with incidents.explained(cfg):
-        preflight.check_memory(cfg, anyway="--anyway" in flags)
+        cfg = preflight.check_memory(cfg, anyway="--anyway" in flags)
         number = train(cfg, profile="--profile" in flags)
     if number:
         sys.exit(128 + number)  # the shell's convention: 130 after Ctrl-C, 143 after SIGTERM
